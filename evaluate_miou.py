@@ -1,0 +1,293 @@
+"""Step 8: score every label folder of an experiment against the truth (method, section 8: evaluation).
+
+reads   experiments/<dataset>/<experiment>/{cams,pseudo_labels,...}/, datasets/<dataset>/{train,test}/labels/
+writes  experiments/<dataset>/<experiment>/scores/: scores.json and scores.csv (fractions from 0 to 1), scores.md (the
+        table, in per cent), confusion_<split>.png, contact_sheet_<split>.png, report.html
+command python evaluate_miou.py --dataset vaihingen --experiment prc
+
+Nothing here feeds back into an earlier step, and scores/ is written anew each time.
+"""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from PRC_SAM.masks import load_masks
+from tools import report
+from tools.command import UserError, check, run
+from tools.dataset import SPLITS, Dataset, load_dataset
+from tools.folders import ROOT, experiment_folder, require, step_name, write_json, write_whole
+from tools.labels import IGNORE, load_image, load_label
+from tools.pictures import colourise, confusion_picture, contact_sheet, heat, regions, sample_ids
+from tools.scores import ConfusionMatrix
+
+
+@dataclass(frozen=True)
+class Constants:
+    dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
+    experiment: str = "prc"  # its label folders in experiments/<dataset>/<experiment>/ are scored
+    stages: tuple[str, ...] = ()  # folders to score, such as segmentation; none: every one that is there
+    supervised: str = "supervised"  # experiment of the fully supervised run: the bound, when it is there
+    protocol: Literal["clean", "released"] = "clean"  # released: pixels predicted as a left-out class are dropped
+    samples: int = 2  # best, median and worst patches of each split in the report, so many of each
+    workers: int = min(8, os.cpu_count() or 1)  # processes
+    root: Path = ROOT  # holds datasets/ and experiments/
+
+
+STAGES = {  # step folder -> (title, the split it is meant for), in the order of the steps
+    "cams": ("CAM", "train"),
+    "pseudo_labels": ("pseudo-label", "train"),
+    "refined_pseudo_labels": ("refined pseudo-label", "train"),
+    "segmentation": ("segmentation", "test"),
+    "refined_segmentation": ("refined segmentation", "test"),
+}
+
+
+@dataclass
+class Stage:
+    """One label folder and, once scored, its counts. `per_image` maps the id to the mIoU of that image alone."""
+
+    name: str
+    title: str
+    experiment: str
+    split: str
+    folder: Path
+    run: dict
+    matrix: ConfusionMatrix
+    per_image: dict[str, float] = field(default_factory=dict)
+    partial: bool = False
+
+
+def main(constants: Constants) -> None:
+    check(constants.workers >= 0, f"workers is {constants.workers}, but it must be 0 or more")
+    check(0 <= constants.samples <= 20, f"samples is {constants.samples}, but it must be from 0 to 20")
+    dataset = load_dataset(constants.dataset, constants.root)
+    folder = experiment_folder(constants.root, constants.dataset, constants.experiment)
+    stages = find_stages(dataset, folder, constants)
+    failures = []
+    for split in SPLITS:
+        if here := [stage for stage in stages if stage.split == split]:
+            failures += score(dataset, split, here, constants)
+    runs = report.accounts(folder, *(dataset.sam_masks(split) for split in SPLITS))
+    summary = summarise(dataset, stages, runs, failures, constants)
+    write_files(dataset, folder / "scores", stages, summary, runs, failures, constants)
+    print(report.markdown(summary))
+    print(f"\nreport: {folder / 'scores' / 'report.html'}")
+    if failures:
+        shown = "\n  ".join(failures[:20] + [f"and {len(failures) - 20} more"] * (len(failures) > 20))
+        raise UserError(f"{len(failures)} files could not be scored, so the scores are partial:\n  {shown}")
+
+
+def find_stages(dataset: Dataset, folder: Path, constants: Constants) -> list[Stage]:
+    """The label folders to score, in the order of the steps, then the fully supervised ones of the same splits."""
+    check(folder.is_dir(), f"{folder} is missing: run steps 1 to 7 with --experiment {constants.experiment} first, or "
+                           "name an experiment that is there")
+    known = [name + suffix for name in STAGES for suffix in ("", *(f"_{split}" for split in SPLITS))]
+    names = constants.stages or tuple(name for name in known if (folder / name).is_dir())
+    for name in names:
+        check(name in known, f'stages holds "{name}", but label folders are called {", ".join(STAGES)}, the last two '
+                             "with _train and the others with _test when they were made for the other split")
+    check(len(names) > 0, f"{folder} holds no label folder yet: run step 2, python infer_classification.py")
+    stages = [_stage(dataset, folder, name, constants.experiment) for name in sorted(set(names), key=known.index)]
+    if constants.supervised != constants.experiment:
+        bound = experiment_folder(constants.root, constants.dataset, constants.supervised)
+        for split in SPLITS:
+            name = step_name("segmentation", split, "test")
+            if (bound / name).is_dir() and any(stage.split == split for stage in stages):
+                stages.append(_stage(dataset, bound, name, constants.supervised, "fully supervised segmentation"))
+    with_truth = [stage for stage in stages if dataset.labels(stage.split).is_dir()]
+    for split in sorted({stage.split for stage in stages} - {stage.split for stage in with_truth}):
+        print(f"{dataset.labels(split)} is missing, so the {split} split is not scored")
+    check(bool(with_truth), f"{dataset.labels(stages[0].split)} is missing: scoring needs label maps of the truth")
+    return with_truth
+
+
+def _stage(dataset: Dataset, folder: Path, name: str, experiment: str, title: str = "") -> Stage:
+    try:
+        account = json.loads((folder / name / "run.json").read_text(encoding="utf-8"))  # unfinished is scored in part
+    except (OSError, ValueError):
+        account = require(folder / name)
+    base = next(step for step in STAGES if name in (step, f"{step}_train", f"{step}_test"))
+    usual = name.rsplit("_", 1)[1] if name != base else STAGES[base][1]
+    split = account.get("constants", {}).get("split", usual)
+    return Stage(name, title or STAGES[base][0], experiment, split, folder / name, account,
+                 ConfusionMatrix(dataset.num_classes))
+
+
+def load_prediction(folder: Path, id: str, num_classes: int) -> np.ndarray:
+    """(H,W) uint8 class ids of one image; of CAMs, the class whose map is the highest."""
+    if "cams" not in folder.name:
+        return load_label(folder / f"{id}.png", num_classes)
+    present, maps = load_maps(folder, id)
+    return present.astype(np.uint8)[maps.argmax(axis=0)]
+
+
+def load_maps(folder: Path, id: str) -> tuple[np.ndarray, np.ndarray]:
+    """Class ids (k,) and maps (k,H,W) in 0..1 of one image."""
+    from tools.cams import load_cams  # imports torch, which no other folder needs
+
+    return load_cams(folder / f"{id}.npz")
+
+
+def score_image(id: str, dataset: Dataset, split: str, folders: dict[str, Path]) -> tuple[dict, list[str]]:
+    """One image against the truth: stage -> counts (K,K+1), and a sentence for each file that cannot be scored."""
+    counts, failures = {}, []
+    try:
+        file = dataset.labels(split) / f"{id}.png"
+        truth = load_label(file, dataset.num_classes)
+    except UserError as error:
+        return {}, [str(error)]
+    for name, folder in folders.items():
+        try:
+            prediction = load_prediction(folder, id, dataset.num_classes)
+            if prediction.shape != truth.shape:
+                raise UserError(f"{folder / id} is {prediction.shape[1]} x {prediction.shape[0]} pixels, but {file} is "
+                                f"{truth.shape[1]} x {truth.shape[0]}: make it again from the present images")
+            matrix = ConfusionMatrix(dataset.num_classes)
+            matrix.update(truth, prediction)
+            counts[name] = matrix.counts
+        except UserError as error:
+            failures.append(str(error))
+    return counts, failures
+
+
+def score(dataset: Dataset, split: str, stages: list[Stage], constants: Constants) -> list[str]:
+    """Fill the stages of one split; each truth is read once for all of them, and no prediction is kept."""
+    ids, failures = dataset.ids(split), []
+    left_out = np.flatnonzero(~dataset.scored)
+    work = partial(score_image, dataset=dataset, split=split,
+                   folders={f"{stage.experiment}/{stage.name}": stage.folder for stage in stages})
+    with _mapping(constants.workers if len(ids) > 1 else 0) as mapping:
+        results = tqdm(mapping(work, ids), f"scoring {split}", len(ids), unit="image", disable=None)
+        for id, (counts, bad) in zip(ids, results, strict=True):
+            failures += bad
+            for stage in stages:
+                matrix = ConfusionMatrix(dataset.num_classes)
+                if (key := f"{stage.experiment}/{stage.name}") in counts:
+                    matrix.counts += counts[key]
+                    stage.matrix.merge(matrix)
+                    stage.per_image[id] = matrix.scores(left_out, constants.protocol)["miou"]
+                else:
+                    stage.partial = True
+    return failures
+
+
+@contextmanager
+def _mapping(workers: int) -> Iterator[Callable]:
+    """A `map` that works in several processes, or the plain one."""
+    if workers < 2:
+        yield map
+        return
+    spawn = multiprocessing.get_context("spawn")  # forking a process that has used threads can hang
+    with ProcessPoolExecutor(workers, spawn, initializer=_one_thread) as pool:
+        try:
+            yield partial(pool.map, chunksize=4)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which load_maps imports later
+    cv2.setNumThreads(1)
+
+
+def summarise(dataset: Dataset, stages: list[Stage], runs: dict[str, dict], failures: list[str],
+              constants: Constants) -> dict:
+    """What scores.json holds: the scores of each stage as fractions (null: not defined), and what they rest on."""
+    left_out = np.flatnonzero(~dataset.scored)
+    rows = []
+    for stage in stages:
+        every, headline = stage.matrix.scores(), stage.matrix.scores(left_out, constants.protocol)
+        row = {"experiment": stage.experiment, "stage": stage.name, "title": stage.title, "split": stage.split,
+               "images": len(stage.per_image), "partial": stage.partial, "miou_all_classes": every["miou"],
+               "share_of_supervised": None} | headline
+        rows.append(row | {"all_classes": every, "confusion": stage.matrix.counts})
+    for row in rows:
+        bound = next((other["miou"] for other in rows if other["experiment"] == constants.supervised
+                      and other["split"] == row["split"] and other["stage"].startswith("segmentation")), np.nan)
+        row["share_of_supervised"] = row["miou"] / bound if bound > 0 else None
+    facts = report.facts(runs)
+    of_the_paper = bool(dataset.paper) and (ROOT / "datasetsprocess" / f"{dataset.name}.toml").exists()
+    return report.plain({
+        "dataset": dataset.name, "title": dataset.title, "experiment": constants.experiment,
+        "protocol": constants.protocol, "classes": dataset.classes, "left_out_of_mean": dataset.left_out_of_mean,
+        "paper": dataset.paper if of_the_paper else {}, "facts": facts, "warnings": report.warnings(
+            facts, constants.protocol, sum(row["partial"] for row in rows)),
+        "failures": failures, "stages": rows})
+
+
+def write_files(dataset: Dataset, folder: Path, stages: list[Stage], summary: dict, runs: dict[str, dict],
+                failures: list[str], constants: Constants) -> None:
+    """Everything in scores/; each file appears whole. Pictures that cannot be read are added to `failures`."""
+    write_json(folder / "scores.json", summary)
+    with write_whole(folder / "scores.md") as temporary:
+        temporary.write_text(report.markdown(summary) + "\n", encoding="utf-8")
+    report.write_csv(folder / "scores.csv", summary)
+    samples = []
+    for split in SPLITS:
+        here = [stage for stage in stages if stage.split == split and stage.per_image]
+        if not here:
+            continue
+        last = [stage for stage in here if stage.experiment == constants.experiment or stage is here[0]][-1]
+        confusion_picture(folder / f"confusion_{split}.png", last.matrix.counts, dataset.classes,
+                          f"{last.title}, {split} split")
+        scored = {id: last.per_image[id] for id in last.per_image if all(id in stage.per_image for stage in here)}
+        show = partial(panels, dataset, split, stages=here, last=last, failures=failures)
+        rows = [row for id in sample_ids(sorted(scored), 8) if (row := show(id))]
+        titles = max(map(list, rows), key=len, default=[])
+        contact_sheet(folder / f"contact_sheet_{split}.png", [[row.get(title) for title in titles] for row in rows],
+                      titles, zip(dataset.classes, dataset.colours, strict=True))
+        for kind, id in report.choose(scored, constants.samples):
+            if pictures := show(id, with_maps=True):
+                samples.append(report.sample(id, split, kind, scored[id], pictures))
+    report.write_report(folder / "report.html", dataset, summary, runs, report.curves(folder.parent), samples)
+
+
+def panels(dataset: Dataset, split: str, id: str, stages: list[Stage], last: Stage, failures: list[str],
+           with_maps: bool = False) -> dict[str, np.ndarray]:
+    """Title -> (H,W,3) picture of one patch: image, every stage, truth, errors of the last stage; {} if one is bad."""
+    try:
+        return _panels(dataset, split, id, stages, last, with_maps)
+    except UserError as error:
+        failures += [str(error)] * (str(error) not in failures)
+        return {}
+
+
+def _panels(dataset: Dataset, split: str, id: str, stages: list[Stage], last: Stage, with_maps: bool) -> dict:
+    image = load_image(dataset.images(split) / f"{id}.png")
+    truth = load_label(dataset.labels(split) / f"{id}.png", dataset.num_classes)
+    if image.shape[:2] != truth.shape:
+        raise UserError(f"{dataset.images(split) / id}.png and its label map differ in size: cut the scenes again")
+    shown = {"image": image}
+    masks = dataset.sam_masks(split) / f"{id}.npz"
+    for stage in stages:
+        if with_maps and "cams" in stage.name:
+            for class_id, activation in zip(*load_maps(stage.folder, id), strict=True):
+                shown[f"CAM of {dataset.classes[class_id]}"] = heat(image, activation)
+        if "refined" in stage.name and "regions" not in shown and masks.exists():
+            found = load_masks(masks)
+            if found.size != truth.shape:
+                raise UserError(f"{masks} holds masks of another size than its image: run step 9 again, python PRC_SAM/get_se_map.py")
+            shown["regions"] = regions(found.unpack(), image)
+        prediction = load_prediction(stage.folder, id, dataset.num_classes)
+        shown[stage.title] = colourise(prediction, dataset.colours)
+        if stage is last:
+            counted = (truth != IGNORE) & ~np.isin(truth, np.flatnonzero(~dataset.scored))
+            errors = np.select([~counted, prediction != truth], [IGNORE, 1], 0).astype(np.uint8)
+    return shown | {"truth": colourise(truth, dataset.colours), "errors": colourise(errors, report.RIGHT_WRONG)}
+
+
+if __name__ == "__main__":
+    run(main, Constants, __doc__)

@@ -1,0 +1,50 @@
+"""Step 4: refine the pseudo-labels with SAM's masks by IOS, the intersection optimisation strategy (method section 4).
+
+Reads  pseudo_labels/ and datasets/<dataset>/<split>/sam_masks with image_labels.csv
+Writes experiments/<dataset>/<experiment>/refined_pseudo_labels/<id>.png
+
+    python generate_refined_pseudo.py --dataset vaihingen
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+
+from PRC_SAM.ios import refine_folder
+from tools.command import run
+from tools.dataset import load_dataset
+from tools.folders import ROOT, StepFolder, experiment_folder, require, step_name
+from tools.pictures import step_sheet
+
+
+@dataclass(frozen=True)
+class Constants:
+    dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
+    experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
+    split: str = "train"  # train | test (to measure only)
+    tau: float = 0.9  # overlap of a mask and a class region, over the smaller of the two, from which the class is written
+    workers: int = 4  # processes; 0 works in this one
+    samples: int = 8  # patches on the contact sheet
+    root: Path = ROOT  # folder that holds datasets/ and experiments/
+    overwrite: bool = False  # start anew where the folder holds results of other constants
+
+
+def main(constants: Constants) -> None:
+    dataset = load_dataset(constants.dataset, constants.root)
+    experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
+    source = experiment / step_name("pseudo_labels", constants.split, "train")
+    inputs = {"pseudo_labels": require(source), "sam_masks": require(dataset.sam_masks(constants.split))}
+    state = PartialState()
+    folder = StepFolder(experiment / step_name("refined_pseudo_labels", constants.split, "train"), constants, inputs,
+                        process=state.process_index, processes=state.num_processes)
+    refine_folder(folder, source, dataset, constants.split, constants.tau, "image labels", constants.workers)
+
+    state.wait_for_everyone()
+    if state.is_main_process:
+        step_sheet(folder.folder, dataset, constants.split, {"pseudo-label": source, "refined": folder.folder}, constants.samples)
+    folder.close(".png")
+
+
+if __name__ == "__main__":
+    run(main, Constants, __doc__)

@@ -1,0 +1,54 @@
+"""Step 7: refine the segmentation with SAM's masks by IOS (method section 7).
+
+Reads  segmentation/ and datasets/<dataset>/<split>/sam_masks; under the released protocol also the image-level labels
+       of the split, which come from its truth
+Writes experiments/<dataset>/<experiment>/refined_segmentation/<id>.png
+
+    python generate_refined_seg.py --dataset vaihingen
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import PartialState
+
+from PRC_SAM.ios import refine_folder
+from tools.command import check, run
+from tools.dataset import load_dataset
+from tools.folders import ROOT, StepFolder, experiment_folder, require, step_name
+from tools.pictures import step_sheet
+
+
+@dataclass(frozen=True)
+class Constants:
+    dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
+    experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
+    protocol: str = "clean"  # classes to write: clean: those of the prediction | released: those of the test truth
+    split: str = "test"  # test | train (to measure only)
+    tau: float = 0.1  # overlap of a mask and a class region, over the smaller of the two, from which the class is written
+    workers: int = 4  # processes; 0 works in this one
+    samples: int = 8  # patches on the contact sheet
+    root: Path = ROOT  # folder that holds datasets/ and experiments/
+    overwrite: bool = False  # start anew where the folder holds results of other constants
+
+
+def main(constants: Constants) -> None:
+    check(constants.protocol in ("clean", "released"), f'protocol is "{constants.protocol}", but it must be clean or released')
+    dataset = load_dataset(constants.dataset, constants.root)
+    experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
+    source = experiment / step_name("segmentation", constants.split, "test")
+    inputs = {"segmentation": require(source), "sam_masks": require(dataset.sam_masks(constants.split))}
+    state = PartialState()
+    folder = StepFolder(experiment / step_name("refined_segmentation", constants.split, "test"), constants, inputs,
+                        process=state.process_index, processes=state.num_processes)
+    classes_from = "image labels" if constants.protocol == "released" else "prediction"
+    refine_folder(folder, source, dataset, constants.split, constants.tau, classes_from, constants.workers)
+
+    state.wait_for_everyone()
+    if state.is_main_process:
+        step_sheet(folder.folder, dataset, constants.split, {"segmentation": source, "refined": folder.folder}, constants.samples)
+    folder.close(".png")
+
+
+if __name__ == "__main__":
+    run(main, Constants, __doc__)

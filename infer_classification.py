@@ -1,0 +1,82 @@
+"""Step 2: class activation maps at four scales and their mirrors, with PRC (method section 2).
+
+Reads  classifier/ and datasets/<dataset>/<split>/images with image_labels.csv
+Writes experiments/<dataset>/<experiment>/cams/<id>.npz: the maps of the classes present, at feature size, in float16
+
+    python infer_classification.py --dataset vaihingen
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from models.backbone import Backbone
+from models.classifier import Classifier
+from tools.cams import image_batches, load_cams, mirrored_scales, save_cams
+from tools.command import UserError, check, run
+from tools.dataset import load_dataset
+from tools.folders import ROOT, StepFolder, experiment_folder, require, step_name
+from tools.labels import load_image
+from tools.pictures import contact_sheet, heat, sample_ids
+from tools.training import load_checkpoint, make_accelerator
+
+
+@dataclass(frozen=True)
+class Constants:
+    dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
+    experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
+    split: str = "train"  # train (for the pseudo-labels) | test (to measure only; goes to cams_test)
+    scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)  # each with its mirror
+    precision: str = "auto"  # auto | fp32 | bf16; PRC runs in fp32 always
+    images_at_once: int = 8  # patches of one batch; lower it when the GPU's memory is short
+    workers: int = 4  # processes that read images
+    samples: int = 8  # patches on the contact sheet
+    root: Path = ROOT  # folder that holds datasets/ and experiments/
+    overwrite: bool = False  # start anew where the folder holds results of other constants
+
+
+def main(constants: Constants) -> None:
+    check(len(constants.scales) > 0 and min(constants.scales) > 0, f"scales is {constants.scales}, but needs positive numbers")
+    check(constants.images_at_once > 0, f"images_at_once is {constants.images_at_once}, but it must be at least 1")
+    dataset = load_dataset(constants.dataset, constants.root)
+    experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
+    trained = require(experiment / "classifier")
+    labels = dataset.image_labels(constants.split)
+    ids = sorted(labels)
+    settings = trained["constants"]
+    model = Classifier(Backbone(settings["backbone"], "none"), dataset.num_classes, settings["gamma"], settings["iterations"])
+    load_checkpoint(experiment / "classifier" / "model.pt", model)
+    accelerator = make_accelerator(constants.precision)
+    model = model.to(accelerator.device).eval()
+    folder = StepFolder(experiment / step_name("cams", constants.split, "train"), constants, {"classifier": trained},
+                        device=accelerator.device, process=accelerator.process_index, processes=accelerator.num_processes)
+
+    pending = folder.pending(ids, ".npz")
+    with tqdm(total=len(pending), desc="CAMs", unit="image", disable=None) as bar:
+        batches = image_batches(dataset.images(constants.split), pending, constants.images_at_once, constants.workers, folder.fail)
+        for batch, images in batches:
+            with accelerator.autocast():
+                maps = mirrored_scales(lambda x: model(x)[1].relu(), images, constants.scales, accelerator.device)
+            maps = [scale.cpu().numpy() for scale in maps]
+            for index, id in enumerate(batch):
+                classes = np.flatnonzero(labels[id])
+                save_cams(folder.folder / f"{id}.npz", classes, [scale[index, classes] for scale in maps], images.shape[-2:])
+            bar.update(len(batch))
+
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        rows = []
+        for id in sample_ids(ids, constants.samples):
+            try:
+                image, maps = load_image(dataset.images(constants.split) / f"{id}.png"), dict(zip(*load_cams(folder.folder / f"{id}.npz"), strict=True))
+            except UserError:  # told at the end already
+                continue
+            rows.append([image, *(heat(image, maps[k]) if k in maps else None for k in range(dataset.num_classes))])
+        contact_sheet(folder.folder / "contact_sheet.png", rows, ["image", *dataset.classes])
+    folder.close(".npz")
+
+
+if __name__ == "__main__":
+    run(main, Constants, __doc__)

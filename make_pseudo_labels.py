@@ -1,0 +1,79 @@
+"""Step 3: pseudo-labels from the class activation maps by a dense CRF (method section 3).
+
+Reads  cams/ and datasets/<dataset>/<split>/images
+Writes experiments/<dataset>/<experiment>/pseudo_labels/<id>.png: class ids, no ignored pixel
+
+    python make_pseudo_labels.py --dataset vaihingen
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+
+from tools.cams import load_cams
+from tools.command import UserError, check, run
+from tools.crf import dense_crf
+from tools.dataset import Dataset, load_dataset
+from tools.folders import ROOT, StepFolder, experiment_folder, require, step_name
+from tools.labels import load_image, save_label
+from tools.pictures import step_sheet
+
+
+@dataclass(frozen=True)
+class Constants:
+    dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
+    experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
+    split: str = "train"  # train | test (to measure only)
+    crf_iterations: int = 10  # mean-field iterations; 0 takes the class of the highest CAM as it is
+    crf_mode: str = "lattice"  # lattice (fast, approximate) | exact (slow above 128 x 128 without a GPU)
+    gaussian_sigma: float = 1.0  # pixels
+    gaussian_weight: float = 3.0
+    bilateral_sigma_xy: float = 67.0  # pixels
+    bilateral_sigma_rgb: float = 3.0  # grey values
+    bilateral_weight: float = 4.0
+    workers: int = 4  # processes; 0 works in this one
+    samples: int = 8  # patches on the contact sheet
+    root: Path = ROOT  # folder that holds datasets/ and experiments/
+    overwrite: bool = False  # start anew where the folder holds results of other constants
+
+
+def make_label(id: str, cams: Path, output: Path, dataset: Dataset, constants: Constants, device: str) -> None:
+    """One patch: maps of its classes -> CRF -> the most probable class of each pixel."""
+    classes, maps = load_cams(cams / f"{id}.npz")
+    image = load_image(dataset.images(constants.split) / f"{id}.png")
+    if maps.shape[1:] != image.shape[:2]:
+        raise UserError(f"{cams / id}.npz was made from an image of another size than {id}.png: run step 2 with --overwrite")
+    if constants.crf_iterations and len(classes) > 1:
+        maps = dense_crf(maps, image, constants.crf_iterations, constants.gaussian_sigma, constants.gaussian_weight,
+                         constants.bilateral_sigma_xy, constants.bilateral_sigma_rgb, constants.bilateral_weight,
+                         constants.crf_mode, device)
+    save_label(output / f"{id}.png", classes[maps.argmax(0)].astype(np.uint8), dataset.colours)
+
+
+def main(constants: Constants) -> None:
+    check(constants.crf_mode in ("lattice", "exact"), f'crf_mode is "{constants.crf_mode}", but it must be lattice or exact')
+    check(constants.crf_iterations >= 0, f"crf_iterations is {constants.crf_iterations}, but it cannot be negative")
+    sigmas = (constants.gaussian_sigma, constants.bilateral_sigma_xy, constants.bilateral_sigma_rgb)
+    check(min(sigmas) > 0, f"the sigmas of the CRF are {sigmas}, but they must be above 0")
+    dataset = load_dataset(constants.dataset, constants.root)
+    experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
+    cams = experiment / step_name("cams", constants.split, "train")
+    made, ids, state = require(cams), dataset.ids(constants.split), PartialState()
+    exact_on_gpu = constants.crf_mode == "exact" and state.device.type == "cuda"
+    device = str(state.device) if exact_on_gpu else "cpu"
+    folder = StepFolder(experiment / step_name("pseudo_labels", constants.split, "train"), constants, {"cams": made},
+                        device=device, process=state.process_index, processes=state.num_processes)
+    work = partial(make_label, cams=cams, output=folder.folder, dataset=dataset, constants=constants, device=device)
+    folder.each(work, folder.pending(ids, ".png"), 0 if exact_on_gpu else constants.workers, "pseudo-labels")
+
+    state.wait_for_everyone()
+    if state.is_main_process:
+        step_sheet(folder.folder, dataset, constants.split, {"pseudo-label": folder.folder}, constants.samples)
+    folder.close(".png")
+
+
+if __name__ == "__main__":
+    run(main, Constants, __doc__)

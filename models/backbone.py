@@ -1,0 +1,65 @@
+"""ImageNet backbones of torchvision, cut into three stages at output stride 16."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+NAMES = (*RESNETS, "mobilenet_v2")
+
+
+class Backbone(nn.Module):
+    """x (B,3,H,W) -> low (B,C1,H/4,W/4), mid (B,C2,H/8,W/8), high (B,C3,H/16,W/16).
+
+    For a ResNet, low is layer1's output, mid layer2's and high layer4's, whose stride is 1 and undilated. MobileNetV2 is cut
+    at the same strides. Channels are in `low_channels` and `high_channels`.
+
+    name: one of `NAMES`; weights: "imagenet" (torchvision downloads them), "none" (random), or the file of a torchvision
+    state dict. Raises ValueError for an unknown name or a file that does not fit.
+    """
+
+    def __init__(self, name: str = "resnet50", weights: str = "imagenet"):
+        super().__init__()
+        if name not in NAMES:
+            raise ValueError(f"backbone {name} is unknown; known are {', '.join(NAMES)}")
+        whole = models.get_model(name, weights="IMAGENET1K_V1" if weights == "imagenet" else None)
+        if weights not in ("imagenet", "none"):
+            _load_file(whole, Path(weights), name)
+        if name == "mobilenet_v2":
+            stages = whole.features[:4], whole.features[4:7], whole.features[7:]
+            whole.features[14].conv[1][0].stride = (1, 1)  # the fifth halving
+            self.low_channels, self.high_channels = 24, 1280
+        else:
+            stem = (whole.conv1, whole.bn1, whole.relu, whole.maxpool)
+            stages = nn.Sequential(*stem, whole.layer1), whole.layer2, nn.Sequential(whole.layer3, whole.layer4)
+            first = whole.layer4[0]
+            (first.conv2 if hasattr(first, "conv3") else first.conv1).stride = (1, 1)
+            first.downsample[0].stride = (1, 1)
+            wide = hasattr(first, "conv3")
+            self.low_channels, self.high_channels = (256, 2048) if wide else (64, 512)
+        self.low, self.mid, self.high = stages
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low = self.low(x)
+        mid = self.mid(low)
+        return low, mid, self.high(mid)
+
+
+def _load_file(model: nn.Module, path: Path, name: str) -> None:
+    """Load a torchvision state dict; its classification head may be missing."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"the weights file {path} is missing") from None
+    except Exception as error:  # torch reports a damaged or pickled-code file in many ways
+        raise ValueError(f"the weights file {path} cannot be read as a plain state dict ({str(error).splitlines()[0]})") from None
+    try:
+        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (RuntimeError, AttributeError):
+        raise ValueError(f"the weights file {path} does not fit {name}") from None
+    lacking = [key for key in missing if not key.startswith(("fc.", "classifier.")) and "num_batches" not in key]
+    if lacking or unexpected:
+        raise ValueError(f"the weights file {path} does not fit {name} ({len(lacking)} values lack, {len(unexpected)} are too many)")

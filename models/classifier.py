@@ -1,0 +1,34 @@
+"""The classifier whose class activation maps (CAMs) become pseudo-labels."""
+
+from torch import Tensor, nn
+
+from models.backbone import Backbone
+from models.prc import PixelRelationshipConstraint
+
+
+class Classifier(nn.Module):
+    """Image-level classifier with PRC on its class activation maps.
+
+    The logits are the spatial mean of the RAW maps, so PRC is trained by the image reconstruction loss alone. The stages
+    below high (ResNet: stem, layer1, layer2) do not learn, though their BatchNorm statistics move; `train_all` lets them
+    learn, for backbones that start from random weights. `pretrained` modules learn at the base rate, `new` ones at ten
+    times it.
+    """
+
+    def __init__(
+        self, backbone: Backbone, num_classes: int, gamma: float = 0.7, iterations: int = 1, train_all: bool = False
+    ):
+        super().__init__()
+        self.backbone = backbone
+        backbone.low.requires_grad_(train_all)
+        backbone.mid.requires_grad_(train_all)
+        self.classifier = nn.Conv2d(backbone.high_channels, num_classes, 1, bias=False)
+        nn.init.kaiming_normal_(self.classifier.weight)
+        self.prc = PixelRelationshipConstraint(backbone.high_channels, gamma, iterations)
+        self.pretrained, self.new = [self.backbone], [self.classifier, self.prc]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B,3,H,W) normalised RGB -> logits (B,K), class maps after PRC (B,K,H/16,W/16)."""
+        _, _, features = self.backbone(x)
+        raw = self.classifier(features)
+        return raw.mean((2, 3)), self.prc(raw, features, x)

@@ -1,0 +1,109 @@
+"""Class activation maps: made at several scales, stored small, fused at image size."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+from tools.augment import normalise, to_tensor
+from tools.command import UserError
+from tools.folders import write_whole
+from tools.labels import load_image
+
+OUTPUT_STRIDE = 16
+
+
+class _Images(torch.utils.data.Dataset):
+    """(id, image or None, sentence of what is wrong with it): a bad file must not end the whole run."""
+
+    def __init__(self, folder: Path, ids: Sequence[str]):
+        self.folder, self.ids = folder, ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor | None, str]:
+        id = self.ids[index]
+        try:
+            return id, to_tensor(load_image(self.folder / f"{id}.png")), ""
+        except UserError as error:
+            return id, None, str(error)
+
+
+def image_batches(folder: Path, ids: Sequence[str], images_at_once: int, workers: int,
+                  bad: Callable[[str], None]) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield (ids, images (B,3,H,W) uint8) of neighbours of equal size; sentences on unreadable files go to `bad`."""
+    group: list[tuple[str, Tensor]] = []
+    for id, image, sentence in DataLoader(_Images(folder, ids), batch_size=None, num_workers=workers):
+        if image is None:
+            bad(sentence)
+            continue
+        if group and (len(group) == images_at_once or group[0][1].shape != image.shape):
+            yield [id for id, _ in group], torch.stack([image for _, image in group])
+            group = []
+        group.append((id, image))
+    if group:
+        yield [id for id, _ in group], torch.stack([image for _, image in group])
+
+
+@torch.inference_mode()
+def mirrored_scales(predict: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float],
+                    device: torch.device) -> list[Tensor]:
+    """For each scale `predict` of the images plus the un-mirrored `predict` of their mirrors: (B,K,h,w) float32 each.
+
+    images (B,3,H,W) uint8; `predict` maps normalised (2B,3,H',W') to (2B,K,h',w'), image and mirror in one batch.
+    """
+    images = images.to(device, non_blocking=True)
+    found = []
+    for scale in scales:
+        size = [max(1, round(length * scale)) for length in images.shape[-2:]]
+        scaled = images if scale == 1 else resize(images, size, InterpolationMode.BICUBIC, antialias=True)
+        x = normalise(scaled)
+        x = torch.cat([x, x.flip(-1)]).contiguous(memory_format=torch.channels_last)
+        plain, mirror = predict(x).float().chunk(2)
+        found.append(plain + mirror.flip(-1))
+    return found
+
+
+def save_cams(path: Path, classes: np.ndarray, maps: Sequence[np.ndarray], size: tuple[int, int]) -> None:
+    """Store the maps of each scale at feature size: everything that the full-size maps are made of, in a fraction of the disk.
+
+    classes (k,) ids of the classes present, ascending; maps: for each scale (k,h,w), not negative; size: (H,W) of the image.
+    Values go to float16 as shares of the class's maximum, which is kept in float32, so nothing over- or underflows.
+    """
+    peaks = np.max([scale.max((1, 2)) for scale in maps], axis=0).astype(np.float32)
+    shares = [(scale / np.maximum(peaks, 1e-30)[:, None, None]).astype(np.float16) for scale in maps]
+    with write_whole(path) as temporary:
+        np.savez_compressed(temporary, classes=classes.astype(np.uint8), size=np.array(size, np.int32), peaks=peaks,
+                            **{f"scale{index}": scale for index, scale in enumerate(shares)})
+
+
+def fuse_scales(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """(k,h,w) of each scale -> (k,H,W): upsampled to the size rounded up to the output stride, summed, cut, over their maximum."""
+    padded = [-(-length // OUTPUT_STRIDE) * OUTPUT_STRIDE for length in size]
+    total = sum(F.interpolate(scale[None], padded, mode="bilinear", align_corners=False)[0] for scale in maps)
+    total = total[:, : size[0], : size[1]]
+    return total / (total.amax((1, 2), keepdim=True) + 1e-5)
+
+
+def load_cams(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """-> class ids (k,) ascending, maps (k,H,W) float32 in 0..1 at image size (method section 2).
+
+    Raises `UserError` when the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            classes, size, peaks = file["classes"].astype(int), tuple(map(int, file["size"])), file["peaks"]
+            scales = sorted(name for name in file.files if name.startswith("scale"))
+            maps = [torch.from_numpy(file[name].astype(np.float32) * peaks[:, None, None]) for name in scales]
+        return classes, fuse_scales(maps, size).numpy()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run python infer_classification.py again, it makes what lacks") from None
+    except Exception as error:  # zip, npy and shape errors have no common class
+        raise UserError(f"{path} cannot be read as class activation maps ({error}): delete it and run python "
+                        "infer_classification.py again") from None

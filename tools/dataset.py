@@ -1,0 +1,197 @@
+"""What a data set is: its description (dataset.toml), its patches on disk and their image-level labels."""
+
+import csv
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tools.command import UserError
+from tools.folders import ROOT, write_whole
+
+SPLITS = ("train", "test")
+KEYS = {"base", "title", "patch_size", "stride", "classes", "ignore_colours", "left_out_of_mean", "scenes", "rules", "paper"}
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One data set: the description, and where its patches lie under `folder` = <root>/datasets/<name>."""
+
+    name: str
+    title: str
+    folder: Path
+    patch_size: int
+    stride: int
+    classes: tuple[str, ...]
+    colours: np.ndarray  # (K,3) uint8
+    ignore_colours: np.ndarray  # (J,3) uint8
+    left_out_of_mean: tuple[str, ...]  # classes that the headline mIoU leaves out, such as ISPRS's clutter
+    scenes: dict[str, list[str]]  # split -> scene names; empty where the raw folders decide
+    rules: dict = field(default_factory=dict)  # numbers of the rule that cuts this data set into patches
+    paper: dict = field(default_factory=dict)  # the paper's figures, in per cent
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def scored(self) -> np.ndarray:
+        """(K,) bool: the classes in the headline mean."""
+        return np.array([name not in self.left_out_of_mean for name in self.classes])
+
+    def images(self, split: str) -> Path:
+        return self.folder / split / "images"
+
+    def labels(self, split: str) -> Path:
+        return self.folder / split / "labels"
+
+    def sam_masks(self, split: str) -> Path:
+        return self.folder / split / "sam_masks"
+
+    def image_labels_file(self, split: str) -> Path:
+        return self.folder / split / "image_labels.csv"
+
+    def ids(self, split: str) -> list[str]:
+        """The patches of a split, sorted; raises `UserError` when there are none."""
+        if split not in SPLITS:
+            raise UserError(f'split is "{split}", but it must be one of {", ".join(SPLITS)}')
+        ids = sorted(path.stem for path in self.images(split).glob("*.png"))
+        if not ids:
+            raise UserError(f"{self.images(split)} holds no png images: cut the scenes into patches with the data set's "
+                            "script in datasetsprocess first")
+        return ids
+
+    def image_labels(self, split: str) -> dict[str, np.ndarray]:
+        """Image-level labels of a split: id -> (K,) bool, one for every image of the split."""
+        return read_image_labels(self.image_labels_file(split), self.classes, self.ids(split))
+
+
+def load_dataset(name: str, root: Path = ROOT) -> Dataset:
+    """Read <root>/datasets/<name>/dataset.toml, or the description of that name which comes with the project.
+
+    `base = "<other>"` takes every line not given from another description.
+    """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f'dataset is "{name}", but a data set\'s name holds only letters, digits, "_" and "-"')
+    description = _read_description(name, Path(root), ())
+    path = _description_file(name, Path(root))
+    missing = {"patch_size", "classes"} - description.keys()
+    if missing:
+        raise UserError(f"{path} lacks {' and '.join(sorted(missing))}")
+    return _build(name, path, Path(root) / "datasets" / name, description)
+
+
+def _description_file(name: str, root: Path) -> Path:
+    own, shipped = root / "datasets" / name / "dataset.toml", ROOT / "datasetsprocess" / f"{name}.toml"
+    if own.exists():
+        return own
+    if shipped.exists():
+        return shipped
+    known = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.toml")))
+    raise UserError(f'there is no data set "{name}": write {own} (docs/own_data.md), or use one of {known}')
+
+
+def _read_description(name: str, root: Path, seen: tuple[str, ...]) -> dict:
+    path = _description_file(name, root)
+    if name in seen:
+        raise UserError(f"{path}: base leads back to itself ({' -> '.join([*seen, name])})")
+    try:
+        description = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    unknown = description.keys() - KEYS
+    if unknown:
+        raise UserError(f"{path} holds the unknown {', '.join(sorted(unknown))}; known are {', '.join(sorted(KEYS))}")
+    if "base" in description:
+        base = _read_description(description.pop("base"), root, (*seen, name))
+        if "patch_size" in description:
+            base.pop("stride", None)  # it belongs to the other patch size: larger than ours, it would leave gaps
+        description = base | description
+    return description
+
+
+def _build(name: str, path: Path, folder: Path, description: dict) -> Dataset:
+    entries = description["classes"]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and entry.keys() == {"name", "colour"} for entry in entries):
+        raise UserError(f'{path}: classes must be a list of {{name = "...", colour = [r, g, b]}}')
+    names = tuple(str(entry["name"]) for entry in entries)
+    if not 1 <= len(names) <= 250:
+        raise UserError(f"{path} has {len(names)} classes, but 1 to 250 are possible")
+    ignore_colours = description.get("ignore_colours", [])
+    for what, colour in [(entry["name"], entry["colour"]) for entry in entries] + [("ignore", c) for c in ignore_colours]:
+        if not (isinstance(colour, list) and len(colour) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in colour)):
+            raise UserError(f"{path}: the colour of {what} is {colour}, not three whole numbers from 0 to 255")
+    colours = [tuple(entry["colour"]) for entry in entries]
+    every = colours + [tuple(colour) for colour in ignore_colours]
+    if len(set(names)) < len(names) or len(set(every)) < len(every):
+        raise UserError(f"{path}: two classes share a name or a colour")
+    patch_size = description["patch_size"]
+    stride = description.get("stride", patch_size)
+    for what, number in (("patch_size", patch_size), ("stride", stride)):
+        if not isinstance(number, int) or number < 16:
+            raise UserError(f"{path}: {what} is {number}, but it must be a whole number of at least 16 pixels")
+    left_out = tuple(description.get("left_out_of_mean", []))
+    if not set(left_out) < set(names):
+        raise UserError(f"{path}: left_out_of_mean names {', '.join(left_out)}, but the classes are {', '.join(names)}")
+    return Dataset(
+        name=name,
+        title=description.get("title", name),
+        folder=folder,
+        patch_size=patch_size,
+        stride=stride,
+        classes=names,
+        colours=np.array(colours, np.uint8).reshape(-1, 3),
+        ignore_colours=np.array(ignore_colours, np.uint8).reshape(-1, 3),
+        left_out_of_mean=left_out,
+        scenes=description.get("scenes", {}),
+        rules=description.get("rules", {}),
+        paper=description.get("paper", {}),
+    )
+
+
+def write_image_labels(path: Path, classes: tuple[str, ...], labels: dict[str, np.ndarray]) -> None:
+    """Write id -> (K,) bool as csv: a column `id`, then one 0/1 column for each class name."""
+    with write_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["id", *classes])
+        for id in sorted(labels):
+            writer.writerow([id, *labels[id].astype(int)])
+
+
+def read_image_labels(path: Path, classes: tuple[str, ...], ids: list[str]) -> dict[str, np.ndarray]:
+    """Read the image-level labels of `ids`: id -> (K,) bool. The columns may stand in any order.
+
+    Raises `UserError` for a missing file, unknown or missing classes, values other than 0 and 1, an id that is given
+    twice, has no image or is missing, and an image without any class.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing: run python datasetsprocess/process.py, or write it by hand (docs/own_data.md)")
+    try:
+        rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a csv text file in UTF-8 ({error})") from None
+    header = [cell.strip() for cell in rows[0]] if rows else []
+    if sorted(header[1:]) != sorted(classes) or header[:1] != ["id"]:
+        raise UserError(f"{path} must begin with the line id,{','.join(classes)}, but begins with "
+                        f"{','.join(header)[:200] or 'nothing'}")
+    columns = [header.index(name) for name in classes]
+    wanted, labels = set(ids), {}
+    for number, row in enumerate(rows[1:], start=2):
+        if not row:
+            continue
+        if len(row) != len(header) or any(row[column].strip() not in ("0", "1") for column in columns):
+            raise UserError(f"{path}, line {number}: expected an id and {len(classes)} values 0 or 1, found {','.join(row)[:200]}")
+        id = row[0].strip()
+        if id in labels:
+            raise UserError(f"{path}, line {number}: {id} is given a second time")
+        if id not in wanted:
+            raise UserError(f"{path}, line {number}: there is no image {id}.png beside it in images/")
+        labels[id] = np.array([row[column].strip() == "1" for column in columns])
+        if not labels[id].any():
+            raise UserError(f"{path}, line {number}: {id} has no class at all; give it one or remove the image")
+    missing = wanted - labels.keys()
+    if missing:
+        raise UserError(f"{path} lacks {len(missing)} of the images, {min(missing)} for one; run process.py again")
+    return labels

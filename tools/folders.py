@@ -1,0 +1,241 @@
+"""Where steps read and write: whole files, run.json, what is left to do, what failed."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tools.command import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+# Constants that change where or how fast a step runs, not what it makes: they may differ between a run and its continuation.
+NOT_SETTINGS = {"root", "overwrite", "workers", "images_at_once", "samples", "download", "missing_scenes"}
+PACKAGES = ("torch", "torchvision", "accelerate", "segment-anything", "numpy", "scipy", "opencv-python-headless",
+            "scikit-image", "pillow")
+MADE_BY = {  # step folder -> the step that makes it
+    "classifier": "step 1, python train_classification.py",
+    "cams": "step 2, python infer_classification.py",
+    "pseudo_labels": "step 3, python make_pseudo_labels.py",
+    "refined_pseudo_labels": "step 4, python generate_refined_pseudo.py",
+    "segmenter": "step 5, python train_segmentation.py",
+    "segmentation": "step 6, python inference_segmentation.py",
+    "refined_segmentation": "step 7, python generate_refined_seg.py",
+    "sam_masks": "step 9, python PRC_SAM/get_se_map.py",
+}
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what was written there becomes `path` in one move, or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    with write_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def experiment_folder(root: Path, dataset: str, experiment: str) -> Path:
+    """<root>/experiments/<dataset>/<experiment>; raises `UserError` for a name that would leave that folder."""
+    if not experiment or not all(part.isalnum() for part in experiment.replace("-", "_").replace(".", "_").split("_") if part):
+        raise UserError(f'experiment is "{experiment}", but its name may hold only letters, digits, "_", "-" and "."')
+    if set(experiment) <= {"."}:
+        raise UserError(f'experiment is "{experiment}", which is no name for a folder')
+    return Path(root) / "experiments" / dataset / experiment
+
+
+def step_name(step: str, split: str, usual: str) -> str:
+    """The folder of a step: plain for the split it is meant for, with the split appended for the other."""
+    return step if split == usual else f"{step}_{split}"
+
+
+def require(folder: Path) -> dict:
+    """The run.json of a finished earlier step; raises `UserError` naming the step that makes the folder."""
+    maker = MADE_BY.get(folder.name) or MADE_BY.get(folder.name.rsplit("_", 1)[0], "the step that makes it")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing: run {maker}")
+    try:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no run.json: run {maker} --overwrite") from None
+    except ValueError:
+        raise UserError(f"{folder / 'run.json'} is damaged: run {maker} --overwrite") from None
+    if not run.get("finished"):
+        raise UserError(f"{folder} is not finished: run {maker} again, it continues where it stopped")
+    return run
+
+
+class StepFolder:
+    """The output folder of a step: what is there already, what is left to do, and the account of the run (run.json).
+
+    `constants` is the script's dataclass; `inputs` maps a name to the run.json of each earlier step that is read, so
+    that results of two different runs of it never mix; `notes` are facts that later tables must show (a stand-in);
+    `settings` are further values, such as a data set's rules, that must agree like the constants.
+    Raises `UserError` when the folder was made with other constants or inputs, unless `overwrite`.
+    Several processes (accelerate) may open the same folder: the main one writes run.json.
+    """
+
+    def __init__(self, folder: Path, constants, inputs: dict[str, dict] | None = None, notes: dict | None = None,
+                 device: str = "cpu", process: int = 0, processes: int = 1, settings: dict | None = None):
+        self.folder, self.process, self.processes = Path(folder), process, processes
+        self.failures: list[str] = []
+        self._start = time.time()
+        settings = json.loads(json.dumps(dataclasses.asdict(constants) | (settings or {}), default=str))
+        self.run = {
+            "script": Path(sys.argv[0]).name,
+            "command": " ".join([Path(sys.executable).name, *sys.argv]),
+            "constants": settings,
+            "inputs": {name: run["started"] for name, run in (inputs or {}).items()},
+            "notes": dict(notes or {}),
+            "device": str(device),
+            "processes": processes,
+            "packages": _versions(),
+            "commit": _commit(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self._start)) + f".{time.time_ns() % 10**6:06d}Z",
+            "seconds": 0.0,
+            "files": 0,
+            "finished": False,
+        }
+        for run in (inputs or {}).values():  # what an earlier result rests on, this one rests on too
+            self.run["notes"] = run.get("notes", {}) | self.run["notes"]
+        if process == 0:
+            self._open(getattr(constants, "overwrite", False))
+
+    def _open(self, overwrite: bool) -> None:
+        file = self.folder / "run.json"
+        if overwrite and self.folder.exists():
+            if any(self.folder.iterdir()) and not file.exists():
+                raise UserError(f"{self.folder} was not made by a step (it has no run.json), so --overwrite leaves it "
+                                "alone: move it away")
+            shutil.rmtree(self.folder)
+        if file.exists():
+            try:
+                before = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError:
+                raise UserError(f"{file} is damaged: --overwrite starts {self.folder} anew") from None
+            self._refuse_other_settings(before)
+            self.run["started"], self.run["seconds"] = before["started"], before["seconds"]
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} is not empty but has no run.json, so nobody knows how it was made: move it away")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.rglob(".*.tmp*"):
+            leftover.unlink(missing_ok=True)
+        write_json(file, self.run)
+
+    def _refuse_other_settings(self, before: dict) -> None:
+        def differences(kind: str, skip: set[str]) -> list[str]:
+            old, new = before.get(kind, {}), self.run[kind]
+            return [f"{key}: {old.get(key)} there, {new.get(key)} now"
+                    for key in sorted((old.keys() | new.keys()) - skip) if old.get(key) != new.get(key)]
+
+        other = differences("constants", NOT_SETTINGS) + [f"made from another run of {line}" for line in differences("inputs", set())]
+        if other:
+            elsewhere = ", or choose another --experiment" if "experiment" in self.run["constants"] else ""
+            raise UserError(f"{self.folder} was made with other settings ({'; '.join(other)}): --overwrite starts it "
+                            f"anew{elsewhere}")
+
+    def pending(self, ids: Sequence[str], suffix: str) -> list[str]:
+        """This process's share of the ids whose file <folder>/<id><suffix> is not there yet."""
+        return [id for id in ids[self.process :: self.processes] if not (self.folder / f"{id}{suffix}").exists()]
+
+    def fail(self, error: Exception) -> None:
+        """Keep the sentence of one bad file; `close` reports them all after the good ones are done."""
+        self.failures.append(str(error))
+
+    def each(self, work: Callable[[str], None], ids: Sequence[str], workers: int = 0, description: str = "",
+             unit: str = "image") -> None:
+        """Call `work(id)` for each id, in `workers` processes (0: in this one), with progress; bad files are kept for the end.
+
+        `work` must be picklable when there are workers: a module-level function or a `functools.partial` of one.
+        """
+        with tqdm(total=len(ids), desc=description, unit=unit, disable=None) as bar:
+            if workers < 1 or len(ids) < 2:
+                results: Iterable = ((_attempt, (work, id)) for id in ids)
+                for call, arguments in results:
+                    self._note(call(*arguments))
+                    bar.update()
+                return
+            context = multiprocessing.get_context("spawn")  # forking a process that has used torch threads can hang
+            with ProcessPoolExecutor(min(workers, len(ids)), context, initializer=_one_thread) as pool:
+                futures = [pool.submit(_attempt, work, id) for id in ids]
+                try:
+                    for future in as_completed(futures):
+                        self._note(future.result())
+                        bar.update()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+
+    def _note(self, sentence: str | None) -> None:
+        if sentence:
+            self.failures.append(sentence)
+
+    def close(self, suffix: str, **results) -> None:
+        """Write run.json with the count of files and the time; raise `UserError` with the list if files failed."""
+        self.run["seconds"] = round(self.run["seconds"] + time.time() - self._start, 1)
+        self.run["files"] = sum(1 for _ in self.folder.glob(f"*{suffix}"))
+        self.run["finished"] = not self.failures
+        self.run |= results
+        if self.process == 0:
+            write_json(self.folder / "run.json", self.run)
+        if self.failures:
+            shown = "\n  ".join(self.failures[:20])
+            more = f"\n  and {len(self.failures) - 20} more" if len(self.failures) > 20 else ""
+            raise UserError(f"{len(self.failures)} files could not be done; all others are finished. Mend or remove these "
+                            f"and run the same command again:\n  {shown}{more}")
+
+
+def _attempt(work: Callable[[str], None], id: str) -> str | None:
+    try:
+        work(id)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _one_thread() -> None:
+    """Workers share the cores among themselves; threads inside each would only fight for them."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:  # loading it takes seconds, and hundreds of megabytes in each worker
+        sys.modules["torch"].set_num_threads(1)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def _commit() -> str:
+    try:
+        answer = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True,
+                                text=True, timeout=10, check=True)
+        return answer.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,115 @@
+"""Scores of label maps against the truth, from one confusion matrix over all images (method, section 8: evaluation)."""
+
+from collections.abc import Iterable
+
+import cv2
+import numpy as np
+
+PROTOCOLS = ("clean", "released")
+CHUNK = 1 << 24  # pixels: OpenCV counts in float32, which is exact up to here
+
+
+class ConfusionMatrix:
+    """Pixel counts of truth against prediction, added up image by image in 64 bits.
+
+    `counts` is (K, K+1) int64: rows are the truth, columns the prediction, and the last column counts pixels that have
+    a class in the truth but none in the prediction (`ignore` there): those are errors, not pixels to skip. Pixels whose
+    truth is `ignore` do not count at all.
+    """
+
+    def __init__(self, num_classes: int, ignore: int = 255):
+        if not 1 <= num_classes <= ignore <= 255:
+            raise ValueError(f"{num_classes} classes with ignore = {ignore}: needs 1 <= classes <= ignore <= 255")
+        self.num_classes, self.ignore = num_classes, ignore
+        self.counts = np.zeros((num_classes, num_classes + 1), np.int64)
+
+    def update(self, truth: np.ndarray, prediction: np.ndarray) -> None:
+        """Add one image or batch: two integer arrays of one shape that hold class ids or `ignore`.
+
+        Raises `ValueError` for different shapes or other ids; then nothing was added.
+        """
+        truth, prediction = _bytes(truth, "truth"), _bytes(prediction, "prediction")
+        if truth.shape != prediction.shape:
+            raise ValueError(f"the truth has shape {truth.shape}, the prediction {prediction.shape}")
+        truth, prediction = truth.reshape(-1), prediction.reshape(-1)
+        pairs = np.zeros((256, 256), np.int64)
+        for start in range(0, truth.size, CHUNK):
+            part = [array[start : start + CHUNK] for array in (truth, prediction)]
+            pairs += cv2.calcHist(part, [0, 1], None, [256, 256], [0, 256, 0, 256]).astype(np.int64)
+        known = [*range(self.num_classes), self.ignore]
+        for name, seen in (("truth", pairs.sum(axis=1)), ("prediction", pairs.sum(axis=0))):
+            seen[known] = 0
+            if seen.any():
+                raise ValueError(f"the {name} holds the id {seen.nonzero()[0][0]}, but there are {self.num_classes} "
+                                 f"classes and {self.ignore} for ignore")
+        self.counts += pairs[: self.num_classes, known]
+
+    def merge(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
+        """Add the counts of another matrix of the same classes to this one."""
+        if (self.num_classes, self.ignore) != (other.num_classes, other.ignore):
+            raise ValueError(f"cannot add counts of {other.num_classes} classes (ignore {other.ignore}) to counts of "
+                             f"{self.num_classes} (ignore {self.ignore})")
+        self.counts += other.counts
+        return self
+
+    def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
+        return ConfusionMatrix(self.num_classes, self.ignore).merge(self).merge(other)
+
+    def scores(self, left_out: Iterable[int] = (), protocol: str = "clean") -> dict:
+        """Fractions from 0 to 1: per class (K,) `iou`, `f1`, `precision`, `recall`, and `support` in truth pixels;
+        over all `miou`, `mean_f1`, `overall_accuracy`, `kappa`.
+
+        A score that is not defined is NaN: all of a class that occurs neither in truth nor prediction, which the means
+        leave out. A class that is predicted but absent from the truth has IoU and F1 of 0 and counts in the means.
+
+        Pixels whose truth is a class of `left_out` are ignored, and that class is NaN. A pixel of another class that is
+        predicted as a left-out class counts as an error, except with `protocol="released"`, which drops it, and so
+        flatters.
+        """
+        if protocol not in PROTOCOLS:
+            raise ValueError(f'protocol is "{protocol}", but it must be one of {", ".join(PROTOCOLS)}')
+        left_out = sorted(set(left_out))
+        counts = self.counts.copy()
+        counts[left_out] = 0
+        if protocol == "released":
+            counts[:, left_out] = 0
+        hit = np.diagonal(counts).astype(float)
+        support, predicted = counts.sum(axis=1), counts.sum(axis=0)[:-1]
+        if left_out:
+            predicted[left_out] = 0  # they have no score of their own; their pixels stay in `support` as errors
+        iou = _ratio(hit, support + predicted - hit)
+        f1 = _ratio(2 * hit, support + predicted)
+        pixels = float(counts.sum())
+        accuracy = float(_ratio(hit.sum(), pixels))
+        chance = float(_ratio(support, pixels) @ _ratio(predicted, pixels))
+        return {
+            "iou": iou,
+            "f1": f1,
+            "precision": _ratio(hit, predicted),
+            "recall": _ratio(hit, support),
+            "support": support,
+            "miou": _mean(iou),
+            "mean_f1": _mean(f1),
+            "overall_accuracy": accuracy,
+            "kappa": float(_ratio(accuracy - chance, 1 - chance)),
+        }
+
+
+def _bytes(ids: np.ndarray, name: str) -> np.ndarray:
+    ids = np.asarray(ids)
+    if ids.dtype == np.uint8:
+        return ids
+    if ids.dtype.kind not in "iub" or (ids.size and not 0 <= ids.min() <= ids.max() <= 255):
+        raise ValueError(f"the {name} must hold whole numbers from 0 to 255, but is {ids.dtype}"
+                         + (f" from {ids.min()} to {ids.max()}" if ids.size else ""))
+    return ids.astype(np.uint8)
+
+
+def _ratio(part, whole) -> np.ndarray:
+    part, whole = np.broadcast_arrays(np.asarray(part, float), np.asarray(whole, float))
+    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole != 0)
+
+
+def _mean(values: np.ndarray) -> float:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else float("nan")

@@ -1,0 +1,180 @@
+"""What the two trainings share: parameter groups, schedule, epochs, checkpoints and logs."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from tools.augment import TrainingPatches
+from tools.command import UserError
+from tools.folders import StepFolder, write_whole
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def make_accelerator(precision: str = "auto") -> Accelerator:
+    """Accelerate's device and processes. precision: "auto" is bf16 where a GPU has it and fp32 elsewhere."""
+    if precision not in PRECISIONS:
+        raise UserError(f'precision is "{precision}", but it must be one of {", ".join(PRECISIONS)}')
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "fp32"
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+    """SGD groups of the recipe: pretrained weights lr, their biases x2, new weights x10, new biases x20; decay on weights.
+
+    BatchNorm's scale is a weight and its shift a bias.
+    """
+    groups = []
+    for modules, factor in ((model.pretrained, 1), (model.new, 10)):
+        named = [item for module in modules for item in module.named_parameters() if item[1].requires_grad]
+        for bias in (False, True):
+            parameters = [parameter for name, parameter in named if name.endswith("bias") == bias]
+            if parameters:
+                groups.append({"params": parameters, "lr": lr * factor * (2 if bias else 1),
+                               "weight_decay": 0.0 if bias else weight_decay})
+    return groups
+
+
+class EpochBatches(Sampler):
+    """Batches of (epoch, index) in an order given by seed and epoch alone; each process takes its part of every batch.
+
+    The last incomplete batch is dropped.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, process: int = 0, processes: int = 1):
+        if batch_size % processes:
+            raise UserError(f"batch_size is {batch_size}, which cannot be shared out evenly to {processes} processes")
+        if size < batch_size:
+            raise UserError(f"there are {size} training patches, fewer than one batch: lower batch_size ({batch_size})")
+        self.size, self.batch_size, self.seed, self.process, self.processes = size, batch_size, seed, process, processes
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.size // self.batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)).tolist()
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            batch = order[start : start + self.batch_size]
+            yield [(self.epoch, index) for index in batch[self.process :: self.processes]]
+
+
+def save_checkpoint(path: Path, model: nn.Module, **rest) -> None:
+    """Whole or not at all; plain tensors and numbers only, so that it loads with weights_only=True."""
+    with write_whole(path) as temporary:
+        torch.save({"model": model.state_dict(), **rest}, temporary)
+
+
+def load_checkpoint(path: Path, model: nn.Module) -> dict:
+    """Fill `model` from a checkpoint of `save_checkpoint`; raises `UserError` when it is damaged or does not fit."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint["model"]
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run the training again") from None
+    except Exception as error:  # torch has no common class for damaged and hostile files
+        raise UserError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0][:120]}): train again with "
+                        "--overwrite") from None
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        difference = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
+        raise UserError(f"{path} was made for another backbone or number of classes ({difference[:160]})") from None
+    return checkpoint
+
+
+def train(model: nn.Module, patches: TrainingPatches, compute_loss: Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]],
+          constants, folder: StepFolder, accelerator: Accelerator,
+          select: Callable[[nn.Module], float] | None = None) -> None:
+    """Train `model` for constants.epochs with the paper's recipe and leave model.pt, log.jsonl and TensorBoard files.
+
+    compute_loss(model, images, targets) -> {"loss": total, ...parts} of scalars. After each epoch the state goes to
+    checkpoint.pt, from which a killed training continues with equal results. Without `select` model.pt is the last
+    epoch's; with it the epoch of the highest `select(model)`.
+    """
+    device, main = accelerator.device, accelerator.is_main_process
+    sampler = EpochBatches(len(patches), constants.batch_size, constants.seed, accelerator.process_index, accelerator.num_processes)
+    # Workers see the epoch through the sampler's (epoch, index), so they may live through all epochs.
+    loader = DataLoader(patches, batch_sampler=sampler, num_workers=constants.workers, pin_memory=device.type == "cuda",
+                        persistent_workers=constants.workers > 0)
+    optimiser = torch.optim.SGD(parameter_groups(model, constants.lr, constants.weight_decay), lr=constants.lr,
+                                momentum=constants.momentum, nesterov=constants.momentum > 0)
+    base_rates = [group["lr"] for group in optimiser.param_groups]
+    steps = constants.epochs * len(sampler)
+    checkpoint_file, first, best = folder.folder / "checkpoint.pt", 0, -math.inf
+    if checkpoint_file.exists():
+        checkpoint = load_checkpoint(checkpoint_file, model)
+        optimiser.load_state_dict(checkpoint["optimiser"])
+        first, best = checkpoint["epoch"], checkpoint["best"]
+        accelerator.print(f"continuing after epoch {first} of {constants.epochs}")
+    model = model.to(device, memory_format=torch.channels_last)
+    if accelerator.num_processes > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model, optimiser = accelerator.prepare(model, optimiser)
+    raw = accelerator.unwrap_model(model)
+    writer = SummaryWriter(str(folder.folder / "tensorboard"), purge_step=first * len(sampler)) if main else None
+    log_file = folder.folder / "log.jsonl"
+    if main:
+        _cut_log(log_file, first)
+
+    bar = tqdm(total=steps, initial=first * len(sampler), desc="training", unit="batch", disable=None if main else True)
+    for epoch in range(first, constants.epochs):
+        # Dropout is random through (seed, epoch, process) alone: a continued training draws what the whole one drew.
+        torch.manual_seed((constants.seed * 100_003 + epoch) * 4_099 + accelerator.process_index)
+        sampler.epoch = epoch
+        model.train()
+        sums: dict[str, Tensor] = {}
+        start = time.perf_counter()
+        for step, (images, targets) in enumerate(loader, start=epoch * len(sampler)):
+            for group, rate in zip(optimiser.param_groups, base_rates, strict=True):
+                group["lr"] = rate * (1 - step / steps) ** 0.9
+            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            targets = targets.to(device, non_blocking=True)
+            with accelerator.autocast():
+                losses = compute_loss(model, images, targets)
+            optimiser.zero_grad(set_to_none=True)
+            accelerator.backward(losses["loss"])
+            optimiser.step()
+            for name, value in losses.items():  # summed on the device: reading them each step would stall it
+                sums[name] = sums.get(name, 0.0) + value.detach()
+            bar.update()
+        means = {name: float(accelerator.reduce(value, "mean")) / len(sampler) for name, value in sums.items()}
+        seconds = time.perf_counter() - start
+        if not math.isfinite(means["loss"]):
+            raise UserError(f"the loss became {means['loss']} in epoch {epoch + 1}: lower lr ({constants.lr}); the state after "
+                            f"epoch {epoch} is kept in {checkpoint_file}")
+        row = {"epoch": epoch + 1, "step": (epoch + 1) * len(sampler), **means, "lr": optimiser.param_groups[0]["lr"],
+               "images_per_second": round(len(sampler) * constants.batch_size / seconds, 2)}
+        if select:
+            row["train_miou"] = select(raw)
+        if main:
+            bar.set_postfix(loss=f"{means['loss']:.4f}")
+            with open(log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                if name not in ("epoch", "step"):
+                    writer.add_scalar(name, value, row["step"])
+            if not select or row["train_miou"] > best:
+                save_checkpoint(folder.folder / "model.pt", raw, epoch=epoch + 1)
+            best = max(best, row.get("train_miou", best))
+            save_checkpoint(checkpoint_file, raw, optimiser=optimiser.state_dict(), epoch=epoch + 1, best=best)
+    bar.close()
+    if main:
+        writer.close()
+
+
+def _cut_log(path: Path, epochs: int) -> None:
+    """Drop what a killed run logged after its last checkpoint."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()[:epochs]
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,126 @@
+"""Step 1: train the classifier whose class activation maps become pseudo-labels (method section 1).
+
+Reads  datasets/<dataset>/train/images and image_labels.csv (no pixel label under the clean protocol)
+Writes experiments/<dataset>/<experiment>/classifier/: model.pt, checkpoint.pt, log.jsonl, tensorboard, contact sheet
+
+    python train_classification.py --dataset vaihingen
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.backbone import Backbone
+from models.classifier import Classifier
+from models.ir_loss import image_reconstruction_loss
+from tools.augment import TrainingPatches, to_tensor
+from tools.cams import fuse_scales, image_batches, mirrored_scales
+from tools.command import UserError, check, run
+from tools.dataset import Dataset, load_dataset
+from tools.folders import ROOT, StepFolder, experiment_folder
+from tools.labels import load_image, load_label
+from tools.pictures import contact_sheet, heat, sample_ids
+from tools.scores import ConfusionMatrix
+from tools.training import load_checkpoint, make_accelerator, train
+
+
+@dataclass(frozen=True)
+class Constants:
+    dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
+    experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
+    protocol: str = "clean"  # clean: the last epoch is kept | released: the best on the train split's pixel labels
+    backbone: str = "resnet50"  # resnet18 | resnet34 | resnet50 | resnet101 | mobilenet_v2
+    weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
+    train_all: bool = False  # let the first stages learn as well; needed when weights is none
+    gamma: float = 0.7  # PRC: affinities below this are cut, 0 to 0.999
+    iterations: int = 1  # PRC: how often the affinity is applied; 0 switches PRC off
+    ir_weight: float = 0.1  # weight lambda of the image reconstruction loss; 0 switches it off
+    tiles: int = 4  # IR: parts with class colours of their own: 1, 4, 9, ...
+    epochs: int = 20
+    batch_size: int = 8  # over all processes together
+    lr: float = 0.1  # of pretrained weights; pretrained biases x2, new weights x10, new biases x20
+    momentum: float = 1e-4  # what the released optimiser receives (0.9 was intended)
+    weight_decay: float = 1e-4  # on weights only
+    seed: int = 0
+    precision: str = "auto"  # auto | fp32 | bf16; auto is bf16 on a GPU that has it
+    workers: int = 4  # processes that read and augment images
+    samples: int = 8  # patches on the contact sheet
+    root: Path = ROOT  # folder that holds datasets/ and experiments/
+    overwrite: bool = False  # start anew where the folder holds results of other constants
+
+
+def compute_loss(model: nn.Module, images: Tensor, labels: Tensor, constants: Constants) -> dict[str, Tensor]:
+    """Multi-label soft margin on the raw maps' means + lambda x image reconstruction by the PRC maps."""
+    logits, maps = model(images)
+    classification = F.multilabel_soft_margin_loss(logits.float(), labels)
+    reconstruction = image_reconstruction_loss(maps, images, labels, constants.tiles)
+    loss = classification + constants.ir_weight * reconstruction
+    return {"loss": loss, "classification": classification, "reconstruction": reconstruction}
+
+
+def argmax_miou(model: nn.Module, dataset: Dataset, constants: Constants, device: torch.device) -> float:
+    """The released protocol's choice of the epoch: mIoU of argmax CAMs (one scale) on the train split's PIXEL labels."""
+    model.eval()
+    matrix, present = ConfusionMatrix(dataset.num_classes), dataset.image_labels("train")
+
+    def unreadable(sentence: str) -> None:
+        raise UserError(sentence)
+
+    for ids, images in image_batches(dataset.images("train"), dataset.ids("train"), 8, constants.workers, unreadable):
+        maps = mirrored_scales(lambda x: model(x)[1].relu(), images, [1.0], device)[0]
+        for id, map in zip(ids, maps.cpu(), strict=True):
+            classes = np.flatnonzero(present[id])
+            prediction = classes[fuse_scales([map[classes]], images.shape[-2:]).argmax(0).numpy()]
+            matrix.update(load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes), prediction.astype(np.uint8))
+    return matrix.scores()["miou"]
+
+
+def main(constants: Constants) -> None:
+    check(constants.protocol in ("clean", "released"), f'protocol is "{constants.protocol}", but it must be clean or released')
+    check(constants.epochs > 0, f"epochs is {constants.epochs}, but it must be at least 1")
+    check(constants.weights != "none" or constants.train_all, "weights is none, so the first stages would stay random for "
+          "ever: add --train-all True, or give weights")
+    dataset = load_dataset(constants.dataset, constants.root)
+    labels = dataset.image_labels("train")
+    ids = sorted(labels)
+    accelerator = make_accelerator(constants.precision)
+    torch.manual_seed(constants.seed)
+    try:
+        model = Classifier(Backbone(constants.backbone, constants.weights), dataset.num_classes, constants.gamma,
+                           constants.iterations, constants.train_all)
+        image_reconstruction_loss(torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 8), torch.zeros(1, 1), constants.tiles)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    folder = StepFolder(experiment_folder(constants.root, constants.dataset, constants.experiment) / "classifier", constants,
+                        device=accelerator.device, process=accelerator.process_index, processes=accelerator.num_processes)
+    patches = TrainingPatches(ids, dataset.images("train"), labels, dataset.num_classes, dataset.patch_size, constants.seed)
+    select = partial(argmax_miou, dataset=dataset, constants=constants, device=accelerator.device)
+    train(model, patches, partial(compute_loss, constants=constants), constants, folder, accelerator,
+          select if constants.protocol == "released" else None)
+
+    if accelerator.is_main_process:
+        load_checkpoint(folder.folder / "model.pt", model)
+        draw_sheet(folder.folder / "contact_sheet.png", model.eval(), dataset, labels, sample_ids(ids, constants.samples))
+    folder.close(".pt")
+
+
+def draw_sheet(path: Path, model: nn.Module, dataset: Dataset, labels: dict[str, np.ndarray], ids: list[str]) -> None:
+    """Each sampled patch with the single-scale CAMs of its classes."""
+    device, rows = next(model.parameters()).device, []
+    for id in ids:
+        image = load_image(dataset.images("train") / f"{id}.png")
+        maps = mirrored_scales(lambda x: model(x)[1].relu(), to_tensor(image)[None], [1.0], device)
+        classes = np.flatnonzero(labels[id])
+        fused = fuse_scales([maps[0][0, classes]], image.shape[:2]).cpu().numpy()
+        by_class = dict(zip(classes, fused, strict=True))
+        rows.append([image, *(heat(image, by_class[k]) if k in by_class else None for k in range(dataset.num_classes))])
+    contact_sheet(path, rows, ["image", *dataset.classes])
+
+
+if __name__ == "__main__":
+    run(main, Constants, __doc__)

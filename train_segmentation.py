@@ -1,0 +1,121 @@
+"""Step 5: train DeepLabv3+ on the refined pseudo-labels (method section 5).
+
+Reads  datasets/<dataset>/train/images and experiments/<dataset>/<experiment>/refined_pseudo_labels
+Writes experiments/<dataset>/<experiment>/segmenter/: model.pt, checkpoint.pt, log.jsonl, tensorboard, contact sheet
+
+    python train_segmentation.py --dataset vaihingen
+
+The fully supervised bound: the same training on pixel truth, in an experiment of its own.
+
+    python train_segmentation.py --dataset vaihingen --experiment supervised --labels truth
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.backbone import Backbone
+from models.deeplab import DeepLabV3Plus
+from tools.augment import TrainingPatches, to_tensor
+from tools.cams import image_batches, mirrored_scales
+from tools.command import UserError, check, run
+from tools.dataset import Dataset, load_dataset
+from tools.folders import ROOT, StepFolder, experiment_folder, require
+from tools.labels import IGNORE, load_image, load_label
+from tools.pictures import colourise, contact_sheet, sample_ids
+from tools.scores import ConfusionMatrix
+from tools.training import load_checkpoint, make_accelerator, train
+
+
+@dataclass(frozen=True)
+class Constants:
+    dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
+    experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
+    protocol: str = "clean"  # clean: the last epoch is kept | released: the best on the train split's pixel labels
+    labels: str = "refined_pseudo_labels"  # the step folder to learn from | truth (the fully supervised bound)
+    backbone: str = "resnet50"  # resnet18 | resnet34 | resnet50 | resnet101 | mobilenet_v2
+    weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
+    freeze_norm: bool = True  # keep the backbone's BatchNorm statistics; must be False when weights is none
+    width: int = 256  # channels of ASPP and decoder
+    epochs: int = 50
+    batch_size: int = 16  # over all processes together
+    lr: float = 0.007  # of pretrained weights; pretrained biases x2, new weights x10, new biases x20
+    momentum: float = 1e-4  # what the released optimiser receives (0.9 was intended)
+    weight_decay: float = 4e-5  # on weights only
+    seed: int = 0
+    precision: str = "auto"  # auto | fp32 | bf16; auto is bf16 on a GPU that has it
+    workers: int = 4  # processes that read and augment images
+    samples: int = 8  # patches on the contact sheet
+    root: Path = ROOT  # folder that holds datasets/ and experiments/
+    overwrite: bool = False  # start anew where the folder holds results of other constants
+
+
+def compute_loss(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy over all pixels that are not ignored; 0 for a batch that is ignored altogether."""
+    summed = F.cross_entropy(model(images).float(), labels, ignore_index=IGNORE, reduction="sum")
+    return {"loss": summed / (labels != IGNORE).sum().clamp_min(1)}
+
+
+def train_miou(model: nn.Module, dataset: Dataset, constants: Constants, device: torch.device) -> float:
+    """The released protocol's choice of the epoch: single-scale mIoU on the train split's PIXEL labels."""
+    model.eval()
+    matrix = ConfusionMatrix(dataset.num_classes)
+
+    def unreadable(sentence: str) -> None:
+        raise UserError(sentence)
+
+    for ids, images in image_batches(dataset.images("train"), dataset.ids("train"), 8, constants.workers, unreadable):
+        predictions = mirrored_scales(model, images, [1.0], device)[0].argmax(1).byte().cpu().numpy()
+        for id, prediction in zip(ids, predictions, strict=True):
+            matrix.update(load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes), prediction)
+    return matrix.scores()["miou"]
+
+
+def main(constants: Constants) -> None:
+    check(constants.protocol in ("clean", "released"), f'protocol is "{constants.protocol}", but it must be clean or released')
+    check(constants.epochs > 0, f"epochs is {constants.epochs}, but it must be at least 1")
+    check(constants.width > 0 and constants.width % 4 == 0, f"width is {constants.width}, but it must be a multiple of 4")
+    check(constants.weights != "none" or not constants.freeze_norm, "weights is none, so there are no BatchNorm statistics "
+          "to keep: add --freeze-norm False, or give weights")
+    dataset = load_dataset(constants.dataset, constants.root)
+    experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
+    truth = constants.labels == "truth"
+    source = dataset.labels("train") if truth else experiment / constants.labels
+    inputs = {} if truth else {constants.labels: require(source)}
+    ids = dataset.ids("train")
+    missing = [id for id in ids if not (source / f"{id}.png").exists()]
+    check(not missing, f"{source} lacks the label of {len(missing)} train images, {missing[0] if missing else ''} for one")
+    accelerator = make_accelerator(constants.precision)
+    torch.manual_seed(constants.seed)
+    try:
+        backbone = Backbone(constants.backbone, constants.weights)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    model = DeepLabV3Plus(backbone, dataset.num_classes, constants.width, constants.freeze_norm)
+    notes = {"supervision": "pixel truth of the train split"} if truth else {}
+    folder = StepFolder(experiment / "segmenter", constants, inputs, notes, accelerator.device,
+                        accelerator.process_index, accelerator.num_processes)
+    patches = TrainingPatches(ids, dataset.images("train"), source, dataset.num_classes, dataset.patch_size, constants.seed)
+    select = partial(train_miou, dataset=dataset, constants=constants, device=accelerator.device)
+    train(model, patches, compute_loss, constants, folder, accelerator, select if constants.protocol == "released" else None)
+
+    if accelerator.is_main_process:
+        load_checkpoint(folder.folder / "model.pt", model)
+        model.eval()
+        rows = []
+        for id in sample_ids(ids, constants.samples):
+            image = load_image(dataset.images("train") / f"{id}.png")
+            logits = mirrored_scales(model, to_tensor(image)[None], [1.0], accelerator.device)[0]
+            label = load_label(source / f"{id}.png", dataset.num_classes)
+            rows.append([image, *(colourise(ids, dataset.colours) for ids in (label, logits[0].argmax(0).byte().cpu().numpy()))])
+        contact_sheet(folder.folder / "contact_sheet.png", rows, ["image", "learnt from", "segmenter"],
+                      zip(dataset.classes, dataset.colours, strict=True))
+    folder.close(".pt")
+
+
+if __name__ == "__main__":
+    run(main, Constants, __doc__)
