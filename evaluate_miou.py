@@ -41,8 +41,8 @@ class Constants:
     supervised: str = "supervised"  # experiment of the fully supervised run: the bound, when it is there
     protocol: Literal["clean", "released"] = "clean"  # released: pixels predicted as a left-out class are dropped
     samples: int = 2  # best, median and worst patches of each split in the report, so many of each
-    workers: int = min(8, os.cpu_count() or 1)  # processes
-    root: Path = ROOT  # holds datasets/ and experiments/
+    workers: int = 4  # processes; 0 works in this one
+    root: Path = ROOT  # folder that holds datasets/ and experiments/
 
 
 STAGES = {  # step folder -> (title, the split it is meant for), in the order of the steps
@@ -159,6 +159,8 @@ def score_image(id: str, dataset: Dataset, split: str, folders: dict[str, Path])
             counts[name] = matrix.counts
         except UserError as error:
             failures.append(str(error))
+        except ValueError as error:  # class ids of another data set
+            failures.append(f"{folder / id}: {error}")
     return counts, failures
 
 
@@ -186,7 +188,7 @@ def score(dataset: Dataset, split: str, stages: list[Stage], constants: Constant
 @contextmanager
 def _mapping(workers: int) -> Iterator[Callable]:
     """A `map` that works in several processes, or the plain one."""
-    if workers < 2:
+    if workers < 1:
         yield map
         return
     spawn = multiprocessing.get_context("spawn")  # forking a process that has used threads can hang
@@ -212,11 +214,11 @@ def summarise(dataset: Dataset, stages: list[Stage], runs: dict[str, dict], fail
         every, headline = stage.matrix.scores(), stage.matrix.scores(left_out, constants.protocol)
         row = {"experiment": stage.experiment, "stage": stage.name, "title": stage.title, "split": stage.split,
                "images": len(stage.per_image), "partial": stage.partial, "miou_all_classes": every["miou"],
-               "share_of_supervised": None} | headline
+               "is_bound": stage.experiment == constants.supervised, "share_of_supervised": None} | headline
         rows.append(row | {"all_classes": every, "confusion": stage.matrix.counts})
     for row in rows:
-        bound = next((other["miou"] for other in rows if other["experiment"] == constants.supervised
-                      and other["split"] == row["split"] and other["stage"].startswith("segmentation")), np.nan)
+        bound = next((other["miou"] for other in rows if other["is_bound"] and other["split"] == row["split"]
+                      and other["stage"].startswith("segmentation")), np.nan)
         row["share_of_supervised"] = row["miou"] / bound if bound > 0 else None
     facts = report.facts(runs)
     of_the_paper = bool(dataset.paper) and (ROOT / "datasetsprocess" / f"{dataset.name}.toml").exists()
@@ -279,7 +281,8 @@ def _panels(dataset: Dataset, split: str, id: str, stages: list[Stage], last: St
         if "refined" in stage.name and "regions" not in shown and masks.exists():
             found = load_masks(masks)
             if found.size != truth.shape:
-                raise UserError(f"{masks} holds masks of another size than its image: run step 9 again, python PRC_SAM/get_se_map.py")
+                raise UserError(f"{masks} holds masks of another size than its image: run step 9, python "
+                                "PRC_SAM/get_se_map.py --overwrite")
             shown["regions"] = regions(found.unpack(), image)
         prediction = load_prediction(stage.folder, id, dataset.num_classes)
         shown[stage.title] = colourise(prediction, dataset.colours)

@@ -8,6 +8,7 @@ Writes experiments/<dataset>/<experiment>/refined_pseudo_labels/<id>.png
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from accelerate import PartialState
 
@@ -22,7 +23,7 @@ from tools.pictures import step_sheet
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    split: str = "train"  # train | test (to measure only)
+    split: Literal["train", "test"] = "train"  # train | test (to measure only)
     tau: float = 0.9  # overlap of a mask and a class region, over the smaller of the two, from which the class is written
     workers: int = 4  # processes; 0 works in this one
     samples: int = 8  # patches on the contact sheet

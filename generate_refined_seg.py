@@ -9,11 +9,12 @@ Writes experiments/<dataset>/<experiment>/refined_segmentation/<id>.png
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from accelerate import PartialState
 
 from PRC_SAM.ios import refine_folder
-from tools.command import check, run
+from tools.command import run
 from tools.dataset import load_dataset
 from tools.folders import ROOT, StepFolder, experiment_folder, require, step_name
 from tools.pictures import step_sheet
@@ -23,8 +24,8 @@ from tools.pictures import step_sheet
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    protocol: str = "clean"  # classes to write: clean: those of the prediction | released: those of the test truth
-    split: str = "test"  # test | train (to measure only)
+    protocol: Literal["clean", "released"] = "clean"  # classes to write: clean: those of the prediction | released: those of the test truth
+    split: Literal["train", "test"] = "test"  # test | train (to measure only)
     tau: float = 0.1  # overlap of a mask and a class region, over the smaller of the two, from which the class is written
     workers: int = 4  # processes; 0 works in this one
     samples: int = 8  # patches on the contact sheet
@@ -33,7 +34,6 @@ class Constants:
 
 
 def main(constants: Constants) -> None:
-    check(constants.protocol in ("clean", "released"), f'protocol is "{constants.protocol}", but it must be clean or released')
     dataset = load_dataset(constants.dataset, constants.root)
     experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
     source = experiment / step_name("segmentation", constants.split, "test")

@@ -8,6 +8,7 @@ Writes experiments/<dataset>/<experiment>/cams/<id>.npz: the maps of the classes
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -27,9 +28,9 @@ from tools.training import load_checkpoint, make_accelerator
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    split: str = "train"  # train (for the pseudo-labels) | test (to measure only; goes to cams_test)
+    split: Literal["train", "test"] = "train"  # train (for the pseudo-labels) | test (to measure only; goes to cams_test)
     scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)  # each with its mirror
-    precision: str = "auto"  # auto | fp32 | bf16; PRC runs in fp32 always
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto | fp32 | bf16; PRC runs in fp32 always
     images_at_once: int = 8  # patches of one batch; lower it when the GPU's memory is short
     workers: int = 4  # processes that read images
     samples: int = 8  # patches on the contact sheet

@@ -8,6 +8,7 @@ Writes experiments/<dataset>/<experiment>/segmentation/<id>.png
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,9 +30,9 @@ from tools.training import load_checkpoint, make_accelerator
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    split: str = "test"  # test | train (to measure only; goes to segmentation_train)
+    split: Literal["train", "test"] = "test"  # test | train (to measure only; goes to segmentation_train)
     scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)  # each with its mirror
-    precision: str = "auto"  # auto | fp32 | bf16
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto | fp32 | bf16
     images_at_once: int = 8  # patches of one batch; lower it when the GPU's memory is short
     workers: int = 4  # processes that read images
     samples: int = 8  # patches on the contact sheet

@@ -9,6 +9,7 @@ Writes experiments/<dataset>/<experiment>/pseudo_labels/<id>.png: class ids, no 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from accelerate import PartialState
@@ -26,9 +27,9 @@ from tools.pictures import step_sheet
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    split: str = "train"  # train | test (to measure only)
+    split: Literal["train", "test"] = "train"  # train | test (to measure only)
     crf_iterations: int = 10  # mean-field iterations; 0 takes the class of the highest CAM as it is
-    crf_mode: str = "lattice"  # lattice (fast, approximate) | exact (slow above 128 x 128 without a GPU)
+    crf_mode: Literal["lattice", "exact"] = "lattice"  # lattice (fast, approximate) | exact (slow above 128 x 128 without a GPU)
     gaussian_sigma: float = 1.0  # pixels
     gaussian_weight: float = 3.0
     bilateral_sigma_xy: float = 67.0  # pixels
@@ -54,7 +55,6 @@ def make_label(id: str, cams: Path, output: Path, dataset: Dataset, constants: C
 
 
 def main(constants: Constants) -> None:
-    check(constants.crf_mode in ("lattice", "exact"), f'crf_mode is "{constants.crf_mode}", but it must be lattice or exact')
     check(constants.crf_iterations >= 0, f"crf_iterations is {constants.crf_iterations}, but it cannot be negative")
     sigmas = (constants.gaussian_sigma, constants.bilateral_sigma_xy, constants.bilateral_sigma_rgb)
     check(min(sigmas) > 0, f"the sigmas of the CRF are {sigmas}, but they must be above 0")

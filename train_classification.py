@@ -9,13 +9,14 @@ Writes experiments/<dataset>/<experiment>/classifier/: model.pt, checkpoint.pt, 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Backbone
+from models.backbone import NAMES, Backbone
 from models.classifier import Classifier
 from models.ir_loss import image_reconstruction_loss
 from tools.augment import TrainingPatches, to_tensor
@@ -33,8 +34,8 @@ from tools.training import load_checkpoint, make_accelerator, train
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    protocol: str = "clean"  # clean: the last epoch is kept | released: the best on the train split's pixel labels
-    backbone: str = "resnet50"  # resnet18 | resnet34 | resnet50 | resnet101 | mobilenet_v2
+    protocol: Literal["clean", "released"] = "clean"  # clean: the last epoch is kept | released: the best on the train split's pixel labels
+    backbone: Literal[NAMES] = "resnet50"
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
     train_all: bool = False  # let the first stages learn as well; needed when weights is none
     gamma: float = 0.7  # PRC: affinities below this are cut, 0 to 0.999
@@ -47,7 +48,7 @@ class Constants:
     momentum: float = 1e-4  # what the released optimiser receives (0.9 was intended)
     weight_decay: float = 1e-4  # on weights only
     seed: int = 0
-    precision: str = "auto"  # auto | fp32 | bf16; auto is bf16 on a GPU that has it
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto | fp32 | bf16; auto is bf16 on a GPU that has it
     workers: int = 4  # processes that read and augment images
     samples: int = 8  # patches on the contact sheet
     root: Path = ROOT  # folder that holds datasets/ and experiments/
@@ -81,10 +82,9 @@ def argmax_miou(model: nn.Module, dataset: Dataset, constants: Constants, device
 
 
 def main(constants: Constants) -> None:
-    check(constants.protocol in ("clean", "released"), f'protocol is "{constants.protocol}", but it must be clean or released')
     check(constants.epochs > 0, f"epochs is {constants.epochs}, but it must be at least 1")
     check(constants.weights != "none" or constants.train_all, "weights is none, so the first stages would stay random for "
-          "ever: add --train-all True, or give weights")
+          "ever: add --train-all, or give weights")
     dataset = load_dataset(constants.dataset, constants.root)
     labels = dataset.image_labels("train")
     ids = sorted(labels)

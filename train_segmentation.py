@@ -13,12 +13,13 @@ The fully supervised bound: the same training on pixel truth, in an experiment o
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Backbone
+from models.backbone import NAMES, Backbone
 from models.deeplab import DeepLabV3Plus
 from tools.augment import TrainingPatches, to_tensor
 from tools.cams import image_batches, mirrored_scales
@@ -35,9 +36,9 @@ from tools.training import load_checkpoint, make_accelerator, train
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    protocol: str = "clean"  # clean: the last epoch is kept | released: the best on the train split's pixel labels
+    protocol: Literal["clean", "released"] = "clean"  # clean: the last epoch is kept | released: the best on the train split's pixel labels
     labels: str = "refined_pseudo_labels"  # the step folder to learn from | truth (the fully supervised bound)
-    backbone: str = "resnet50"  # resnet18 | resnet34 | resnet50 | resnet101 | mobilenet_v2
+    backbone: Literal[NAMES] = "resnet50"
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
     freeze_norm: bool = True  # keep the backbone's BatchNorm statistics; must be False when weights is none
     width: int = 256  # channels of ASPP and decoder
@@ -47,7 +48,7 @@ class Constants:
     momentum: float = 1e-4  # what the released optimiser receives (0.9 was intended)
     weight_decay: float = 4e-5  # on weights only
     seed: int = 0
-    precision: str = "auto"  # auto | fp32 | bf16; auto is bf16 on a GPU that has it
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto | fp32 | bf16; auto is bf16 on a GPU that has it
     workers: int = 4  # processes that read and augment images
     samples: int = 8  # patches on the contact sheet
     root: Path = ROOT  # folder that holds datasets/ and experiments/
@@ -76,11 +77,10 @@ def train_miou(model: nn.Module, dataset: Dataset, constants: Constants, device:
 
 
 def main(constants: Constants) -> None:
-    check(constants.protocol in ("clean", "released"), f'protocol is "{constants.protocol}", but it must be clean or released')
     check(constants.epochs > 0, f"epochs is {constants.epochs}, but it must be at least 1")
     check(constants.width > 0 and constants.width % 4 == 0, f"width is {constants.width}, but it must be a multiple of 4")
     check(constants.weights != "none" or not constants.freeze_norm, "weights is none, so there are no BatchNorm statistics "
-          "to keep: add --freeze-norm False, or give weights")
+          "to keep: add --no-freeze-norm, or give weights")
     dataset = load_dataset(constants.dataset, constants.root)
     experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
     truth = constants.labels == "truth"

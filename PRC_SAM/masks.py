@@ -154,13 +154,3 @@ def _check_shapes(height: int, width: int, shapes: dict[str, tuple[int, ...]]) -
 def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(f"{name}.npy") as file:
         return np.lib.format.read_array(file, allow_pickle=False)
-
-
-def coloured_map(masks: Masks) -> np.ndarray:
-    """(H,W,3) uint8 picture of the regions: large masks below, small ones on top, black where there is none."""
-    numbers = np.zeros(masks.size, np.int64)
-    for index in np.argsort(-masks.areas, kind="stable"):
-        numbers[np.unpackbits(masks.bits[index], count=numbers.size).reshape(masks.size).view(bool)] = index + 1
-    hue = np.arange(1, len(masks) + 1) * 0.618034 * 2 * np.pi  # steps of the golden ratio keep neighbours apart
-    colours = 150 + 100 * np.cos(hue[:, None] + np.array([0, 2, 4]) * np.pi / 3)
-    return np.concatenate([np.zeros((1, 3)), colours]).astype(np.uint8)[numbers]

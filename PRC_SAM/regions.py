@@ -12,17 +12,18 @@ from skimage.segmentation import felzenszwalb
 
 from PRC_SAM.masks import Masks, pack_masks
 
+SMOOTHING = 1.2  # sigma in pixels of the blur before the segmentation; ragged outlines help nobody
 DUPLICATE = 0.8  # regions of two scales that overlap by this IoU are one: the better one stays
 
 
-def felzenszwalb_masks(image: np.ndarray, scales: tuple[float, ...] = (100, 400, 1600), min_area: int = 40) -> Masks:
+def felzenszwalb_masks(image: np.ndarray, scales: tuple[float, ...] = (100, 400, 1600), min_area: int = 64) -> Masks:
     """(H,W,3) uint8 -> connected regions of at least `min_area` pixels as `Masks`.
 
     predicted_iou is the share of colour change at the outline, outside / (outside + inside): the mean difference of
     neighbouring pixels across the outline against that of neighbours within. stability is the best IoU with a region
     of another scale. A region that covers the whole image says nothing and is left out.
     """
-    maps = [felzenszwalb(image, scale=scale, sigma=0.8, min_size=min_area) for scale in scales]
+    maps = [felzenszwalb(image, scale=scale, sigma=SMOOTHING, min_size=min_area) for scale in scales]
     first = np.cumsum([0, *(regions.max() + 1 for regions in maps)])  # regions are numbered through all scales
     maps = [regions + start for regions, start in zip(maps, first[:-1], strict=True)]
     areas = np.concatenate([np.bincount(regions.ravel() - start) for regions, start in zip(maps, first[:-1], strict=True)])

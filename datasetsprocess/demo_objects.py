@@ -18,13 +18,13 @@ MATERIALS = {
     "paving": ((150, 142, 136), (128, 116, 108), 0.08),
     "gravel": ((146, 130, 116), (138, 108, 98), 0.10),
     "marking": ((205, 205, 205), (175, 175, 175), 0.04),
-    "tiles": ((158, 118, 92), (136, 96, 82), 0.07),
-    "slate": ((84, 84, 90), (104, 98, 98), 0.06),
+    "tiles": ((160, 118, 86), (138, 96, 76), 0.07),
+    "slate": ((78, 80, 90), (98, 92, 94), 0.06),
     "sheet": ((138, 136, 138), (122, 118, 116), 0.04),
     "membrane": ((196, 192, 188), (170, 162, 154), 0.04),
     "mossy": ((132, 98, 92), (142, 92, 86), 0.10),
     "roof gravel": ((118, 108, 104), (126, 96, 90), 0.09),
-    "lawn": ((164, 84, 84), (142, 112, 100), 0.07),
+    "lawn": ((166, 82, 82), (144, 106, 96), 0.07),
     "meadow": ((150, 92, 88), (136, 114, 100), 0.10),
     "soil": ((136, 118, 102), (150, 110, 98), 0.08),
     "young crop": ((150, 106, 96), (176, 82, 84), 0.06),
@@ -42,8 +42,8 @@ MATERIALS = {
 PITCHED_ROOFS = ["tiles", "tiles", "tiles", "slate", "sheet"]  # named as often as they are built
 FLAT_ROOFS = ["membrane", "roof gravel", "mossy", "sheet", "slate"]
 TREES = ["broadleaf", "broadleaf", "broadleaf", "conifer", "autumn"]
-CAR_PAINTS = np.array([(205, 206, 206), (205, 206, 206), (48, 48, 52), (48, 48, 52), (140, 142, 145), (140, 142, 145),
-                       (96, 98, 102), (165, 150, 60), (96, 60, 88), (120, 70, 62), (180, 175, 165)])
+CAR_PAINTS = np.array([(222, 223, 223), (222, 223, 223), (222, 223, 223), (40, 40, 44), (40, 40, 44), (172, 174, 178),
+                       (172, 174, 178), (96, 98, 104), (190, 172, 50), (110, 56, 104), (150, 66, 52)])
 
 
 def noise(rng: np.random.Generator, size: int, grain: float) -> np.ndarray:
@@ -108,7 +108,7 @@ class Canvas:
         outline = self.to_image(np.concatenate([np.linspace(a, b, 16) for a, b in pairwise(corners)]))
         return cv2.fillPoly(np.zeros_like(self.ids), [np.round(outline).astype(np.int32)], 1).astype(bool)
 
-    def paint(self, window, mask, kind: int, material, height=0.0, fade: float = 0.12) -> None:
+    def paint(self, window, mask, kind: int, material, height=0.0, fade: float = 0.1) -> None:
         """Cover `mask` (within `window`) with a material: a name, a list to choose from, or a colour (3,).
 
         `fade` is how far the brightness may stray from one object to the next.
@@ -165,13 +165,14 @@ def draw_building(canvas: Canvas, centre, angle: float, half, height: float, pit
     mask = (np.abs(along) <= a) & (np.abs(across) <= b)
     canvas.paint(window, mask, BUILDING, material, height + pitch * (b - np.abs(across)), fade=0.2)
     if pitch:
-        canvas.colour[window][mask & (np.mod(across, 4) < 1.2)] *= 0.93  # courses of the covering
+        canvas.colour[window][mask & (np.mod(across, 4) < 1.4)] *= 0.88  # courses of the covering
         count, largest = rng.integers(1, 3), 3  # chimneys
     else:
         rim = mask & ((np.abs(along) > a - 2.5) | (np.abs(across) > b - 2.5))
         canvas.height[window][rim] += 2
         canvas.colour[window][rim] *= rng.uniform(0.9, 1.2)
-        count, largest = int(rng.uniform(0.5, 1) * a * b / 500), 6  # vents and skylights
+        canvas.colour[window][mask & (np.mod(along, 11) < 1.3)] *= canvas.choose([0.8, 1.15])  # seams of the sheets
+        count, largest = int(rng.uniform(0.6, 1.2) * a * b / 400), 6  # vents and skylights
     for x, y in rng.uniform(-0.8, 0.8, (count, 2)) * half:
         p, q = rng.uniform(largest / 2, largest, 2)
         part = mask & (np.abs(along - x) < p) & (np.abs(across - y) < q)

@@ -171,8 +171,8 @@ def park(canvas: Canvas, box) -> None:
 def wood(canvas: Canvas, box) -> None:
     """Closed canopy with a few clearings."""
     canvas.cover(box, LOWVEG, "forest floor")
-    canopy = canvas.inside(inset(box, 8)) & (noise(canvas.rng, canvas.size, 80) > -1.6)
-    draw_grove(canvas, canopy, 14, radii=(10, 19))
+    canopy = canvas.inside(box) & (noise(canvas.rng, canvas.size, 80) > -1.9)
+    draw_grove(canvas, canopy, 12, radii=(11, 19))
 
 
 def fields(canvas: Canvas, box) -> None:

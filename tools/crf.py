@@ -4,8 +4,9 @@ Sources: Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs w
 model, the iteration); Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice", 2010.
 
 Two kernels couple every pixel with every other: one on position (x, y), one on position and colour (x, y, r, g, b).
-The first is separable and summed directly. The second is approximated on the permutohedral lattice, which grows linearly
-with the pixels (`mode="lattice"`), or summed over all pairs of pixels (`mode="exact"`: small patches, GPUs, the reference).
+The first is separable and summed directly. The second is approximated on the permutohedral lattice, whose cost grows
+linearly with the pixels (mode "lattice"), or summed over all pairs of pixels (mode "exact": the reference, for small
+patches and GPUs).
 
 `dense_crf` is the whole of it; `DenseCRF` keeps the filters of one image for several sets of class maps.
 """
@@ -27,8 +28,8 @@ def dense_crf(probabilities: np.ndarray, image: np.ndarray, iterations: int = 10
               mode: str = "lattice", device: str | torch.device = "cpu") -> np.ndarray:
     """Class probabilities (K, H, W) of the image (H, W, 3) uint8 -> mean-field marginals (K, H, W) float32.
 
-    The probabilities need not sum to one: the unary is -log p, p clipped to [1e-5, 1]. Potts compatibility. Positions
-    are in pixels, colours in 0..255; sigmas are standard deviations in these units. A weight of 0 leaves its kernel out.
+    The probabilities need not sum to one: the unary is -log p, p clipped to [1e-5, 1]. Potts compatibility. Sigmas are
+    standard deviations, in pixels and in colour values 0..255. A weight of 0 leaves its kernel out.
     mode: "lattice" | "exact". device: any torch device; on the CPU the lattice runs through scipy.sparse.
     ValueError where shapes, types or values do not fit."""
     return DenseCRF(image, gaussian_sigma, gaussian_weight, bilateral_sigma_xy, bilateral_sigma_rgb, bilateral_weight,
@@ -121,24 +122,27 @@ def exact_filter(image: np.ndarray, sigma_xy: float, sigma_rgb: float, device: t
         return tuple(torch.tensor(side, dtype=torch.float32, device=device) for side in pair)
 
     (xy, xy_other), (rgb, rgb_other) = factors(position), factors(colour)
-    tile = 1024 if device.type == "cpu" else 8192  # 4 MB stay in a core's cache; a GPU wants 256 MB
+    tile = 512 if device.type == "cpu" else 8192  # 1 MB stays in a core's cache; a GPU wants 256 MB
 
     def run(values: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros_like(values)
-        parts = [slice(start, start + tile) for start in range(0, len(values), tile)]
+        values = values.T.contiguous()
+        total, memory = torch.zeros_like(values), torch.empty(tile, tile, device=device)
+        parts = [slice(start, min(start + tile, len(xy))) for start in range(0, len(xy), tile)]
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")  # TF32 would ruin the exponents
         try:
             for i, row in enumerate(parts):
                 for column in parts[i:]:
-                    kernel = torch.addmm(xy[row] @ xy_other[column].T, rgb[row], rgb_other[column].T,
-                                         beta=1 / sigma_xy**2, alpha=1 / sigma_rgb**2).exp_()
-                    total[row].addmm_(kernel, values[column])
+                    kernel = memory[:row.stop - row.start, :column.stop - column.start]
+                    torch.mm(xy[row], xy_other[column].T, out=kernel)
+                    kernel.addmm_(rgb[row], rgb_other[column].T, beta=1 / sigma_xy**2, alpha=1 / sigma_rgb**2)
+                    kernel.clamp_(min=-80).exp_()  # e^-80 is nothing; what underflows is 30 times slower on some CPUs
+                    total[:, column] += values[:, row] @ kernel
                     if row != column:
-                        total[column].addmm_(kernel.T, values[row])
+                        total[:, row] += values[:, column] @ kernel.T
         finally:
             torch.set_float32_matmul_precision(before)
-        return total
+        return total.T.contiguous()
 
     return run
 
@@ -146,9 +150,9 @@ def exact_filter(image: np.ndarray, sigma_xy: float, sigma_rgb: float, device: t
 def lattice_filter(image: np.ndarray, sigma_xy: float, sigma_rgb: float, device: torch.device) -> Filter:
     """The bilateral kernel on the permutohedral lattice: splat, blur along each of its d + 1 directions, slice.
 
-    Only vertices touched by a pixel exist, so that the blurs do not commute, and one fixed order of them is no symmetric
-    kernel. The mean of an order and its reverse is, and lies markedly closer to the Gaussian for little time. Constant
-    factors are left out: the normalisation removes them."""
+    Only vertices touched by a pixel exist, so that the blurs do not commute, and one fixed order of them is no
+    symmetric kernel. The mean of an order and its reverse is, and lies markedly closer to the Gaussian for little time.
+    Constant factors are left out: the normalisation removes them."""
     height, width = image.shape[:2]
     y, x = np.mgrid[:height, :width].astype(np.float32) / sigma_xy
     weights, blurs = permutohedral_lattice(np.stack([x, y, *(np.moveaxis(image, 2, 0) / np.float32(sigma_rgb))]))
@@ -191,7 +195,7 @@ def permutohedral_lattice(features: np.ndarray) -> tuple[sparse.csr_array, list[
     elevated = basis.astype(np.float32) @ features
 
     # A vertex is packed into one integer: its coordinates are the digits of a mixed-radix number; the last one follows
-    # from the zero sum. The margin takes up rounding (2 steps of d + 1), the simplex (1) and its neighbours (1) each way.
+    # from the zero sum. The margin takes up rounding (2 steps of d + 1), the simplex (1) and the blur (1) each way.
     radix = (np.ceil(np.ptp(elevated[:d], axis=1).astype(np.float64) / (d + 1)) + 8) * (d + 1)
     if not np.prod(radix) < 2**62:
         raise ValueError('the bilateral sigmas are too small for the lattice; use larger ones, or mode="exact"')
@@ -200,7 +204,7 @@ def permutohedral_lattice(features: np.ndarray) -> tuple[sparse.csr_array, list[
     # The nearest point of remainder 0, and the rank of each coordinate's distance from it (0 is the largest).
     origin = np.rint(elevated / (d + 1)).astype(np.int32)  # in multiples of d + 1
     excess = origin.sum(0, dtype=np.int32)
-    distance = elevated - origin * np.float32(d + 1)
+    distance = elevated - (origin * (d + 1)).astype(np.float32)
     rank = np.repeat(excess[None], d + 1, 0)
     for i, j in combinations(range(d + 1), 2):
         smaller = distance[i] < distance[j]
@@ -229,7 +233,7 @@ def permutohedral_lattice(features: np.ndarray) -> tuple[sparse.csr_array, list[
     m = len(vertices)
     weights = sparse.csr_array((weights.T.ravel(), index, np.arange(n + 1, dtype=np.int32) * (d + 1)), (n, m))
 
-    # Along direction i the next vertex is 1 less in every coordinate but d more in the i-th: a constant step of the key.
+    # Along direction i the next vertex is 1 less in every coordinate but d more in the i-th: a fixed step of the key.
     blurs, identity = [], sparse.eye_array(m, dtype=np.float32, format="csr")
     for i in range(d + 1):
         wanted = vertices + ((d + 1) * stride[i] - stride.sum())

@@ -27,9 +27,10 @@ FACTS = {"seed": "seed", "backbone": "backbone", "weights": "weights", "protocol
 def accounts(folder: Path, *more: Path) -> dict[str, dict]:
     """Step -> run.json, of every step under `folder` and of the folders `more`; damaged ones are left out."""
     runs = {}
-    for file in [*folder.glob("*/run.json"), *(path / "run.json" for path in more)]:
+    files = {file.parent.name: file for file in folder.glob("*/run.json")}
+    files |= {f"{path.name}, {path.parent.name} split": path / "run.json" for path in more}
+    for name, file in files.items():
         try:
-            name = file.parent.name if file.parents[1] == folder else f"{file.parent.name}, {file.parents[1].name} split"
             runs[name] = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
@@ -75,19 +76,19 @@ def percent(value: float | None) -> str:
 
 def table(summary: dict) -> tuple[list[str], list[list[str]]]:
     """The main table: column titles, and one row of texts for each stage; the paper's figures stand at the last."""
-    titles = ["stage", "split", "images", "mIoU", f"mIoU, all {len(summary['classes'])} classes", "mean F1",
-              "overall accuracy", "kappa", "share of supervised", "paper: mIoU", "paper: share"]
-    own = [row for row in summary["stages"] if row["split"] == "test" and row["experiment"] == summary["experiment"]]
+    titles = ["stage", "split", "mIoU", f"mIoU, all {len(summary['classes'])} classes", "mean F1",
+              "overall accuracy", "kappa", "share of supervised", "paper: mIoU", "paper: share", "images"]
+    own = [row for row in summary["stages"] if row["split"] == "test" and not row["is_bound"]]
     rows = []
     for row in summary["stages"]:
         paper = ("not published", "not published")
         if own and row is own[-1] and summary["paper"]:
             paper = (f"{summary['paper']['miou']:.2f}", f"{summary['paper']['share_of_supervised']:.2f}")
-        elif row["experiment"] != summary["experiment"] and row["split"] == "test" and summary["paper"]:
+        elif row["is_bound"] and row["split"] == "test" and summary["paper"]:
             paper = (f"{summary['paper']['supervised']:.2f} (implied)", "100")
-        rows.append([row["title"] + (" (partial)" if row["partial"] else ""), row["split"], str(row["images"]),
+        rows.append([row["title"] + (" (partial)" if row["partial"] else ""), row["split"],
                      *(percent(row[key]) for key in ("miou", "miou_all_classes", "mean_f1", "overall_accuracy", "kappa",
-                                                     "share_of_supervised")), *paper])
+                                                     "share_of_supervised")), *paper, str(row["images"])])
     return titles, rows
 
 

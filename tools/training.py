@@ -17,13 +17,9 @@ from tools.augment import TrainingPatches
 from tools.command import UserError
 from tools.folders import StepFolder, write_whole
 
-PRECISIONS = ("auto", "fp32", "bf16")
-
 
 def make_accelerator(precision: str = "auto") -> Accelerator:
     """Accelerate's device and processes. precision: "auto" is bf16 where a GPU has it and fp32 elsewhere."""
-    if precision not in PRECISIONS:
-        raise UserError(f'precision is "{precision}", but it must be one of {", ".join(PRECISIONS)}')
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "fp32"
     return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")

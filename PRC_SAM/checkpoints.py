@@ -1,0 +1,119 @@
+"""SAM models: the three official checkpoints by name, and files of other sizes that carry their own."""
+
+import hashlib
+import pickle
+import urllib.request
+from functools import partial
+from pathlib import Path
+
+import torch
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import nn
+from tqdm import tqdm
+
+from tools.command import UserError, check
+from tools.folders import write_whole
+
+URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+OFFICIAL = {  # model -> file, SHA-256
+    "vit_h": ("sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
+    "vit_l": ("sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
+    "vit_b": ("sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
+}
+SIZES = {
+    "vit_h": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "global_attention": [7, 15, 23, 31]},
+    "vit_l": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "global_attention": [5, 11, 17, 23]},
+    "vit_b": {"embed_dim": 768, "depth": 12, "num_heads": 12, "global_attention": [2, 5, 8, 11]},
+}
+HASHES = {file: sha256 for file, sha256 in OFFICIAL.values()}
+
+
+def build_sam(embed_dim: int, depth: int, num_heads: int, global_attention: list[int], image_size: int = 1024,
+              window_size: int = 14, prompt_dim: int = 256, decoder_mlp_dim: int = 2048) -> Sam:
+    """A `Sam` of segment-anything with random weights: the encoder's sizes, and SAM's own for everything else.
+
+    `global_attention` lists the encoder blocks that attend to the whole image; the others to windows of `window_size`.
+    """
+    patch = 16
+    embedding_size = (image_size // patch, image_size // patch)
+    return Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=image_size, patch_size=patch, embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=4,
+            out_chans=prompt_dim, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6), use_rel_pos=True,
+            window_size=window_size, global_attn_indexes=tuple(global_attention)),
+        prompt_encoder=PromptEncoder(embed_dim=prompt_dim, image_embedding_size=embedding_size,
+                                     input_image_size=(image_size, image_size), mask_in_chans=16),
+        mask_decoder=MaskDecoder(
+            transformer_dim=prompt_dim, num_multimask_outputs=3, iou_head_depth=3, iou_head_hidden_dim=256,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=prompt_dim, num_heads=8, mlp_dim=decoder_mlp_dim)),
+    ).eval()
+
+
+def save_sam(path: Path, model: Sam, sizes: dict) -> None:
+    """Write a model of any sizes (the arguments of `build_sam`) as one file for `model = "custom"`."""
+    with write_whole(path) as temporary:
+        torch.save({"sizes": sizes, "model": model.state_dict()}, temporary)
+
+
+def find_checkpoint(model: str, checkpoint: str, root: Path, download: bool = False) -> Path:
+    """The checkpoint file of a model, fetched first when `download` is set; its SHA-256 is checked by its official name.
+
+    Raises `UserError` when it is missing (saying where to get it), or is not the file that its name promises.
+    """
+    if model == "custom":
+        check(checkpoint != "", 'model = "custom" needs checkpoint = "...", a file with the keys sizes and model')
+    name, sha256 = OFFICIAL.get(model, ("", ""))
+    path = Path(checkpoint) if checkpoint else Path(root) / "weights" / name
+    if not path.exists():
+        check(model in OFFICIAL, f"{path} is missing: checkpoint must name an existing file")
+        if not download:
+            raise UserError(f"{path} is missing: get it from {URL}{name} (SHA-256 {sha256}), or add --download True; "
+                            'generator = "felzenszwalb" stands in without it')
+        _fetch(URL + name, path, sha256)
+    elif path.name in HASHES:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        check(found == HASHES[path.name], f"{path} is damaged or another file (SHA-256 {found}, not {HASHES[path.name]}): "
+                                          f"remove it and get it again from {URL}{path.name}")
+    return path
+
+
+def _fetch(url: str, path: Path, sha256: str) -> None:
+    digest = hashlib.sha256()
+    try:
+        with write_whole(path) as temporary:
+            with urllib.request.urlopen(url, timeout=60) as answer, open(temporary, "wb") as file, \
+                    tqdm(total=int(answer.headers.get("Content-Length") or 0), unit="B", unit_scale=True, desc=path.name) as bar:
+                while block := answer.read(1 << 20):
+                    file.write(block)
+                    digest.update(block)
+                    bar.update(len(block))
+            check(digest.hexdigest() == sha256, f"what came from {url} has the SHA-256 {digest.hexdigest()}, not {sha256}: "
+                                                "try again, or fetch it by other means")
+    except OSError as error:
+        raise UserError(f"{url} could not be fetched ({error}): download it by other means to {path}") from None
+
+
+def load_sam(model: str, path: Path) -> Sam:
+    """The model of a checkpoint file on the CPU, in eval mode; only tensors and numbers are loaded from it.
+
+    `model` is an official name, or "custom" for a file {"sizes": arguments of build_sam, "model": state dict}.
+    Raises `UserError` when the file cannot be read or holds a model of another size.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is not a checkpoint of tensors ({str(error).splitlines()[0]})") from None
+    sizes = SIZES.get(model)
+    if model == "custom":
+        check(isinstance(state, dict) and {"sizes", "model"} <= state.keys(), f"{path} lacks the keys sizes and model, "
+                                                                              'which model = "custom" asks for')
+        sizes, state = state["sizes"], state["model"]
+    try:
+        sam = build_sam(**sizes)
+        sam.load_state_dict(state)
+    except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+        lines = " ".join(str(error).split())
+        raise UserError(f"{path} does not hold a {model} model ({lines[:160]}): choose the model that the file was made "
+                        "for") from None
+    return sam
