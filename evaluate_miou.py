@@ -1,11 +1,11 @@
 """Step 8: score every label folder of an experiment against the truth (method, section 8: evaluation).
 
-reads   experiments/<dataset>/<experiment>/{cams,pseudo_labels,...}/, datasets/<dataset>/{train,test}/labels/
-writes  experiments/<dataset>/<experiment>/scores/: scores.json and scores.csv (fractions from 0 to 1), scores.md (the
-        table, in per cent), confusion_<split>.png, contact_sheet_<split>.png, report.html
-command python evaluate_miou.py --dataset vaihingen --experiment prc
+Reads  experiments/<dataset>/<experiment>/{cams,pseudo_labels,...}/ and datasets/<dataset>/{train,test}/labels
+Writes experiments/<dataset>/<experiment>/scores/: scores.json and scores.csv (fractions from 0 to 1), scores.md (the
+       table, in per cent), confusion_<split>.png, contact_sheet_<split>.png and report.html; anew each time, and no
+       other step reads them
 
-Nothing here feeds back into an earlier step, and scores/ is written anew each time.
+    python evaluate_miou.py --dataset vaihingen
 """
 
 import json
@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from tools.dataset import SPLITS, Dataset, load_dataset
 from tools.folders import ROOT, experiment_folder, require, step_name, write_json, write_whole
 from tools.labels import IGNORE, load_image, load_label
 from tools.pictures import colourise, confusion_picture, contact_sheet, heat, regions, sample_ids
+from tools.report import Stage
 from tools.scores import ConfusionMatrix
 
 
@@ -53,20 +54,7 @@ STAGES = {  # step folder -> (title, the split it is meant for), in the order of
     "refined_segmentation": ("refined segmentation", "test"),
 }
 
-
-@dataclass
-class Stage:
-    """One label folder and, once scored, its counts. `per_image` maps the id to the mIoU of that image alone."""
-
-    name: str
-    title: str
-    experiment: str
-    split: str
-    folder: Path
-    run: dict
-    matrix: ConfusionMatrix
-    per_image: dict[str, float] = field(default_factory=dict)
-    partial: bool = False
+PATCHES_A_PROCESS = 100  # for fewer, starting a process takes longer than scoring them here
 
 
 def main(constants: Constants) -> None:
@@ -80,7 +68,8 @@ def main(constants: Constants) -> None:
         if here := [stage for stage in stages if stage.split == split]:
             failures += score(dataset, split, here, constants)
     runs = report.accounts(folder, *(dataset.sam_masks(split) for split in SPLITS))
-    summary = summarise(dataset, stages, runs, failures, constants)
+    summary = report.summarise(dataset, stages, runs, failures, constants.experiment, constants.supervised,
+                               constants.protocol)
     write_files(dataset, folder / "scores", stages, summary, runs, failures, constants)
     print(report.markdown(summary))
     print(f"\nreport: {folder / 'scores' / 'report.html'}")
@@ -107,10 +96,10 @@ def find_stages(dataset: Dataset, folder: Path, constants: Constants) -> list[St
             if (bound / name).is_dir() and any(stage.split == split for stage in stages):
                 stages.append(_stage(dataset, bound, name, constants.supervised, "fully supervised segmentation"))
     with_truth = [stage for stage in stages if dataset.labels(stage.split).is_dir()]
-    for split in sorted({stage.split for stage in stages} - {stage.split for stage in with_truth}):
+    for split in sorted({stage.split for stage in stages if stage not in with_truth}):
         print(f"{dataset.labels(split)} is missing, so the {split} split is not scored")
     check(bool(with_truth), f"{dataset.labels(stages[0].split)} is missing: scoring needs label maps of the truth")
-    return with_truth
+    return sorted(with_truth, key=lambda stage: SPLITS.index(stage.split))
 
 
 def _stage(dataset: Dataset, folder: Path, name: str, experiment: str, title: str = "") -> Stage:
@@ -170,7 +159,7 @@ def score(dataset: Dataset, split: str, stages: list[Stage], constants: Constant
     left_out = np.flatnonzero(~dataset.scored)
     work = partial(score_image, dataset=dataset, split=split,
                    folders={f"{stage.experiment}/{stage.name}": stage.folder for stage in stages})
-    with _mapping(constants.workers if len(ids) > 1 else 0) as mapping:
+    with _mapping(min(constants.workers, len(ids) // PATCHES_A_PROCESS)) as mapping:
         results = tqdm(mapping(work, ids), f"scoring {split}", len(ids), unit="image", disable=None)
         for id, (counts, bad) in zip(ids, results, strict=True):
             failures += bad
@@ -188,7 +177,7 @@ def score(dataset: Dataset, split: str, stages: list[Stage], constants: Constant
 @contextmanager
 def _mapping(workers: int) -> Iterator[Callable]:
     """A `map` that works in several processes, or the plain one."""
-    if workers < 1:
+    if workers < 2:
         yield map
         return
     spawn = multiprocessing.get_context("spawn")  # forking a process that has used threads can hang
@@ -203,31 +192,6 @@ def _mapping(workers: int) -> Iterator[Callable]:
 def _one_thread() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which load_maps imports later
     cv2.setNumThreads(1)
-
-
-def summarise(dataset: Dataset, stages: list[Stage], runs: dict[str, dict], failures: list[str],
-              constants: Constants) -> dict:
-    """What scores.json holds: the scores of each stage as fractions (null: not defined), and what they rest on."""
-    left_out = np.flatnonzero(~dataset.scored)
-    rows = []
-    for stage in stages:
-        every, headline = stage.matrix.scores(), stage.matrix.scores(left_out, constants.protocol)
-        row = {"experiment": stage.experiment, "stage": stage.name, "title": stage.title, "split": stage.split,
-               "images": len(stage.per_image), "partial": stage.partial, "miou_all_classes": every["miou"],
-               "is_bound": stage.experiment == constants.supervised, "share_of_supervised": None} | headline
-        rows.append(row | {"all_classes": every, "confusion": stage.matrix.counts})
-    for row in rows:
-        bound = next((other["miou"] for other in rows if other["is_bound"] and other["split"] == row["split"]
-                      and other["stage"].startswith("segmentation")), np.nan)
-        row["share_of_supervised"] = row["miou"] / bound if bound > 0 else None
-    facts = report.facts(runs)
-    of_the_paper = bool(dataset.paper) and (ROOT / "datasetsprocess" / f"{dataset.name}.toml").exists()
-    return report.plain({
-        "dataset": dataset.name, "title": dataset.title, "experiment": constants.experiment,
-        "protocol": constants.protocol, "classes": dataset.classes, "left_out_of_mean": dataset.left_out_of_mean,
-        "paper": dataset.paper if of_the_paper else {}, "facts": facts, "warnings": report.warnings(
-            facts, constants.protocol, sum(row["partial"] for row in rows)),
-        "failures": failures, "stages": rows})
 
 
 def write_files(dataset: Dataset, folder: Path, stages: list[Stage], summary: dict, runs: dict[str, dict],

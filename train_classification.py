@@ -20,14 +20,14 @@ from models.backbone import NAMES, Backbone
 from models.classifier import Classifier
 from models.ir_loss import image_reconstruction_loss
 from tools.augment import TrainingPatches, to_tensor
-from tools.cams import fuse_scales, image_batches, mirrored_scales
+from tools.cams import OUTPUT_STRIDE, fuse_scales, image_batches, mirrored_scales
 from tools.command import UserError, check, run
 from tools.dataset import Dataset, load_dataset
 from tools.folders import ROOT, StepFolder, experiment_folder
 from tools.labels import load_image, load_label
 from tools.pictures import contact_sheet, heat, sample_ids
 from tools.scores import ConfusionMatrix
-from tools.training import load_checkpoint, make_accelerator, train
+from tools.training import check_recipe, load_checkpoint, make_accelerator, train
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,20 @@ def argmax_miou(model: nn.Module, dataset: Dataset, constants: Constants, device
 
 
 def main(constants: Constants) -> None:
-    check(constants.epochs > 0, f"epochs is {constants.epochs}, but it must be at least 1")
+    check(0 <= constants.ir_weight < float("inf"), f"ir_weight is {constants.ir_weight}, but it must be 0 or more")
     check(constants.weights != "none" or constants.train_all, "weights is none, so the first stages would stay random for "
           "ever: add --train-all, or give weights")
     dataset = load_dataset(constants.dataset, constants.root)
     labels = dataset.image_labels("train")
     ids = sorted(labels)
+    check_recipe(constants, len(ids))
     accelerator = make_accelerator(constants.precision)
     torch.manual_seed(constants.seed)
     try:
         model = Classifier(Backbone(constants.backbone, constants.weights), dataset.num_classes, constants.gamma,
                            constants.iterations, constants.train_all)
-        image_reconstruction_loss(torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 8), torch.zeros(1, 1), constants.tiles)
+        side = -(-dataset.patch_size // OUTPUT_STRIDE)
+        image_reconstruction_loss(torch.zeros(1, 1, side, side), torch.zeros(1, 3, 8, 8), torch.zeros(1, 1), constants.tiles)
     except ValueError as error:
         raise UserError(str(error)) from None
     folder = StepFolder(experiment_folder(constants.root, constants.dataset, constants.experiment) / "classifier", constants,

@@ -29,7 +29,7 @@ from tools.folders import ROOT, StepFolder, experiment_folder, require
 from tools.labels import IGNORE, load_image, load_label
 from tools.pictures import colourise, contact_sheet, sample_ids
 from tools.scores import ConfusionMatrix
-from tools.training import load_checkpoint, make_accelerator, train
+from tools.training import check_recipe, load_checkpoint, make_accelerator, train
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,6 @@ def train_miou(model: nn.Module, dataset: Dataset, constants: Constants, device:
 
 
 def main(constants: Constants) -> None:
-    check(constants.epochs > 0, f"epochs is {constants.epochs}, but it must be at least 1")
     check(constants.width > 0 and constants.width % 4 == 0, f"width is {constants.width}, but it must be a multiple of 4")
     check(constants.weights != "none" or not constants.freeze_norm, "weights is none, so there are no BatchNorm statistics "
           "to keep: add --no-freeze-norm, or give weights")
@@ -87,6 +86,7 @@ def main(constants: Constants) -> None:
     source = dataset.labels("train") if truth else experiment / constants.labels
     inputs = {} if truth else {constants.labels: require(source)}
     ids = dataset.ids("train")
+    check_recipe(constants, len(ids))
     missing = [id for id in ids if not (source / f"{id}.png").exists()]
     check(not missing, f"{source} lacks the label of {len(missing)} train images, {missing[0] if missing else ''} for one")
     accelerator = make_accelerator(constants.precision)

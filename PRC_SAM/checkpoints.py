@@ -56,7 +56,7 @@ def save_sam(path: Path, model: Sam, sizes: dict) -> None:
 
 
 def find_checkpoint(model: str, checkpoint: str, root: Path, download: bool = False) -> Path:
-    """The checkpoint file of a model, fetched first when `download` is set; its SHA-256 is checked by its official name.
+    """The checkpoint file of a model, fetched first when `download` is set. An official name promises its SHA-256.
 
     Raises `UserError` when it is missing (saying where to get it), or is not the file that its name promises.
     """
@@ -67,14 +67,14 @@ def find_checkpoint(model: str, checkpoint: str, root: Path, download: bool = Fa
     if not path.exists():
         check(model in OFFICIAL, f"{path} is missing: checkpoint must name an existing file")
         if not download:
-            raise UserError(f"{path} is missing: get it from {URL}{name} (SHA-256 {sha256}), or add --download True; "
+            raise UserError(f"{path} is missing: get it from {URL}{name} (SHA-256 {sha256}), or add --download; "
                             'generator = "felzenszwalb" stands in without it')
         _fetch(URL + name, path, sha256)
     elif path.name in HASHES:
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        check(found == HASHES[path.name], f"{path} is damaged or another file (SHA-256 {found}, not {HASHES[path.name]}): "
-                                          f"remove it and get it again from {URL}{path.name}")
+        check(found == HASHES[path.name], f"{path} is damaged or another file (its SHA-256 is {found}, not "
+                                          f"{HASHES[path.name]}): remove it and get it again from {URL}{path.name}")
     return path
 
 
@@ -82,14 +82,16 @@ def _fetch(url: str, path: Path, sha256: str) -> None:
     digest = hashlib.sha256()
     try:
         with write_whole(path) as temporary:
-            with urllib.request.urlopen(url, timeout=60) as answer, open(temporary, "wb") as file, \
-                    tqdm(total=int(answer.headers.get("Content-Length") or 0), unit="B", unit_scale=True, desc=path.name) as bar:
+            with urllib.request.urlopen(url, timeout=60) as answer, open(temporary, "wb") as file:
+                length = int(answer.headers.get("Content-Length") or 0)
+                bar = tqdm(total=length, unit="B", unit_scale=True, desc=path.name)
                 while block := answer.read(1 << 20):
                     file.write(block)
                     digest.update(block)
                     bar.update(len(block))
-            check(digest.hexdigest() == sha256, f"what came from {url} has the SHA-256 {digest.hexdigest()}, not {sha256}: "
-                                                "try again, or fetch it by other means")
+                bar.close()
+            check(digest.hexdigest() == sha256, f"what came from {url} has the SHA-256 {digest.hexdigest()}, not "
+                                                f"{sha256}: try again, or fetch it by other means")
     except OSError as error:
         raise UserError(f"{url} could not be fetched ({error}): download it by other means to {path}") from None
 
@@ -113,7 +115,6 @@ def load_sam(model: str, path: Path) -> Sam:
         sam = build_sam(**sizes)
         sam.load_state_dict(state)
     except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
-        lines = " ".join(str(error).split())
-        raise UserError(f"{path} does not hold a {model} model ({lines[:160]}): choose the model that the file was made "
-                        "for") from None
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} does not hold a {model} model ({reason}): choose the model it was made for") from None
     return sam

@@ -1,4 +1,4 @@
-"""IOS, the intersection optimisation strategy (method, section 4 and 7): SAM's regions mend the outlines of a label map.
+"""IOS, the intersection optimisation strategy (method, sections 4 and 7): SAM's regions mend a label map's outlines.
 
 For every class c, ascending, with P = {label == c} of the map as it came, and for every mask S: with I = |P and S|,
 where the overlap coefficient I / min(|P|, |S|) reaches tau, the smaller of the two regions takes class c (P when both
@@ -24,7 +24,8 @@ from tools.labels import IGNORE, load_label, save_label
 CLASSES_FROM = ("image labels", "prediction")
 
 
-def intersection_optimisation(label: np.ndarray, masks: np.ndarray | Masks, classes: Iterable[int], tau: float) -> np.ndarray:
+def intersection_optimisation(label: np.ndarray, masks: np.ndarray | Masks, classes: Iterable[int],
+                              tau: float) -> np.ndarray:
     """Refine a label map with masks: (H,W) uint8, (M,H,W) bool or `Masks` -> (H,W) uint8, a new array.
 
     `classes` are the ids that may be written, in any order; ids without a pixel in the map do nothing. Pixels of 255
@@ -36,18 +37,20 @@ def intersection_optimisation(label: np.ndarray, masks: np.ndarray | Masks, clas
     label = np.asarray(label)
     classes = sorted({int(c) for c in classes})
     if label.dtype != np.uint8 or label.ndim != 2 or any(not 0 <= c < IGNORE for c in classes):
-        raise ValueError(f"expected an (H,W) uint8 map and class ids below {IGNORE}, got {label.dtype} {label.shape}, {classes}")
+        raise ValueError(f"expected an (H,W) uint8 map and class ids below {IGNORE}, got {label.dtype} of "
+                         f"{label.shape} and {classes}")
     size = masks.size if isinstance(masks, Masks) else np.shape(masks)[1:]
-    check(tuple(size) == label.shape, f"the label map has {label.shape[0]} x {label.shape[1]} pixels, but the masks have "
-                                      f"{' x '.join(map(str, size))}")
-    bits = masks.bits if isinstance(masks, Masks) else np.packbits(np.asarray(masks, bool).reshape(len(masks), label.size), axis=1)
-    masks_words = _words(bits)
-    areas = _counts(masks_words)
+    check(tuple(size) == label.shape, f"the label map has {label.shape[0]} x {label.shape[1]} pixels, but the masks "
+                                      f"have {' x '.join(map(str, size))}")
+    if isinstance(masks, Masks):
+        words = _words(masks.bits)
+    else:
+        words = _words(np.packbits(np.asarray(masks, bool).reshape(len(masks), label.size), axis=1))
+    areas = _counts(words)
     painted = np.zeros(label.shape, np.uint8)  # 1 + the class written last, 0 where none was
     for c in classes:
         region = label == c
-        words = _words(np.packbits(region)[None])
-        union = _written(words[0], int(np.count_nonzero(region)), masks_words, areas, tau)
+        union = _written(_words(np.packbits(region)[None])[0], np.count_nonzero(region), words, areas, tau)
         if union is not None:
             inside = np.unpackbits(union.view(np.uint8), count=label.size).reshape(label.shape)
             np.maximum(painted, inside * np.uint8(c + 1), out=painted)
@@ -85,12 +88,13 @@ def refine_folder(step: StepFolder, source: Path, dataset: Dataset, split: str, 
     Files that cannot be read are kept by `step` and reported when it is closed.
     """
     check(0 <= tau <= 1, f"tau is {tau}, but it must lie between 0 and 1")
-    check(classes_from in CLASSES_FROM, f'classes_from is "{classes_from}", but it must be one of {", ".join(CLASSES_FROM)}')
-    ids = step.pending(dataset.ids(split), ".png")
+    check(classes_from in CLASSES_FROM, f'classes_from is "{classes_from}", but it must be "{CLASSES_FROM[0]}" or '
+                                        f'"{CLASSES_FROM[1]}"')
+    ids, root = step.pending(dataset.ids(split), ".png"), dataset.folder.parents[1]
     if classes_from == "image labels":
-        _image_labels(dataset.name, dataset.folder.parents[1], split)  # a faulty csv is one error, not one for each image
-    work = partial(_refine_image, source=Path(source), target=step.folder, name=dataset.name, root=dataset.folder.parents[1],
-                   split=split, tau=tau, classes_from=classes_from)
+        _image_labels(dataset.name, root, split)  # a faulty csv is one error, not one for each image
+    work = partial(_refine_image, source=Path(source), target=step.folder, name=dataset.name, root=root, split=split,
+                   tau=tau, classes_from=classes_from)
     step.each(work, ids, workers, "IOS")
     return ids
 
@@ -102,8 +106,9 @@ def _refine_image(id: str, source: Path, target: Path, name: str, root: Path, sp
     file = dataset.sam_masks(split) / f"{id}.npz"
     masks = load_masks(file, f"make it with step 9, python PRC_SAM/get_se_map.py --dataset {name} --split {split}")
     if masks.size != label.shape:
-        raise UserError(f"{file} holds masks of {masks.size[0]} x {masks.size[1]} pixels, but {source / f'{id}.png'} has "
-                        f"{label.shape[0]} x {label.shape[1]}: make the masks again with PRC_SAM/get_se_map.py --overwrite")
+        raise UserError(f"{file} holds masks of {masks.size[0]} x {masks.size[1]} pixels, but {source / f'{id}.png'} "
+                        f"has {label.shape[0]} x {label.shape[1]}: make the masks again, python PRC_SAM/get_se_map.py "
+                        f"--dataset {name} --split {split} --overwrite")
     if classes_from == "image labels":
         classes = np.flatnonzero(_image_labels(name, root, split)[id])
     else:

@@ -7,8 +7,8 @@ A file holds, for M masks of a patch of H x W pixels, in falling predicted IoU (
   boxes (M,4) int32          x0, y0, x1, y1 of the outermost pixels, both ends included; 0 0 0 0 for an empty mask.
                              SAM's own XYWH boxes are x0, y0, x1 - x0, y1 - y0
   predicted_iou, stability (M,) float32
-It is an ordinary npz (numpy.load reads it, nothing is pickled), compressed by LZMA: a quarter smaller than deflate on the
-ragged outlines of aerial regions, and as fast to read.
+It is an ordinary npz (numpy.load reads it, nothing is pickled), compressed by LZMA: a quarter smaller than deflate on
+the ragged outlines of aerial regions, and as fast to read.
 """
 
 import lzma
@@ -58,8 +58,9 @@ class Masks:
                      self.stability[index])
 
 
-def pack_masks(masks: np.ndarray, predicted_iou: np.ndarray | None = None, stability: np.ndarray | None = None) -> Masks:
-    """(M,H,W) bool -> `Masks` in falling predicted IoU, equal ones in the given order; without scores they count as 1."""
+def pack_masks(masks: np.ndarray, predicted_iou: np.ndarray | None = None,
+               stability: np.ndarray | None = None) -> Masks:
+    """(M,H,W) bool -> `Masks` in falling predicted IoU, equal ones in the given order; scores not given count as 1."""
     masks = np.asarray(masks, bool)
     count, height, width = masks.shape
     scores = [np.ones(count) if score is None else np.asarray(score) for score in (predicted_iou, stability)]
@@ -143,8 +144,8 @@ def _check_shapes(height: int, width: int, shapes: dict[str, tuple[int, ...]]) -
     if height < 1 or width < 1 or height * width > MOST_PIXELS:
         raise ValueError(f"it declares {height} x {width} pixels")
     count, length = shapes["areas"][0] if len(shapes["areas"]) == 1 else -1, -(-height * width // 8)
-    expected = {"size": (2,), "bits": (count, length), "areas": (count,), "boxes": (count, 4), "predicted_iou": (count,),
-                "stability": (count,)}
+    expected = {"size": (2,), "bits": (count, length), "areas": (count,), "boxes": (count, 4),
+                "predicted_iou": (count,), "stability": (count,)}
     if shapes != expected:
         raise ValueError("its arrays do not fit together")
     if count * (length + 1) > MOST_BYTES:

@@ -25,8 +25,8 @@ def felzenszwalb_masks(image: np.ndarray, scales: tuple[float, ...] = (100, 400,
     """
     maps = [felzenszwalb(image, scale=scale, sigma=SMOOTHING, min_size=min_area) for scale in scales]
     first = np.cumsum([0, *(regions.max() + 1 for regions in maps)])  # regions are numbered through all scales
+    areas = np.concatenate([np.bincount(regions.ravel()) for regions in maps])
     maps = [regions + start for regions, start in zip(maps, first[:-1], strict=True)]
-    areas = np.concatenate([np.bincount(regions.ravel() - start) for regions, start in zip(maps, first[:-1], strict=True)])
     scores = sum(_outline_contrast(image, regions, first[-1]) for regions in maps)
     stability = np.zeros(first[-1])
     keep = areas < image.shape[0] * image.shape[1]

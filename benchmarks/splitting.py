@@ -1,7 +1,7 @@
 """Cutting scenes into patches: our way against the plain way, time and memory.
 
 Decoding: the look-up table of all colours against the usual loop over classes, on the same truth. Splitting: synthetic
-scenes of Potsdam's size and layout, in LZW-compressed TIFFs of one row a strip, through datasetsprocess/potsdam_patch_split.py.
+scenes of Potsdam's size and layout, in LZW-compressed TIFFs of one row a strip, through potsdam_patch_split.py.
 
 Command: python benchmarks/splitting.py
 """
@@ -37,7 +37,7 @@ class Constants:
 
 
 def synthetic_scene(size: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image (S,S,3) and class ids (S,S) uint8: blobs of a few metres, with texture and noise so that PNG has work to do."""
+    """Image (S,S,3) and class ids (S,S) uint8: blobs of a few metres, with texture so that PNG has work to do."""
     random = np.random.default_rng(seed)
     ids, height = np.zeros((size, size), np.uint8), np.full((size, size), -np.inf, np.float32)
     for k in range(classes):
@@ -81,8 +81,8 @@ def compare_decoding(constants: Constants) -> None:
         ours, found = fastest(look_up, constants.repeats, rgb, dataset)
         plain, expected = fastest(loop_over_colours, constants.repeats, rgb, dataset)
         assert (found == expected).all()
-        print(f"decoding {ids.size / 1e6:.0f} Mpx of {dataset.num_classes} classes: look-up {ours:.2f} s, loop over colours "
-              f"{plain:.2f} s, ratio {plain / ours:.1f}, equal")
+        print(f"decoding {ids.size / 1e6:.0f} Mpx of {dataset.num_classes} classes: look-up {ours:.2f} s, loop over "
+              f"colours {plain:.2f} s, ratio {plain / ours:.1f}, equal")
 
 
 def write_scenes(raw: Path, names: list[str], constants: Constants, dataset: Dataset) -> None:
@@ -100,7 +100,8 @@ def time_splitting(constants: Constants) -> None:
     names = dataset.scenes["test"][: constants.scenes]
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "datasets" / "potsdam" / "raw"
-        writer = multiprocessing.get_context("spawn").Process(target=write_scenes, args=(raw, names, constants, dataset))
+        spawn = multiprocessing.get_context("spawn")
+        writer = spawn.Process(target=write_scenes, args=(raw, names, constants, dataset))
         writer.start()
         writer.join()
         command = [sys.executable, str(ROOT / "datasetsprocess" / "potsdam_patch_split.py"), "--root", folder,
@@ -114,8 +115,8 @@ def time_splitting(constants: Constants) -> None:
         patches = list((raw.parent / "test" / "images").glob("*.png"))
         size = sum(path.stat().st_size for path in patches) / len(patches)
     print(f"splitting {len(names)} scenes of {constants.size} x {constants.size} into {len(patches)} patches of "
-          f"{size / 1024:.0f} KB with {constants.workers} workers: {seconds:.1f} s, {seconds / len(names):.1f} s a scene, "
-          f"{(used.ru_utime + used.ru_stime) / len(names):.1f} s of a core a scene, "
+          f"{size / 1024:.0f} KB with {constants.workers} workers: {seconds:.1f} s, "
+          f"{seconds / len(names):.1f} s a scene, {(used.ru_utime + used.ru_stime) / len(names):.1f} s of a core each, "
           f"at most {used.ru_maxrss / 1024:.0f} MB a process")  # Linux counts in KiB
 
 

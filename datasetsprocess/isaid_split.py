@@ -1,8 +1,8 @@
 """Cut random patches from the scenes of iSAID for training and testing (method, "Data").
 
 From each scene a random number of patches is wanted; random places are tried until so many are found in which the
-background stays below its largest share, or the tries are used up. A patch is named <scene>_p<number>. Scenes smaller than a
-patch are skipped. iSAID's train split trains and its val split tests: the labels of its test split are withheld.
+background stays below its largest share, or the tries are used up. A patch is named <scene>_p<number>. Scenes smaller
+than a patch are skipped. iSAID's train split trains and its val split tests: the labels of its test split are withheld.
 
 Reads   <raw>/{train,val}/images/P0000.png                                          red, green, blue
         <raw>/{train,val}/Semantic_masks/images/P0000_instance_color_RGB.png        colour-coded truth
@@ -11,9 +11,9 @@ Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channel
         beside them run.json, scenes/<scene>.json (account of each scene), contact_sheet.png
 
 The images are those of DOTA-v1.0: unpack the archives part1.zip, part2.zip, ... of its train and val folders into
-<raw>/train and <raw>/val, each with its folder images. The masks are iSAID's: unpack the archives in its train/Semantic_masks
-and val/Semantic_masks into the folders of the same name. Scenes may also be jpg or tif; they must have three channels of 8
-bits (an opaque alpha channel of a png is dropped).
+<raw>/train and <raw>/val, each with its folder images. The masks are iSAID's: unpack the archives in its folders
+train/Semantic_masks and val/Semantic_masks into those of the same name. Scenes may also be jpg or tif; they must have
+three channels of 8 bits (an opaque alpha channel of a png is dropped).
 
 Command: python datasetsprocess/isaid_split.py
 """
@@ -43,18 +43,19 @@ class Constants:
     root: Path = ROOT  # the folder that holds datasets/
     raw: str = ""  # where the archives are unpacked; empty: <root>/datasets/<dataset>/raw
     unknown_colours: Literal["stop", "ignore"] = "stop"  # a truth's colour that is no class: stop, or 255 (ignored)
-    missing_scenes: Literal["stop", "skip"] = "stop"  # images without truth, truths without image, a split that is not there
+    missing_scenes: Literal["stop", "skip"] = "stop"  # images or truths without the other, splits that are not there
     seed: int = 0  # of the random patches
     workers: int = min(8, os.cpu_count() or 1)  # processes; 0: none beside this one
     overwrite: bool = False  # remove the patches that are there and start anew
 
 
 def patch_rule(dataset: Dataset) -> tuple[int, list[int], int, dict[str, float]]:
-    """Background class id, possible numbers of patches, tries, and split -> the share the background must stay below."""
+    """Background class id, possible numbers of patches, tries, and split -> share the background must stay below."""
     background, numbers, tries, largest = rule_of(dataset, "background", "patches_per_scene", "tries", "max_background")
     check(bool(numbers) and min(numbers) > 0 and tries > 0,
           f'[rules] of "{dataset.name}": patches_per_scene and tries must be above 0')
-    check(set(largest) == set(SPLITS), f'[rules] of "{dataset.name}": max_background needs a share for {" and ".join(SPLITS)}')
+    check(set(largest) == set(SPLITS),
+          f'[rules] of "{dataset.name}": max_background needs a share for {" and ".join(SPLITS)}')
     return class_id(dataset, background), numbers, tries, largest
 
 
@@ -94,9 +95,10 @@ def main(constants: Constants) -> None:
     patch_rule(dataset)  # a wrong rule shows before anything is written
     raw = Path(constants.raw) if constants.raw else dataset.folder / "raw"
     scenes = dataset.scenes or scene_names(raw)
-    check(not raw.is_dir() or constants.missing_scenes == "skip" or all(scenes.values()),
-          f"{raw} holds no scenes in {' or '.join(f'{RAW_SPLITS[s]}/images' for s in SPLITS if not scenes.get(s))}: unpack the "
-          "archives as the top of this script says, or cut the split that is there with --missing-scenes skip")
+    empty = [f"{folder}/images" for split, folder in RAW_SPLITS.items() if not scenes.get(split)]
+    check(not raw.is_dir() or constants.missing_scenes == "skip" or not empty,
+          f"{raw} holds no scenes in {' or '.join(empty)}: unpack the archives as the top of this script says, or cut "
+          "the split that is there with --missing-scenes skip")
     places = {split: (f"{folder}/{IMAGE}", f"{folder}/{TRUTH}") for split, folder in RAW_SPLITS.items()}
     split_scenes(constants, dataset, find_sources(raw, scenes, places, constants.missing_scenes), patches)
 

@@ -181,7 +181,8 @@ def fields(canvas: Canvas, box) -> None:
     ground = canvas.cover(box, LOWVEG, "meadow")
     for strip in split(rng, inset(box, 12), 130)[0]:
         crop = canvas.cover(inset(strip, 3), LOWVEG, ["young crop", "ripe crop", "soil", "meadow"])
-        _, _, across = canvas.frame(*canvas.place(strip[:2], canvas.choose([0, np.pi / 2])), 2 * canvas.size)
+        _, angle = canvas.place(strip[:2], canvas.choose([0, np.pi / 2]))
+        _, _, across = canvas.frame((canvas.size / 2, canvas.size / 2), angle, canvas.size)  # the whole image
         rows = np.where(np.mod(across, 58) < 3, 0.87, 1 + 0.05 * np.sin(1.2 * across))
         canvas.colour[crop] *= rows[crop][:, None]
     if rng.random() < 0.25:
@@ -264,7 +265,7 @@ def main(constants: Constants) -> None:
     names = step.pending([f"top_mosaic_09cm_area{area}" for area in areas], ".tif")
     write = partial(write_scene, raw=step.folder, dataset=dataset, seed=constants.seed, size=constants.size)
     step.each(write, names, description="scenes")
-    step.close(".tif")
+    step.close("/*.tif")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Cut the scenes of ISPRS Potsdam into patches for training and testing (method, "Data").
 
 Test: every whole tile. Train: a tile in which any class is present with less than a smallest share of the pixels is
-dropped; the others are saved in four versions, _v0 to _v3: as they are, flipped vertically, flipped horizontally, turned
-by a random multiple of 90 degrees. A patch is named <scene>_r<row>_c<column>, then the version.
+dropped; the others are saved in four versions, _v0 to _v3: as they are, flipped vertically, flipped horizontally,
+turned by a random multiple of 90 degrees. A patch is named <scene>_r<row>_c<column>, then the version.
 
 Reads   <raw>/2_Ortho_RGB/top_potsdam_<scene>_RGB.tif                               red, green, blue
         <raw>/5_Labels_all/top_potsdam_<scene>_label.tif                            full colour-coded truth
@@ -14,10 +14,10 @@ Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channel
 
 The archives come from ISPRS (2D Semantic Labelling, Potsdam): unpack 2_Ortho_RGB.zip, 5_Labels_all.zip and, if wanted,
 5_Labels_all_noBoundary.zip into <raw>, each with its folder. (5_Labels_for_participants.zip has the truth of 24 scenes
-only: rename its folder to 5_Labels_all and skip the missing scenes.) The published truth of 4_12 is a faulty overlay with
-thousands of colours: with --unknown-colours ignore its wrong pixels become 255; the other way is a dataset.toml of your own
-without this scene. Scenes may also be png or jpg; they must have three channels of 8 bits (an opaque alpha channel of a png
-is dropped).
+only: rename its folder to 5_Labels_all and skip the missing scenes.) The published truth of 4_12 is a faulty overlay
+with thousands of colours: with --unknown-colours ignore its wrong pixels become 255; the other way is a dataset.toml of
+your own without this scene. Scenes may also be png or jpg; they must have three channels of 8 bits (an opaque alpha
+channel of a png is dropped).
 
 Command: python datasetsprocess/potsdam_patch_split.py
 """

@@ -7,15 +7,15 @@ horizontally, turned by a random multiple of 90 degrees.
 
 Reads   <raw>/top/top_mosaic_09cm_area<N>.tif                      near infrared, red, green: kept in this order
         <raw>/gts_for_participants/top_mosaic_09cm_area<N>.tif     full colour-coded truth
-        <raw>/gts_eroded/top_mosaic_09cm_area<N>_noBoundary.tif    the same with black (ignored) boundaries, for --truth eroded
+        <raw>/gts_eroded/top_mosaic_09cm_area<N>_noBoundary.tif    the same, boundaries black (ignored): --truth eroded
 Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channels of 8 bits
         <root>/datasets/<dataset>/{train,test}/labels/<id>.png     class ids in a palette PNG, 255 = ignore
         beside them run.json, scenes/<area>.json (account of each scene), contact_sheet.png
 
-The archives come from ISPRS (2D Semantic Labelling, Vaihingen): unpack ISPRS_semantic_labeling_Vaihingen.zip into <raw>,
-ISPRS_semantic_labeling_Vaihingen_ground_truth_COMPLETE.zip into <raw>/gts_for_participants (the first archive has the truth
-of 16 areas only), and, if wanted, the ..._ground_truth_eroded_COMPLETE.zip into <raw>/gts_eroded. Scenes may also be png or
-jpg; they must have three channels of 8 bits (an opaque alpha channel of a png is dropped).
+The archives come from ISPRS (2D Semantic Labelling, Vaihingen): unpack ISPRS_semantic_labeling_Vaihingen.zip into
+<raw>, ISPRS_semantic_labeling_Vaihingen_ground_truth_COMPLETE.zip into <raw>/gts_for_participants (the first archive
+has the truth of 16 areas only), and, if wanted, the ..._ground_truth_eroded_COMPLETE.zip into <raw>/gts_eroded.
+Scenes may also be png or jpg; they must have three channels of 8 bits (an opaque alpha channel of a png is dropped).
 
 Command: python datasetsprocess/vaihingen_patch_split.py
 """
@@ -61,7 +61,7 @@ def crop_rule(dataset: Dataset) -> tuple[int, float, int, int]:
     rare_class, rare_share, (smallest, largest) = rule_of(dataset, "rare_class", "rare_share", "crop_side")
     sides = math.ceil(smallest * dataset.patch_size), math.floor(largest * dataset.patch_size)
     check(0 < sides[0] <= sides[1] <= dataset.patch_size,
-          f'[rules] of "{dataset.name}": crop_side is [{smallest}, {largest}], but it must hold two rising shares of the tile')
+          f'[rules] of "{dataset.name}": crop_side is [{smallest}, {largest}], not two rising shares of the tile')
     return class_id(dataset, rare_class), rare_share, *sides
 
 
@@ -76,7 +76,7 @@ def zoom(image: np.ndarray, ids: np.ndarray, smallest: int, largest: int, random
 
 
 def patches(scene: Scene) -> Iterator[Patch]:
-    """The tiles of a scene; in the train split four versions of a zoomed crop instead where it holds enough of the rare class."""
+    """The tiles of a scene; for training, four versions of a zoomed crop instead where the rare class has its share."""
     stride, (rare, share, smallest, largest) = scene.dataset.stride, crop_rule(scene.dataset)
     for row, column in scene.tiles():
         place = f"r{row:03d}_c{column:03d}"

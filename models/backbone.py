@@ -54,7 +54,8 @@ def _load_file(model: nn.Module, path: Path, name: str) -> None:
     except FileNotFoundError:
         raise ValueError(f"the weights file {path} is missing") from None
     except Exception as error:  # torch reports a damaged or pickled-code file in many ways
-        raise ValueError(f"the weights file {path} cannot be read as a plain state dict ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the weights file {path} cannot be read as a plain state dict ({reason})") from None
     try:
         state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
         missing, unexpected = model.load_state_dict(state, strict=False)

@@ -75,7 +75,7 @@ class DeepLabV3Plus(nn.Module):
         super().train(mode)
         if self.freeze_norm:
             for module in self.backbone.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm on several GPUs as well
                     module.eval()
         return self
 

@@ -18,7 +18,7 @@ def image_reconstruction_loss(cam: Tensor, image: Tensor, label: Tensor, tiles: 
     value counts the same. There is no background channel: what no present class claims is reconstructed as black, and
     so the maps must become complete. Runs in float32 at least. Raises ValueError when tiles is not a square.
     """
-    side = math.isqrt(tiles)
+    side = math.isqrt(max(tiles, 0))
     if tiles < 1 or side * side != tiles:
         raise ValueError(f"tiles is {tiles}, but it must be a square number (1, 4, 9, ...)")
     if min(cam.shape[-2:]) < side:

@@ -16,6 +16,8 @@ from tools.folders import write_whole
 from tools.labels import load_image
 
 OUTPUT_STRIDE = 16
+MOST_PIXELS = 100_000_000  # of one image, and
+MOST_BYTES = 1 << 28  # of its maps at feature size: a file that declares more is refused before it is unpacked
 
 
 class _Images(torch.utils.data.Dataset):
@@ -94,13 +96,19 @@ def fuse_scales(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
 def load_cams(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """-> class ids (k,) ascending, maps (k,H,W) float32 in 0..1 at image size (method section 2).
 
-    Raises `UserError` when the file is missing or damaged.
+    Raises `UserError` when the file is missing, damaged, or declares more than `MOST_PIXELS` or `MOST_BYTES`.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
+            if sum(entry.file_size for entry in file.zip.infolist()) > MOST_BYTES:
+                raise ValueError("it unpacks to more than maps can need")
             classes, size, peaks = file["classes"].astype(int), tuple(map(int, file["size"])), file["peaks"]
-            scales = sorted(name for name in file.files if name.startswith("scale"))
-            maps = [torch.from_numpy(file[name].astype(np.float32) * peaks[:, None, None]) for name in scales]
+            shares = [file[name] for name in sorted(file.files) if name.startswith("scale")]
+        if len(size) != 2 or min(size) < 1 or size[0] * size[1] > MOST_PIXELS:
+            raise ValueError(f"it declares an image of {' x '.join(map(str, size))} pixels")
+        if not shares or {peaks.shape, *(scale.shape[:-2] for scale in shares)} != {(len(classes),)}:
+            raise ValueError("its arrays do not fit together")
+        maps = [torch.from_numpy(scale.astype(np.float32) * peaks[:, None, None]) for scale in shares]
         return classes, fuse_scales(maps, size).numpy()
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run python infer_classification.py again, it makes what lacks") from None

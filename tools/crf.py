@@ -175,7 +175,8 @@ def _product(matrix, device: torch.device) -> Filter:
     if device.type == "cpu":
         return lambda values: torch.from_numpy(matrix @ values.numpy())
     matrix = matrix.tocoo()
-    moved = torch.sparse_coo_tensor(np.stack(matrix.coords), matrix.data, matrix.shape, device=device).coalesce()
+    moved = torch.sparse_coo_tensor(np.stack(matrix.coords), matrix.data, matrix.shape, device=device,
+                                    check_invariants=False).coalesce()
     return lambda values: moved @ values
 
 

@@ -21,7 +21,7 @@ from tools.command import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 # Constants that change where or how fast a step runs, not what it makes: they may differ between a run and its continuation.
-NOT_SETTINGS = {"root", "overwrite", "workers", "images_at_once", "samples", "download", "missing_scenes"}
+NOT_SETTINGS = {"root", "overwrite", "workers", "images_at_once", "samples", "download", "points_per_batch", "coloured_maps", "missing_scenes"}
 PACKAGES = ("torch", "torchvision", "accelerate", "segment-anything", "numpy", "scipy", "opencv-python-headless",
             "scikit-image", "pillow")
 MADE_BY = {  # step folder -> the step that makes it

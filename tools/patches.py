@@ -1,8 +1,8 @@
 """Cutting scenes into patches: finding the scenes, whole tiles, versions, and the run over all scenes in processes.
 
-A splitter in datasetsprocess names the files of each scene and yields the patches its rule makes of one (method, "Data");
-everything else is here. A patch's id tells where it comes from: <scene>_r<row>_c<column> for a tile, counted in strides,
-<scene>_p<number> for a random patch, and _v<version> behind it for one of the four versions.
+A splitter in datasetsprocess names the files of each scene and yields the patches that its rule makes of one scene
+(method, "Data"); everything else is here. A patch's id tells where it comes from: <scene>_r<row>_c<column> for a tile,
+counted in strides, <scene>_p<number> for a random patch, and _v<version> behind it for one of the four versions.
 """
 
 import json
@@ -29,7 +29,7 @@ PATCH_ID = re.compile(r"(.+)_(?:r\d+_c\d+|p\d+)(?:_v\d)?")
 
 @dataclass
 class Scene:
-    """An open scene as a rule sees it: class ids (H,W) uint8, windows of the image, random numbers, notes for the account."""
+    """An open scene as a rule sees it: class ids (H,W) uint8, windows of the image, random numbers, notes to report."""
 
     name: str
     split: str
@@ -48,12 +48,13 @@ class Scene:
         """Row and column of every whole tile, counted in strides; raises `UserError` when not one fits."""
         tiles = whole_tiles(*self.ids.shape, self.dataset.patch_size, self.dataset.stride)
         if not tiles:
-            raise UserError(f"{self.image.path} has {self.ids.shape[1]} x {self.ids.shape[0]} pixels, too few for one patch of "
-                            f"{self.dataset.patch_size}: leave the scene out or set a smaller patch_size in dataset.toml")
+            height, width = self.ids.shape
+            raise UserError(f"{self.image.path} has {width} x {height} pixels, too few for one patch of "
+                            f"{self.dataset.patch_size}: leave the scene out, or set a smaller patch_size")
         return tiles
 
     def random(self, *place: int) -> np.random.Generator:
-        """Random numbers that depend on seed, scene and place alone: the same however scenes are shared among workers."""
+        """Random numbers that depend on seed, scene and place alone: the same with any number of workers."""
         return np.random.default_rng((self.seed, zlib.crc32(self.name.encode()), *place))
 
 
@@ -62,11 +63,13 @@ Rule = Callable[[Scene], Iterable[Patch]]
 
 
 def whole_tiles(height: int, width: int, patch: int, stride: int) -> list[tuple[int, int]]:
-    """Row and column of the tiles that lie wholly inside a scene; tile (r, c) begins at pixel (r * stride, c * stride)."""
-    return [(row, column) for row in range((height - patch) // stride + 1) for column in range((width - patch) // stride + 1)]
+    """Row and column of the tiles that lie wholly inside a scene; tile (r, c) begins at pixel (r, c) * stride."""
+    rows, columns = ((length - patch) // stride + 1 for length in (height, width))
+    return [(row, column) for row in range(rows) for column in range(columns)]
 
 
-def four_versions(image: np.ndarray, ids: np.ndarray, random: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
+def four_versions(image: np.ndarray, ids: np.ndarray, random: np.random.Generator,
+                  ) -> list[tuple[np.ndarray, np.ndarray]]:
     """A square patch as it is, flipped vertically, flipped horizontally, and turned by 90, 180 or 270 degrees."""
     turns = int(random.integers(1, 4))
     ways = (lambda a: a, np.flipud, np.fliplr, lambda a: np.rot90(a, turns))
@@ -100,16 +103,16 @@ def find_sources(raw: Path, scenes: dict[str, list[str]], places: dict[str, tupl
     missing = []
     for split in SPLITS:
         for name in scenes.get(split, []):
-            image, truth = (_find(raw / place.format(name)) for place in places[split])
-            if image and truth:
-                found[split].append(Source(name, image, truth))
-            missing += [place.format(name) for place, path in zip(places[split], (image, truth), strict=True) if not path]
+            paths = {place.format(name): _find(raw / place.format(name)) for place in places[split]}
+            if all(paths.values()):
+                found[split].append(Source(name, *paths.values()))
+            missing += [place for place, path in paths.items() if not path]
+    shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
     if missing and (missing_scenes == "stop" or not any(found.values())):
-        shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-        raise UserError(f"{raw} lacks {shown} ({' or '.join(SUFFIXES)}): unpack the whole archives as the top of this script "
-                        "says, or cut the scenes that are there with --missing-scenes skip")
+        raise UserError(f"{raw} lacks {shown} ({' or '.join(SUFFIXES)}): unpack the whole archives as the top of this "
+                        "script says, or cut the scenes that are there with --missing-scenes skip")
     if missing:
-        print(f"not in {raw} and skipped: {', '.join(missing[:6])}{' ...' if len(missing) > 6 else ''} ({len(missing)} files)")
+        print(f"not in {raw}, so their scenes are skipped: {shown}")
     return found
 
 
@@ -123,8 +126,8 @@ def _find(stem: Path) -> Path | None:
 def rule_of(dataset: Dataset, *keys: str) -> list:
     """The values of the data set's [rules]; raises `UserError` for one that is not there."""
     missing = [key for key in keys if key not in dataset.rules]
-    check(not missing, f'the [rules] in the dataset.toml of "{dataset.name}" lack {", ".join(missing)}; take them from the '
-                       'description that comes with the project, or leave [rules] out and set base')
+    check(not missing, f'the [rules] in the dataset.toml of "{dataset.name}" lack {", ".join(missing)}: take them from '
+                       "the description that comes with the project, or leave [rules] out and set base")
     return [dataset.rules[key] for key in keys]
 
 
@@ -155,7 +158,8 @@ def split_scenes(constants, dataset: Dataset, sources: dict[str, list[Source]], 
     for split, folder in folders.items():
         done = {path.stem for path in (folder.folder / "scenes").glob("*.json")}
         _remove_begun(folder.folder, done)
-        work = partial(_cut, rule=rule, split=split, dataset=dataset, seed=constants.seed, unknown=constants.unknown_colours)
+        work = partial(_cut, rule=rule, split=split, dataset=dataset, seed=constants.seed,
+                       unknown=constants.unknown_colours)
         todo = [source for source in sources[split] if source.scene not in done]
         folder.each(work, todo, constants.workers, f"{split} scenes", unit="scene")
         try:
@@ -174,7 +178,7 @@ def split_scenes(constants, dataset: Dataset, sources: dict[str, list[Source]], 
 
 def _remove_begun(folder: Path, done: set[str]) -> None:
     """Remove the patches of scenes that an interrupted run had begun: their files may have been replaced since."""
-    for path in folder.glob("*/*.png"):
+    for path in (*folder.glob("images/*.png"), *folder.glob("labels/*.png")):
         match = PATCH_ID.fullmatch(path.stem)
         if match and match[1] not in done:
             path.unlink()
@@ -187,6 +191,7 @@ def _cut(source: Source, rule: Rule, split: str, dataset: Dataset, seed: int, un
             raise UserError(f"{source.image} has {image.shape[1]} x {image.shape[0]} pixels but {source.truth} has "
                             f"{truth.shape[1]} x {truth.shape[0]}: they must be the same scene at the same size")
         ids, colours = read_truth(truth, dataset)
+        truth.close()  # a TIFF in one strip is held whole: not this one and the image at the same time
         if colours and unknown == "stop":
             raise UserError(_describe(source.truth, colours))
         scene = Scene(source.scene, split, dataset, seed, image, ids)
@@ -199,8 +204,8 @@ def _cut(source: Source, rule: Rule, split: str, dataset: Dataset, seed: int, un
             save_image(dataset.images(split) / f"{source.scene}_{place}.png", pixels)
             patches += 1
     scene.notes["pixels of unknown colours, set to 255"] += sum(colours.values())
-    files = {"image": str(source.image), "truth": str(source.truth)}
-    write_json(dataset.folder / split / "scenes" / f"{source.scene}.json", files | {"patches": patches, "notes": +scene.notes})
+    account = {"image": str(source.image), "truth": str(source.truth), "patches": patches, "notes": +scene.notes}
+    write_json(dataset.folder / split / "scenes" / f"{source.scene}.json", account)
 
 
 def read_truth(truth: Raster, dataset: Dataset) -> tuple[np.ndarray, dict]:
@@ -216,13 +221,14 @@ def read_truth(truth: Raster, dataset: Dataset) -> tuple[np.ndarray, dict]:
 def _describe(truth: Path, colours: dict) -> str:
     most = sorted(colours, key=lambda colour: (-colours[colour], colour))
     shown = ", ".join(f"{colour} in {colours[colour]} pixels" for colour in most[:5])
-    more = f" and {len(most) - 5} more colours in {sum(colours[colour] for colour in most[5:])} pixels" if len(most) > 5 else ""
-    return (f"{truth} holds colours that are no class: {shown}{more}. Mend the file, leave the scene out of [scenes] in a "
+    if len(most) > 5:
+        shown += f" and {len(most) - 5} more colours in {sum(colours[colour] for colour in most[5:])} pixels"
+    return (f"{truth} holds colours that are no class: {shown}. Mend the file, leave the scene out of [scenes] in a "
             "dataset.toml of your own, or make these pixels 255 (ignored) with --unknown-colours ignore --overwrite")
 
 
 def save_image(path: Path, rgb: np.ndarray) -> None:
-    """Write (H,W,3) uint8 as PNG. This filter and strategy suit photographs: no larger than Pillow's files, many times faster."""
+    """Write (H,W,3) uint8 as PNG. Filter and strategy suit photographs: far faster than Pillow, files no larger."""
     png = imagecodecs.png_encode(np.ascontiguousarray(rgb), level=1, strategy=imagecodecs.PNG.STRATEGY.RLE,
                                  filter=imagecodecs.PNG.FILTER.AVG)
     with write_whole(path) as temporary:
@@ -230,7 +236,7 @@ def save_image(path: Path, rgb: np.ndarray) -> None:
 
 
 def _account(folder: StepFolder, split: str) -> None:
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder.folder / "scenes").glob("*.json"))]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (folder.folder / "scenes").glob("*.json")]
     print(f"{split}: {folder.run['files']} patches of {len(records)} scenes in {folder.folder}")
     notes = Counter()
     for record in records:

@@ -17,9 +17,9 @@ MAX_PIXELS = 1 << 29  # a scene of 23,000 x 23,000; a damaged or hostile header 
 class Raster:
     """An image file of `shape` (height, width) with three 8-bit channels, read window by window.
 
-    TIFFs are memory-mapped where they are not compressed; otherwise the strips or tiles that a window touches are decoded
-    and kept until a window leaves them. PNG and JPEG know no windows and are held whole. A PNG's alpha channel is
-    dropped when it is opaque everywhere. Raises `UserError` for any other kind of image and for damaged files.
+    TIFFs are memory-mapped where they are not compressed; otherwise the strips or tiles that a window touches are
+    decoded and kept until a window leaves them. PNG and JPEG know no windows and are held whole. A PNG's alpha channel
+    is dropped when it is opaque everywhere. Raises `UserError` for any other kind of image and for damaged files.
     """
 
     def __init__(self, path: Path):
@@ -42,6 +42,8 @@ class Raster:
         self.close()
 
     def close(self) -> None:
+        """Close the file and let go of the pixels; `shape` stays."""
+        self._band = np.empty((0, 0, 3), np.uint8)
         if self._tiff:
             self._tiff.close()
 
@@ -65,12 +67,13 @@ class Raster:
 
     def _check(self, height: int, width: int, channels: int, bits: int) -> None:
         if height * width > MAX_PIXELS:
-            raise UserError(f"{self.path} has {width} x {height} pixels, more than the {MAX_PIXELS:,} of the largest scene "
-                            "that is read: cut it into parts")
+            raise UserError(f"{self.path} has {width} x {height} pixels, more than the {MAX_PIXELS:,} of the largest "
+                            "scene that is read: cut it into parts")
         if channels != 3 or bits != 8:
-            raise UserError(f"{self.path} has {channels} channel{'s' * (channels != 1)} of {bits} bits, but three of 8 bits are "
-                            "expected: choose channels with gdal_translate -b 1 -b 2 -b 3 (-b 1 three times for a grey "
-                            "image), scale to 8 bits with -ot Byte -scale; a truth must be colour-coded")
+            found = f"{channels} channel{'s' * (channels != 1)} of {bits} bits"
+            raise UserError(f"{self.path} has {found}, but three of 8 bits are expected: choose channels with "
+                            "gdal_translate -b 1 -b 2 -b 3 (-b 1 three times for a grey image), scale to 8 bits with "
+                            "-ot Byte -scale; a truth must be colour-coded")
 
     def _read_whole(self) -> np.ndarray:
         with Image.open(self.path) as image:

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,54 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from tools.dataset import Dataset
-from tools.folders import write_whole
+from tools.folders import ROOT, write_whole
+from tools.scores import ConfusionMatrix
 
 RIGHT_WRONG = np.array([[235, 235, 235], [190, 60, 0]], np.uint8)  # apart in brightness too
 SIDE = 256  # pixels of a picture in the page
 MOST_BYTES = 4_000_000  # of pictures in the page, so that it stays below 5 MB
 NOT_CURVES = {"epoch", "step", "steps", "lr", "learning_rate", "images_per_second", "seconds", "time"}
 FACTS = {"seed": "seed", "backbone": "backbone", "weights": "weights", "protocol": "protocol of the steps"}
+
+
+@dataclass
+class Stage:
+    """One label folder and, once scored, its counts. `per_image` maps the id to the mIoU of that image alone."""
+
+    name: str
+    title: str
+    experiment: str
+    split: str
+    folder: Path
+    run: dict
+    matrix: ConfusionMatrix
+    per_image: dict[str, float] = field(default_factory=dict)
+    partial: bool = False
+
+
+def summarise(dataset: Dataset, stages: list[Stage], runs: dict[str, dict], failures: list[str], experiment: str,
+              supervised: str, protocol: str) -> dict:
+    """What scores.json holds: the scores of each stage as fractions (null: not defined), and what they rest on."""
+    left_out = np.flatnonzero(~dataset.scored)
+    rows = []
+    for stage in stages:
+        every, headline = stage.matrix.scores(), stage.matrix.scores(left_out, protocol)
+        row = {"experiment": stage.experiment, "stage": stage.name, "title": stage.title, "split": stage.split,
+               "images": len(stage.per_image), "partial": stage.partial, "is_bound": stage.experiment == supervised,
+               "miou_all_classes": every["miou"], "share_of_supervised": None}
+        rows.append(row | headline | {"all_classes": every, "confusion": stage.matrix.counts})
+    for row in rows:
+        bounds = [other["miou"] for other in rows if other["is_bound"] and other["split"] == row["split"]
+                  and other["stage"].startswith("segmentation") and other["miou"] > 0]
+        row["share_of_supervised"] = row["miou"] / bounds[0] if bounds else None
+    of_the_paper = bool(dataset.paper) and (ROOT / "datasetsprocess" / f"{dataset.name}.toml").exists()
+    known = facts(runs)
+    return plain({
+        "dataset": dataset.name, "title": dataset.title, "experiment": experiment, "protocol": protocol,
+        "classes": dataset.classes, "left_out_of_mean": dataset.left_out_of_mean,
+        "paper": dataset.paper if of_the_paper else {}, "facts": known,
+        "warnings": warnings(known, protocol, sum(stage.partial for stage in stages)), "failures": failures,
+        "stages": rows})
 
 
 def accounts(folder: Path, *more: Path) -> dict[str, dict]:
@@ -31,8 +73,8 @@ def accounts(folder: Path, *more: Path) -> dict[str, dict]:
     files |= {f"{path.name}, {path.parent.name} split": path / "run.json" for path in more}
     for name, file in files.items():
         try:
-            runs[name] = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            runs[name] = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
             continue
     return dict(sorted(runs.items(), key=lambda item: item[1].get("started", "")))
 
@@ -93,14 +135,13 @@ def table(summary: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def per_class(summary: dict) -> tuple[list[str], list[list[str]]]:
-    """IoU of every class: column titles and rows of texts. A left-out class shows its IoU with all classes counted."""
+    """IoU of every class: column titles, and a row for each class. A left-out class shows its IoU with all counted."""
     rows = []
-    for row in summary["stages"]:
-        values = [(row["all_classes"] if name in summary["left_out_of_mean"] else row)["iou"][k]
-                  for k, name in enumerate(summary["classes"])]
-        rows.append([row["title"], row["split"], *map(percent, values)])
-    names = [name + (" (left out)" if name in summary["left_out_of_mean"] else "") for name in summary["classes"]]
-    return ["IoU", "split", *names], rows
+    for k, name in enumerate(summary["classes"]):
+        left_out = name in summary["left_out_of_mean"]
+        values = [(row["all_classes"] if left_out else row)["iou"][k] for row in summary["stages"]]
+        rows.append([name + (" (left out of the mean)" if left_out else ""), *map(percent, values)])
+    return ["IoU", *(f"{row['title']}, {row['split']}" for row in summary["stages"])], rows
 
 
 def lines(summary: dict) -> list[str]:
@@ -115,9 +156,9 @@ def lines(summary: dict) -> list[str]:
 def markdown(summary: dict) -> str:
     """Both tables and the lines that say what they rest on."""
     parts = [f"{summary['title']}, experiment {summary['experiment']}"]
-    for titles, rows in (table(summary), per_class(summary)):
+    for texts, (titles, rows) in ((2, table(summary)), (1, per_class(summary))):
         cells = [[text.replace("|", "\\|") for text in row] for row in [titles, *rows]]
-        ruled = [cells[0], ["---" if column < 2 else "---:" for column in range(len(titles))], *cells[1:]]
+        ruled = [cells[0], ["---" if column < texts else "---:" for column in range(len(titles))], *cells[1:]]
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in ruled))
     return "\n\n".join([*parts, "\n".join(f"- {line}" for line in lines(summary))])
 

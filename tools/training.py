@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from tools.augment import TrainingPatches
-from tools.command import UserError
+from tools.command import UserError, check
 from tools.folders import StepFolder, write_whole
 
 
@@ -39,6 +39,21 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
                 groups.append({"params": parameters, "lr": lr * factor * (2 if bias else 1),
                                "weight_decay": 0.0 if bias else weight_decay})
     return groups
+
+
+def check_recipe(constants, patches: int) -> None:
+    """Raise `UserError` for a constant that no training of this many patches can work with; before a folder is made."""
+    for name, fits, demand in (
+        ("epochs", constants.epochs >= 1, "at least 1"),
+        ("batch_size", constants.batch_size >= 1, "at least 1"),
+        ("lr", 0 < constants.lr < math.inf, "above 0"),
+        ("momentum", 0 <= constants.momentum < 1, "from 0 to below 1"),
+        ("weight_decay", 0 <= constants.weight_decay < math.inf, "0 or more"),
+        ("workers", constants.workers >= 0, "0 or more"),
+        ("seed", 0 <= constants.seed < 2**31, "from 0 to 2147483647"),
+    ):
+        check(fits, f"{name} is {getattr(constants, name)}, but it must be {demand}")
+    EpochBatches(patches, constants.batch_size, constants.seed)
 
 
 class EpochBatches(Sampler):
@@ -79,11 +94,11 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run the training again") from None
     except Exception as error:  # torch has no common class for damaged and hostile files
-        raise UserError(f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0][:120]}): train again with "
-                        "--overwrite") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as a checkpoint ({reason[:120]}): train again with --overwrite") from None
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:  # the last two where it is no state dict at all
         difference = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
         raise UserError(f"{path} was made for another backbone or number of classes ({difference[:160]})") from None
     return checkpoint
@@ -100,9 +115,10 @@ def train(model: nn.Module, patches: TrainingPatches, compute_loss: Callable[[nn
     """
     device, main = accelerator.device, accelerator.is_main_process
     sampler = EpochBatches(len(patches), constants.batch_size, constants.seed, accelerator.process_index, accelerator.num_processes)
-    # Workers see the epoch through the sampler's (epoch, index), so they may live through all epochs.
+    # Workers see the epoch through the sampler's (epoch, index), so they may live through all epochs. The loader draws its
+    # workers' seeds, which nothing uses, from a generator of its own: drawn from dropout's they would change the training.
     loader = DataLoader(patches, batch_sampler=sampler, num_workers=constants.workers, pin_memory=device.type == "cuda",
-                        persistent_workers=constants.workers > 0)
+                        persistent_workers=constants.workers > 0, generator=torch.Generator())
     optimiser = torch.optim.SGD(parameter_groups(model, constants.lr, constants.weight_decay), lr=constants.lr,
                                 momentum=constants.momentum, nesterov=constants.momentum > 0)
     base_rates = [group["lr"] for group in optimiser.param_groups]

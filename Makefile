@@ -1,0 +1,56 @@
+# make demo   synthetic scenes through all nine steps on the CPU, about ten minutes after the installation
+# make test   the tests; make test-long those that take minutes; make lint; make bench the benchmarks
+VENV ?= .venv
+PYTHON ?= python3
+RUN = $(VENV)/bin/python
+WORKERS ?= 2
+DEMO = --dataset demo
+SMALL = --backbone resnet18 --weights none
+CLASSIFIER = $(SMALL) --train-all --epochs 14 --lr 0.02 --momentum 0.9 --workers $(WORKERS)
+SEGMENTER = $(SMALL) --no-freeze-norm --width 64 --epochs 12 --lr 0.01 --momentum 0.9 --workers $(WORKERS)
+
+.PHONY: demo demo-data demo-supervised demo-weak test test-long lint bench clean
+
+$(VENV)/.installed: requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
+	touch $@
+
+demo: demo-data demo-weak demo-supervised
+	$(RUN) evaluate_miou.py $(DEMO) --workers $(WORKERS)
+	@echo "the story in pictures: experiments/demo/prc/scores/report.html"
+
+demo-data: $(VENV)/.installed
+	$(RUN) datasetsprocess/make_demo_scenes.py
+	$(RUN) datasetsprocess/vaihingen_patch_split.py $(DEMO) --workers $(WORKERS)
+	$(RUN) datasetsprocess/process.py $(DEMO) --workers $(WORKERS)
+	$(RUN) PRC_SAM/get_se_map.py $(DEMO) --generator felzenszwalb --workers $(WORKERS)
+
+demo-weak: demo-data
+	$(RUN) train_classification.py $(DEMO) $(CLASSIFIER)
+	$(RUN) infer_classification.py $(DEMO) --workers $(WORKERS)
+	$(RUN) make_pseudo_labels.py $(DEMO) --workers $(WORKERS)
+	$(RUN) generate_refined_pseudo.py $(DEMO) --workers $(WORKERS)
+	$(RUN) train_segmentation.py $(DEMO) $(SEGMENTER)
+	$(RUN) inference_segmentation.py $(DEMO) --workers $(WORKERS)
+	$(RUN) generate_refined_seg.py $(DEMO) --workers $(WORKERS)
+
+demo-supervised: demo-data
+	$(RUN) train_segmentation.py $(DEMO) --experiment supervised --labels truth $(SEGMENTER)
+	$(RUN) inference_segmentation.py $(DEMO) --experiment supervised --workers $(WORKERS)
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest
+
+test-long: $(VENV)/.installed
+	$(RUN) -m pytest -m long
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: $(VENV)/.installed
+	for script in benchmarks/*.py; do $(RUN) $$script || exit 1; done
+
+clean:
+	rm -rf datasets/demo experiments/demo

@@ -1,0 +1,313 @@
+"""SAM's automatic mask generation for many images: a grid of points, filters, box NMS, masks packed to bits.
+
+The steps, their order and their settings are those of segment-anything's SamAutomaticMaskGenerator (its images one at a
+time, float masks of all candidates at full size, run-length codes in Python lists). Here images are encoded in batches;
+candidates are dropped by predicted IoU before their masks exist; the two bilinear steps from SAM's 256 x 256 logits to
+the size of the image are one; NMS, boxes and bits stay on the device.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from segment_anything.modeling import Sam
+from segment_anything.utils.amg import (
+    build_all_layer_point_grids,
+    generate_crop_boxes,
+    is_box_near_crop_edge,
+    remove_small_regions,
+)
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import batched_nms
+
+from PRC_SAM.masks import Masks
+from PRC_SAM.sam_forward import PointDecoder, encode_images
+
+PIXELS_ON_GPU, PIXELS_ON_CPU = 1 << 26, 1 << 20  # of masks in float at full size; a processor's cache wants few
+TRIAL = 32  # points in the first batch, whose memory is measured, and in every batch on a processor
+MOST_MEMORY = 8 << 30  # bytes for a batch of points: larger ones are no faster
+GATHER = 0x8040201008040201 - (1 << 64)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """SAM's names and defaults; points_per_batch = 0 finds the batch."""
+
+    points_per_side: int = 32
+    points_per_batch: int = 0
+    pred_iou_thresh: float = 0.88
+    stability_score_thresh: float = 0.95
+    stability_score_offset: float = 1.0
+    box_nms_thresh: float = 0.7
+    crop_n_layers: int = 0
+    crop_nms_thresh: float = 0.7
+    crop_overlap_ratio: float = 512 / 1500
+    crop_n_points_downscale_factor: int = 1
+    min_mask_region_area: int = 0
+
+
+@dataclass
+class Crop:
+    """One crop of an image, ready for the encoder: its box x0, y0, x1, y1, its layer, and (3,h,w) uint8 pixels."""
+
+    box: list[int]
+    layer: int
+    pixels: Tensor
+
+
+@dataclass
+class Found:
+    """Masks on their way: one row each in every tensor."""
+
+    bits: Tensor  # (M,bytes) uint8, of the whole image
+    boxes: Tensor  # (M,4) x0, y0, x1, y1 in the whole image
+    scores: Tensor  # (M,) predicted IoU
+    stability: Tensor  # (M,)
+
+    def take(self, index: Tensor) -> "Found":
+        return Found(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    @staticmethod
+    def join(parts: list["Found"]) -> "Found":
+        return Found(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Found)))
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """"auto" is bf16 on a GPU that computes in it and fp32 elsewhere."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+class MaskGenerator:
+    """Call with a list of (H,W,3) uint8 RGB images, or of what `prepare` made of them -> a list of `Masks`.
+
+    precision "fp32" agrees with the stock generator up to rounding; "bf16" runs the encoder and the decoder's matrix
+    products in bfloat16. `batch` images (or crops) are encoded at once, fewer when the memory does not hold them.
+    """
+
+    def __init__(self, sam: Sam, settings: Settings | None = None, precision: str = "fp32", batch: int = 4):
+        self.sam, self.settings, self.precision, self.batch = sam.eval(), settings or Settings(), precision, batch
+        self.decoder = PointDecoder(sam)
+        self.resize = ResizeLongestSide(sam.image_encoder.img_size)
+        self.grids = build_all_layer_point_grids(self.settings.points_per_side, self.settings.crop_n_layers,
+                                                 self.settings.crop_n_points_downscale_factor)
+        self.points_at_once = self.settings.points_per_batch
+        self._prompts: dict[tuple, Tensor] = {}
+        self._resampling: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    @staticmethod
+    def from_constants(sam: Sam, constants) -> "MaskGenerator":
+        """With the settings of a script's constants block."""
+        settings = Settings(**{field.name: getattr(constants, field.name) for field in fields(Settings)})
+        return MaskGenerator(sam, settings, constants.precision, constants.images_at_once)
+
+    def prepare(self, image: np.ndarray) -> tuple[tuple[int, int], list[Crop]]:
+        """What the processor does to an image before the device sees it: its size and its crops, resized."""
+        size, settings = image.shape[:2], self.settings
+        boxes, layers = generate_crop_boxes(size, settings.crop_n_layers, settings.crop_overlap_ratio)
+        crops = [Crop(box, layer, torch.from_numpy(self.resize.apply_image(image[box[1] : box[3], box[0] : box[2]]))
+                      .permute(2, 0, 1)) for box, layer in zip(boxes, layers, strict=True)]
+        return size, crops
+
+    @torch.inference_mode()
+    def __call__(self, images: list) -> list[Masks]:
+        prepared = [image if isinstance(image, tuple) else self.prepare(image) for image in images]
+        embeddings = self._encode([crop.pixels for _, crops in prepared for crop in crops])
+        results = []
+        for size, crops in prepared:
+            parts = [self._crop(next(embeddings), crop, size) for crop in crops]
+            found = Found.join(parts)
+            if len(crops) > 1:  # of duplicates in several crops, the one from the smallest crop stays
+                areas = [(crop.box[2] - crop.box[0]) * (crop.box[3] - crop.box[1]) for crop in crops]
+                prefer = torch.cat([part.scores.new_full((len(part.scores),), 1 / area)
+                                    for part, area in zip(parts, areas, strict=True)])
+                found = found.take(_nms(found.boxes, prefer, self.settings.crop_nms_thresh))
+            if self.settings.min_mask_region_area > 0:
+                found = self._without_small_regions(found, size)
+            results.append(_finish(found, size))
+        return results
+
+    def _encode(self, crops: list[Tensor]) -> Iterator[Tensor]:
+        """(3,h,w) uint8 each -> (C,h',w') embeddings, `batch` at a time."""
+        start, device = 0, self.sam.device
+        while start < len(crops):
+            try:
+                batch = crops[start : start + self.batch]
+                images = torch.stack([self.sam.preprocess(crop.to(device)) for crop in batch])
+                with self._products():
+                    embeddings = encode_images(self.sam.image_encoder, images)
+            except torch.OutOfMemoryError:
+                if self.batch == 1:
+                    raise
+                self.batch = self.batch // 2
+                torch.cuda.empty_cache()
+                continue
+            start += len(images)
+            yield from embeddings.float()
+
+    def _products(self):
+        """Where matrix products may run in bfloat16."""
+        return torch.autocast(self.sam.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _crop(self, embedding: Tensor, crop: Crop, size: tuple[int, int]) -> Found:
+        """All masks of one crop, in the frame of the whole image and without duplicates, in falling predicted IoU."""
+        tokens = self._tokens(crop)
+        parts, start = [], 0
+        while start < len(tokens):
+            batch = tokens[start : start + (self.points_at_once or TRIAL)]
+            try:
+                with memory_of(self.sam.device) as memory:
+                    parts.append(self._points(embedding, batch, crop, size))
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self.points_at_once = len(batch) // 2
+                torch.cuda.empty_cache()
+                continue
+            start += len(batch)
+            if self.points_at_once == 0:  # the first batch shows what a point costs
+                self.points_at_once = memory.batch(len(batch))
+        found = Found.join(parts)
+        return found.take(_nms(found.boxes, found.scores, self.settings.box_nms_thresh))
+
+    def _tokens(self, crop: Crop) -> Tensor:
+        """Prompt tokens of the crop's point grid; computed once for each shape of crops."""
+        height, width = crop.box[3] - crop.box[1], crop.box[2] - crop.box[0]
+        key = (crop.layer, height, width)
+        if key not in self._prompts:
+            points = self.resize.apply_coords(self.grids[crop.layer] * np.array([[width, height]]), (height, width))
+            self._prompts[key] = self.decoder.tokens(torch.as_tensor(points, device=self.sam.device))
+        return self._prompts[key]
+
+    def _points(self, embedding: Tensor, tokens: Tensor, crop: Crop, size: tuple[int, int]) -> Found:
+        """The masks of a batch of points that pass the filters."""
+        settings, x0, y0, x1, y1 = self.settings, *crop.box
+        with self._products():
+            scores, mask_tokens, pixels = self.decoder.transform(embedding, tokens)
+            keep = scores > (settings.pred_iou_thresh or -torch.inf)  # SAM takes 0 as no filter
+            points = keep.any(dim=1).nonzero()[:, 0]
+            logits = self.decoder.masks(mask_tokens[points], pixels[points])[keep[points]].float()
+        scores = scores[keep]
+        rows, columns = self._resampling_of(crop.pixels.shape[1:], (y1 - y0, x1 - x0))
+        at_once = max(1, (PIXELS_ON_GPU if logits.is_cuda else PIXELS_ON_CPU) // ((y1 - y0) * (x1 - x0)))
+        parts = []
+        for some, score in zip(logits.split(at_once), scores.split(at_once), strict=True):
+            full = rows @ some @ columns.T
+            stability = self._stability(full)
+            if settings.stability_score_thresh > 0:
+                stable = stability >= settings.stability_score_thresh
+                full, score, stability = full[stable], score[stable], stability[stable]
+            masks = full > self.sam.mask_threshold
+            boxes = _boxes(masks)
+            inside = ~is_box_near_crop_edge(boxes, crop.box, [0, 0, size[1], size[0]])
+            masks = F.pad(masks[inside], (x0, size[1] - x1, y0, size[0] - y1))
+            boxes = boxes[inside] + boxes.new_tensor([x0, y0, x0, y0])
+            parts.append(Found(_pack(masks), boxes, score[inside], stability[inside]))
+        return Found.join(parts)
+
+    def _stability(self, logits: Tensor) -> Tensor:
+        """(M,) IoU of the masks at a higher and a lower cutoff, one of which contains the other."""
+        threshold, offset = self.sam.mask_threshold, self.settings.stability_score_offset
+        return _count(logits > threshold + offset) / _count(logits > threshold - offset)
+
+    def _resampling_of(self, inside: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Matrices (H,low), (W,low) that resample SAM's low-resolution logits to a crop of `size`.
+
+        SAM enlarges to the encoder's input, cuts off the padding (`inside` remains) and resizes to the crop, both times
+        bilinearly: linear along each axis, so that the product of the two steps is one matrix for each axis.
+        """
+        key = (*inside, *size)
+        if key not in self._resampling:
+            low = self.decoder.prompts.image_embedding_size[0] * 4
+            unit = torch.eye(low, dtype=torch.float64)[None]
+            large = F.interpolate(unit, size=self.sam.image_encoder.img_size, mode="linear")
+            self._resampling[key] = tuple(
+                F.interpolate(large[..., :used], size=length, mode="linear")[0].T.to(self.sam.device, torch.float32)
+                for used, length in zip(inside, size, strict=True))
+        return self._resampling[key]
+
+    def _without_small_regions(self, found: Found, size: tuple[int, int]) -> Found:
+        """Small islands and holes removed; of masks that became duplicates, those that needed no change stay."""
+        flat = np.unpackbits(found.bits.cpu().numpy(), axis=1, count=size[0] * size[1])
+        masks = flat.reshape(-1, *size).astype(bool)
+        unchanged = np.ones(len(masks), np.float32)
+        for index, mask in enumerate(masks):
+            mask, filled = remove_small_regions(mask, self.settings.min_mask_region_area, "holes")
+            masks[index], cut = remove_small_regions(mask, self.settings.min_mask_region_area, "islands")
+            unchanged[index] = not (filled or cut)
+        clean = torch.from_numpy(masks).to(found.bits.device)
+        found = Found(_pack(clean), _boxes(clean), found.scores, found.stability)
+        prefer = torch.from_numpy(unchanged).to(found.bits.device)
+        return found.take(_nms(found.boxes, prefer, max(self.settings.box_nms_thresh, self.settings.crop_nms_thresh)))
+
+
+@dataclass
+class Memory:
+    """How much memory a batch took, and how many points the free memory holds."""
+
+    device: torch.device
+    taken: int = 0
+
+    def batch(self, points: int) -> int:
+        if self.device.type != "cuda":
+            return TRIAL
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        free = torch.cuda.mem_get_info(self.device)[0] + cached
+        return max(1, int(min(free * 0.8, MOST_MEMORY) * points / max(self.taken, 1)))
+
+
+@contextmanager
+def memory_of(device: torch.device) -> Iterator[Memory]:
+    memory = Memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    yield memory
+    if device.type == "cuda":
+        memory.taken = torch.cuda.max_memory_allocated(device) - before
+
+
+def _nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    return batched_nms(boxes.float(), scores, torch.zeros_like(scores), threshold)
+
+
+def _finish(found: Found, size: tuple[int, int]) -> Masks:
+    """Off the device, in falling predicted IoU."""
+    bits, boxes, scores, stability = (getattr(found, field.name).cpu().numpy() for field in fields(Found))
+    masks = Masks(size, bits, np.bitwise_count(bits).sum(1, dtype=np.int32), boxes.astype(np.int32), scores, stability)
+    return masks.chosen(np.argsort(-scores, kind="stable"))
+
+
+def _eights(masks: Tensor) -> Tensor:
+    """(M,H,W) bool -> (M,ceil(H*W/8)) int64 whose eight bytes are eight pixels, 0 or 1."""
+    flat = masks.flatten(1)
+    return F.pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64)
+
+
+def _pack(masks: Tensor) -> Tensor:
+    """(M,H,W) bool -> (M,ceil(H*W/8)) uint8, as numpy.packbits: one product moves byte i of eight to bit 63 - i."""
+    return ((_eights(masks) * GATHER) >> 56).to(torch.uint8)
+
+
+def _count(masks: Tensor) -> Tensor:
+    """(M,H,W) bool -> (M,) pixels: up to 255 times eight bytes are added in one number before they are spread."""
+    eights = _eights(masks)
+    eights = F.pad(eights, (0, -eights.shape[1] % 255)).unflatten(1, (255, -1)).sum(1)
+    return eights.view(torch.uint8).sum(1, dtype=torch.int64)
+
+
+def _boxes(masks: Tensor) -> Tensor:
+    """(M,H,W) bool -> (M,4) int64 x0, y0, x1, y1 of the outermost pixels; zeros for an empty mask."""
+    ends = []
+    for dim in (1, 2):  # over rows leaves columns
+        line = masks.view(torch.uint8).amax(dim) > 0
+        place = torch.arange(line.shape[1], device=masks.device)
+        first = torch.where(line, place, line.shape[1]).amin(1)
+        last = torch.where(line, place, -1).amax(1)
+        ends += [first.where(last >= 0, 0), last.clamp(min=0)]
+    return torch.stack([ends[0], ends[2], ends[1], ends[3]], dim=1)

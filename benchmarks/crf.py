@@ -1,0 +1,124 @@
+"""Dense CRF: lattice and exact mode against the plain way; time, memory, agreement, growth with pixels and classes.
+
+The plain way is NumPy with both N x N kernels written out, for sizes where they fit. Each line is measured in a process
+of its own: its memory is the peak above what the process held before. Ratio is the time over that of the lattice;
+agreement is the share of labels equal to those of the exact mode, where that was run.
+
+Command: python benchmarks/crf.py, or with --image FILE on the centre of an image of your own.
+"""
+
+import multiprocessing
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.crf import dense_crf
+
+
+@dataclass(frozen=True)
+class Constants:
+    image: Path | None = None  # an 8-bit image; none: blobs with texture and noise
+    sizes: tuple[int, ...] = (64, 128, 256, 512, 1024)  # sides of the square images in pixels, with num_classes[0]
+    num_classes: tuple[int, ...] = (4, 2, 8, 16)  # the others at classes_size
+    classes_size: int = 512  # side of the images over which the number of classes grows
+    exact_up_to: int = 128  # largest side for the exact mode: its time grows with the 4th power of the side
+    plain_up_to: int = 64  # largest side for the plain way: so does its memory
+    iterations: int = 10  # of the mean field
+    repeats: int = 3  # the fastest counts
+    threads: int = 1  # of torch and OpenCV; with NumPy's own, set OMP_NUM_THREADS as well
+    device: str = "cpu"  # of lattice and exact: cpu | cuda
+    seed: int = 0  # of the synthetic image and the class maps
+
+
+def load_image(constants: Constants, size: int) -> np.ndarray:
+    """Square image (size, size, 3), or (0, 0, 3) where the file is smaller."""
+    if constants.image is None:
+        random = np.random.default_rng(constants.seed)
+        regions = smooth_maps(random, 6, size, 20).argmax(0)
+        texture = cv2.GaussianBlur(random.standard_normal((size, size, 3), np.float32), (0, 0), 1.5)
+        return np.clip(random.integers(60, 200, (6, 3))[regions] + 40 * texture, 0, 255).astype(np.uint8)
+    image = cv2.imread(str(constants.image))
+    if image is None:
+        sys.exit(f"error: {constants.image} is missing or no image: name an 8-bit image with --image")
+    top, left = ((side - size) // 2 for side in image.shape[:2])
+    return image[top : top + size, left : left + size, ::-1].copy() if min(top, left) >= 0 else image[:0, :0]
+
+
+def smooth_maps(random: np.random.Generator, classes: int, size: int, sigma: float = 6) -> np.ndarray:
+    """Class probabilities (K, size, size) float32 that vary over a few sigma pixels."""
+    maps = [cv2.GaussianBlur(random.standard_normal((size, size), np.float32), (0, 0), sigma) for _ in range(classes)]
+    maps = np.exp(sigma * np.stack(maps))
+    return maps / maps.sum(0)
+
+
+def plain(p: np.ndarray, image: np.ndarray, iterations: int) -> np.ndarray:
+    """The plain way: whole kernels."""
+    size = image.shape[0]
+    position = np.stack(np.mgrid[:size, :size], -1).reshape(-1, 2).astype(np.float32)
+    kernels = []
+    for weight, features in ((3, position), (4, np.hstack([position / 67, image.reshape(-1, 3) / np.float32(3)]))):
+        kernel = np.exp(-((features[:, None] - features[None]) ** 2).sum(-1) / 2)
+        scale = 1 / np.sqrt(kernel.sum(1))
+        kernels.append(weight * scale[:, None] * kernel * scale)
+    log_p = np.log(np.clip(p, 1e-5, 1)).reshape(len(p), -1)
+    q = log_p
+    for iteration in range(iterations + 1):
+        q = np.exp(log_p + sum(q @ kernel for kernel in kernels) if iteration else log_p)
+        q /= q.sum(0)
+    return q.reshape(p.shape)
+
+
+def memory_mb(line: str) -> float:
+    """Of this process: line "VmRSS" for what it holds now, "VmHWM" for its peak. Linux only."""
+    return int(Path("/proc/self/status").read_text().split(line + ":")[1].split()[0]) / 1024
+
+
+def measure(way: str, size: int, classes: int, constants: Constants) -> tuple[float, float, np.ndarray]:
+    """Fastest time in seconds, peak memory in MB (the device's if it is a GPU), labels (size, size)."""
+    torch.set_num_threads(constants.threads)
+    cv2.setNumThreads(constants.threads)
+    image, p = load_image(constants, size), smooth_maps(np.random.default_rng(constants.seed + 1), classes, size)
+    small = np.ones((1, 8, 8), np.float32), image[:8, :8], constants.iterations
+    for mode in () if way == "plain" else (way,):
+        dense_crf(*small, mode=mode, device=constants.device)  # what a first call loads is no part of the cost
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before, seconds = memory_mb("VmRSS"), []
+    for _ in range(constants.repeats):
+        start = time.perf_counter()
+        if way == "plain":
+            q = plain(p, image, constants.iterations)
+        else:
+            q = dense_crf(p, image, constants.iterations, mode=way, device=constants.device)
+        seconds.append(time.perf_counter() - start)
+    memory = memory_mb("VmHWM") - before
+    if way != "plain" and torch.device(constants.device).type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**20
+    return min(seconds), memory, q.argmax(0)
+
+
+def main(constants: Constants) -> None:
+    first, *others = constants.num_classes
+    cases = [(size, first) for size in constants.sizes] + [(constants.classes_size, classes) for classes in others]
+    print("      pixels classes     way  seconds   ratio us/pixel     MB agreement")
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for size, classes in cases:
+            if load_image(constants, size).size == 0:
+                print(f"{size:5} x {size:<4} left out: {constants.image} is smaller")
+                continue
+            limits = {"lattice": size, "exact": constants.exact_up_to, "plain": constants.plain_up_to}
+            found = {way: pool.apply(measure, (way, size, classes, constants)) for way in limits if size <= limits[way]}
+            for way, (seconds, memory, labels) in found.items():
+                agreement = f"{(labels == found['exact'][2]).mean():9.2%}" if "exact" in found else ""
+                print(f"{size:5} x {size:<4} {classes:7} {way:>7} {seconds:8.3f} {seconds / found['lattice'][0]:7.1f} "
+                      f"{seconds / size**2 * 1e6:8.2f} {memory:6.0f} {agreement}", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Constants, description=__doc__))

@@ -1,0 +1,185 @@
+"""Mask generation side by side with segment-anything's own generator: time, memory and agreement.
+
+Both get the same weights, images and settings; the stock generator takes one image at a time, as it must. Without a
+checkpoint a small Sam is trained first on synthetic shapes (a few minutes, on the CPU, the same every time), so that
+its masks are neither empty nor noise; model = "vit_h" with checkpoint = "random" times the official size instead, with
+the filters opened by pred_iou_thresh = 0 and stability_score_thresh = 0.
+
+  OMP_NUM_THREADS=1 python benchmarks/sam_masks.py
+  python benchmarks/sam_masks.py --model vit_h --checkpoint random --precision bf16 --size 512   # on a GPU
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from segment_anything import SamAutomaticMaskGenerator
+from segment_anything.modeling import Sam
+from torch.nn import functional as F
+from tqdm import trange
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from PRC_SAM.checkpoints import SIZES, build_sam, load_sam, save_sam
+from PRC_SAM.generator import MaskGenerator, Settings, choose_precision
+from tools.command import run
+from tools.labels import load_image
+
+SMALL = {"embed_dim": 96, "depth": 3, "num_heads": 4, "global_attention": [1, 2], "image_size": 256, "window_size": 8,
+         "prompt_dim": 64, "decoder_mlp_dim": 256}
+
+
+@dataclass(frozen=True)
+class Constants:
+    model: str = "custom"  # custom | vit_b | vit_l | vit_h
+    checkpoint: str = ""  # a file, "random" for random weights, empty to train a small model
+    steps: int = 1500  # of that training
+    save: str = ""  # where to keep the trained model, for the next --checkpoint
+    images: str = ""  # a folder of RGB images; empty: synthetic shapes
+    count: int = 8  # images
+    size: int = 256  # pixels to which images are cut
+    precision: str = "fp32"  # of ours: auto | fp32 | bf16; stock runs in fp32
+    images_at_once: int = 4  # of ours
+    points_per_side: int = 16
+    pred_iou_thresh: float = 0.7
+    stability_score_thresh: float = 0.8
+    box_nms_thresh: float = 0.7
+    crop_n_layers: int = 0
+    min_mask_region_area: int = 0
+    stock_count: int = 0  # images for the slow stock generator; 0: all
+
+
+def main(constants: Constants) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sam = the_model(constants).to(device)
+    images = the_images(constants)
+    compared = images[: constants.stock_count or len(images)]
+    settings = {name: getattr(constants, name) for name in (
+        "points_per_side", "pred_iou_thresh", "stability_score_thresh", "box_nms_thresh", "crop_n_layers",
+        "min_mask_region_area")}
+    precision = choose_precision(constants.precision, device)
+    print(f"{device} {torch.get_num_threads()} threads, {precision}, {constants.size} px, {settings}")
+    stock = SamAutomaticMaskGenerator(sam, **settings)
+    ours = MaskGenerator(sam, Settings(**settings), precision, constants.images_at_once)
+    stock.generate(images[0]), ours(images[:1])  # kernels chosen, caches filled
+    theirs, stock_seconds, stock_memory = measured(device, lambda: [stock.generate(image) for image in compared])
+    batches = [images[at : at + constants.images_at_once] for at in range(0, len(images), constants.images_at_once)]
+    found, seconds, memory = measured(device, lambda: [masks for batch in batches for masks in ours(batch)])
+    stock_seconds, seconds = stock_seconds / len(compared), seconds / len(images)
+    print(f"stock {stock_seconds:7.3f} s an image, peak memory {stock_memory}")
+    print(f"ours  {seconds:7.3f} s an image, peak memory {memory}, {ours.points_at_once} points at once")
+    print(f"ratio {stock_seconds / seconds:7.1f}")
+    agreement(theirs, found)
+
+
+def measured(device: torch.device, work) -> tuple:
+    """Result, seconds, and on a GPU the peak of allocated memory."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    memory = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if device.type == "cuda" else "not measured"
+    return result, seconds, memory
+
+
+def agreement(theirs: list, ours: list) -> None:
+    """Best IoU of each stock mask with one of ours, and the counts."""
+    best, equal = [], 0
+    for stock, masks in zip(theirs, ours[: len(theirs)], strict=True):
+        equal += len(stock) == len(masks)
+        if stock:
+            a = np.array([record["segmentation"] for record in stock]).reshape(len(stock), -1).astype(np.float32)
+            b = masks.unpack().reshape(len(masks), a.shape[1]).astype(np.float32)
+            shared = a @ b.T
+            iou = shared / np.maximum(a.sum(1)[:, None] + b.sum(1) - shared, 1)
+            best.append(iou.max(1, initial=0))
+    best = np.concatenate([*best, np.zeros(0)])
+    print(f"masks: stock {sum(map(len, theirs))}, ours {sum(map(len, ours[: len(theirs)]))}; "
+          f"equal counts in {equal} of {len(theirs)} images")
+    if len(best):
+        print(f"of stock's masks, IoU >= 0.999 with one of ours: {(best >= 0.999).mean():.2%}, >= 0.95: "
+              f"{(best >= 0.95).mean():.2%}, lowest {best.min():.4f}")
+
+
+def the_model(constants: Constants) -> Sam:
+    torch.manual_seed(0)
+    if constants.checkpoint == "random":
+        sam = build_sam(**SIZES.get(constants.model, SMALL))
+        for parameter in sam.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)  # some of SAM's parameters begin as zeros
+        return sam
+    if constants.checkpoint:
+        return load_sam(constants.model, Path(constants.checkpoint))
+    sam = train_small_sam(constants.steps)
+    if constants.save:
+        save_sam(Path(constants.save), sam, SMALL)
+    return sam
+
+
+def the_images(constants: Constants) -> list[np.ndarray]:
+    if not constants.images:
+        return [shapes(np.random.default_rng(10_000 + seed), constants.size)[0] for seed in range(constants.count)]
+    files = sorted(Path(constants.images).iterdir())
+    chosen = files[:: max(1, len(files) // constants.count)][: constants.count]
+    return [np.ascontiguousarray(load_image(file)[: constants.size, : constants.size]) for file in chosen]
+
+
+def shapes(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A synthetic scene: (size,size,3) uint8 picture, and (size,size) uint8 numbers of its shapes or 0."""
+    y, x = np.mgrid[:size, :size] / size
+    numbers = np.zeros((size, size), np.uint8)
+    picture = np.broadcast_to(rng.uniform(40, 215, 3), (size, size, 3)).copy()
+    for number in range(1, rng.integers(6, 14)):
+        angle, (cx, cy), (a, b) = rng.uniform(0, np.pi), rng.uniform(0, 1, 2), rng.uniform(0.06, 0.2, 2)
+        u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / a
+        v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / b
+        inside = u**2 + v**2 < 1 if rng.random() < 0.5 else np.maximum(abs(u), abs(v)) < 0.9
+        numbers[inside] = number
+        picture[inside] = rng.uniform(20, 235, 3)
+    picture += rng.normal(0, 6, picture.shape) + 20 * np.sin(7 * x + 5 * y + rng.uniform(0, 6))[..., None]
+    return picture.clip(0, 255).astype(np.uint8), numbers
+
+
+def train_small_sam(steps: int, images: int = 4, points: int = 8) -> Sam:
+    """A small Sam that finds shapes from one point: the best of its three masks learns, the scores learn the IoU."""
+    sam, rng = build_sam(**SMALL).train(), np.random.default_rng(0)
+    size = SMALL["image_size"]
+    optimiser = torch.optim.AdamW(sam.parameters(), 5e-4, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, steps)
+    bar = trange(steps, desc="training a small Sam")
+    for _ in bar:
+        scenes = [shapes(rng, size) for _ in range(images)]
+        pixels = torch.stack([sam.preprocess(torch.from_numpy(picture).permute(2, 0, 1)) for picture, _ in scenes])
+        losses = []
+        for embedding, (_, numbers) in zip(sam.image_encoder(pixels), scenes, strict=True):
+            where = np.argwhere(numbers)[rng.integers(0, np.count_nonzero(numbers), points)]
+            truth = torch.from_numpy(np.stack([numbers == numbers[y, x] for y, x in where])).float()
+            truth = F.interpolate(truth[:, None], scale_factor=0.25, mode="area").expand(-1, 3, -1, -1)
+            sparse, dense = sam.prompt_encoder((torch.from_numpy(where[:, None, ::-1].astype(np.float32)),
+                                                torch.ones(points, 1)), None, None)
+            logits, scores = sam.mask_decoder(embedding[None], sam.prompt_encoder.get_dense_pe(), sparse, dense, True)
+            shared, total = (logits.sigmoid() * truth).sum((2, 3)), (logits.sigmoid() + truth).sum((2, 3))
+            loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((2, 3))
+            loss = 5 * loss + 1 - 2 * shared / (total + 1)
+            hard, sure = logits.detach() > 0, truth > 0.5
+            iou = (hard & sure).sum((2, 3)) / (hard | sure).sum((2, 3)).clamp(min=1)
+            losses.append(loss.amin(1).mean() + F.mse_loss(scores, iou))
+        loss = torch.stack(losses).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", iou=f"{iou.amax(1).mean():.2f}")
+    return sam.eval()
+
+
+if __name__ == "__main__":
+    run(main, Constants, __doc__)

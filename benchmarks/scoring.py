@@ -1,0 +1,137 @@
+"""Scoring: the confusion matrix against the plain ways, time, memory, agreement, growth with pixels and classes.
+
+Plain ways: a loop over all pairs of classes; numpy.bincount of K * truth + prediction in 64 bits (the usual fast_hist);
+scikit-learn's confusion_matrix where it is installed. The last lines score patches from PNG files, with their decoding.
+
+Command: OMP_NUM_THREADS=1 python benchmarks/scoring.py
+"""
+
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.labels import load_label, save_label
+from tools.scores import ConfusionMatrix
+
+
+@dataclass(frozen=True)
+class Constants:
+    side: int = 6000  # pixels: truth and prediction are square
+    num_classes: int = 16
+    repeats: int = 3  # the fastest counts
+    files: int = 40  # patches of 512 x 512 that are scored from files
+    seed: int = 0  # of the synthetic label maps
+
+
+def label_maps(side: int, num_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Truth and prediction (side, side) uint8: blobs, 2 % ignored; a fifth of the prediction is wrong."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, num_classes, (side // 20 + 1, side // 20 + 1)).astype(np.uint8)
+    truth = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_NEAREST)
+    wrong = random.random((side, side), np.float32) < 0.2
+    prediction = np.where(wrong, random.integers(0, num_classes, (side, side), np.uint8), truth)
+    truth[random.random((side, side), np.float32) < 0.02] = 255
+    return truth, prediction
+
+
+def ours(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
+    matrix = ConfusionMatrix(num_classes)
+    matrix.update(truth, prediction)
+    return matrix.counts[:, :num_classes]
+
+
+def loop_over_pairs(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
+    return np.array([[np.count_nonzero((truth == row) & (prediction == column)) for column in range(num_classes)]
+                     for row in range(num_classes)])
+
+
+def fast_hist(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
+    kept = truth != 255
+    pairs = num_classes * truth[kept].astype(int) + prediction[kept]
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def scikit_learn(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
+    from sklearn.metrics import confusion_matrix
+
+    kept = truth != 255
+    return confusion_matrix(truth[kept], prediction[kept], labels=np.arange(num_classes))
+
+
+def measure(way: Callable, repeats: int, *arguments) -> tuple[float, float, np.ndarray]:
+    """Fastest seconds, MB that it needs beside its arguments, counts."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        counts = way(*arguments)
+        seconds.append(time.perf_counter() - start)
+    tracemalloc.start()
+    way(*arguments)
+    memory = tracemalloc.get_traced_memory()[1] / 1e6
+    tracemalloc.stop()
+    return min(seconds), memory, counts
+
+
+def compare(constants: Constants) -> None:
+    maps = label_maps(constants.side, constants.num_classes, constants.seed)
+    reference = None
+    for way in (ours, fast_hist, loop_over_pairs, scikit_learn):
+        try:
+            seconds, memory, counts = measure(way, constants.repeats if way in (ours, fast_hist) else 1, *maps,
+                                              constants.num_classes)
+        except ImportError:
+            print(f"{way.__name__}: not installed")
+            continue
+        if reference is None:
+            reference, fastest = counts, seconds
+        print(f"{way.__name__}: {maps[0].size / 1e6:.0f} Mpx of {constants.num_classes} classes in {seconds:.3f} s, "
+              f"{seconds / fastest:.1f} times ours, {memory:.0f} MB, "
+              f"{'equal' if np.array_equal(counts, reference) else 'DIFFERENT'}")
+
+
+def growth(constants: Constants) -> None:
+    for side, num_classes in ((constants.side // 4, 16), (constants.side // 2, 16), (constants.side, 2),
+                              (constants.side, 6), (constants.side, 64)):
+        seconds, _, _ = measure(ours, constants.repeats, *label_maps(side, num_classes, constants.seed), num_classes)
+        print(f"ours: {side**2 / 1e6:.2f} Mpx of {num_classes} classes in {1e3 * seconds:.1f} ms, "
+              f"{1e9 * seconds / side**2:.2f} ns a pixel")
+
+
+def from_files(constants: Constants) -> None:
+    random, colours = np.random.default_rng(constants.seed), np.arange(48, dtype=np.uint8).reshape(16, 3)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(constants.files):
+            coarse = random.integers(0, 16, (12, 12)).astype(np.uint8)
+            save_label(Path(folder) / f"{number}.png", cv2.resize(coarse, (512, 512), interpolation=cv2.INTER_NEAREST),
+                       colours)
+        files = sorted(Path(folder).iterdir())
+        start = time.perf_counter()
+        labels = [load_label(file, 16) for file in files]
+        decoding = time.perf_counter() - start
+        matrix = ConfusionMatrix(16)
+        start = time.perf_counter()
+        for label in labels:
+            matrix.update(label, label)
+        scoring = time.perf_counter() - start
+    print(f"patches of 512 x 512: decoding and checking a label map {1e3 * decoding / len(files):.2f} ms, scoring "
+          f"{1e3 * scoring / len(files):.2f} ms")
+
+
+def main(constants: Constants) -> None:
+    cv2.setNumThreads(1)
+    compare(constants)
+    growth(constants)
+    from_files(constants)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Constants, description=__doc__))

@@ -1,0 +1,276 @@
+"""Run the steps for every row of one of the paper's tables and print it.
+
+Reads  datasets/<dataset> with its SAM masks (process.py and step 9 done)
+Writes experiments/<dataset>/tables-*/ (one experiment for each setting and seed, shared by the tables) and
+       experiments/<dataset>/tables/<table>.md, .csv and .png
+
+    python reproduce_tables.py --table ablation --dataset vaihingen --seeds 0 1 2
+
+Rows that are there already are not run again; a stopped table continues with the same command. Constants of the two
+trainings are set by --classification.<constant> and --segmentation.<constant>.
+"""
+
+import csv
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+import evaluate_miou
+import generate_refined_pseudo
+import generate_refined_seg
+import infer_classification
+import inference_segmentation
+import make_pseudo_labels
+import train_classification
+import train_segmentation
+from PRC_SAM.ios import intersection_optimisation
+from PRC_SAM.masks import load_masks, pack_masks
+from tools.command import check, run
+from tools.dataset import Dataset, load_dataset
+from tools.folders import ROOT, experiment_folder, require, write_whole
+from tools.labels import load_label
+from tools.scores import ConfusionMatrix
+
+
+@dataclass(frozen=True)
+class Constants:
+    table: Literal["main", "ablation", "gamma", "lambda", "tiles", "tau"] = "main"
+    dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
+    seeds: tuple[int, ...] = (0,)  # with several, the table shows mean and standard deviation
+    protocol: Literal["clean", "released"] = "clean"
+    gammas: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the table gamma
+    ir_weights: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4)  # of the table lambda
+    tiles: tuple[int, ...] = (1, 4, 16)  # of the table tiles
+    taus: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95)  # of the table tau
+    classification: train_classification.Constants = train_classification.Constants()
+    segmentation: train_segmentation.Constants = train_segmentation.Constants()
+    pseudo: make_pseudo_labels.Constants = make_pseudo_labels.Constants()
+    workers: int = 4  # processes that read and write
+    images_at_once: int = 8  # patches of one batch of the inference steps
+    root: Path = ROOT  # folder that holds datasets/ and experiments/
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: what differs from the defaults of step 1, and whether a segmenter is trained as well."""
+
+    name: str
+    changes: dict = field(default_factory=dict)
+    segment: bool = False
+
+
+def rows_of(constants: Constants) -> list[Row]:
+    return {
+        "main": [Row("PRC + IR + IOS", segment=True)],
+        "ablation": [
+            Row("CAM", {"iterations": 0, "ir_weight": 0.0}, segment=True),
+            Row("+ PRC", {"ir_weight": 0.0}),
+            Row("+ IR", {"iterations": 0}),
+            Row("+ PRC + IR", segment=True),
+        ],
+        "gamma": [Row(f"gamma {value:g}", {"gamma": value}) for value in constants.gammas],
+        "lambda": [Row(f"lambda {value:g}", {"ir_weight": value}) for value in constants.ir_weights],
+        "tiles": [Row(f"{value} tiles", {"tiles": value}) for value in constants.tiles],
+        "tau": [Row("", segment=True)],
+    }[constants.table]
+
+
+STAGES = {  # stage -> column
+    "cams": "CAM",
+    "pseudo_labels": "+ CRF",
+    "refined_pseudo_labels": "+ IOS",
+    "segmentation": "segmentation",
+    "refined_segmentation": "segmentation + IOS",
+}
+
+
+class Runner:
+    """Runs the steps of one seed in an experiment of its own and reads their scores."""
+
+    def __init__(self, constants: Constants, dataset: Dataset, seed: int):
+        self.constants, self.dataset, self.seed = constants, dataset, seed
+
+    def step(self, module, experiment: str, start=None, **changes) -> None:
+        """Call a step's main with the constants that it shares with this script."""
+        given = {"dataset": self.dataset.name, "experiment": experiment, "seed": self.seed, "root": self.constants.root,
+                 "protocol": self.constants.protocol, "workers": self.constants.workers,
+                 "images_at_once": self.constants.images_at_once, **changes}
+        start = start or module.Constants()
+        module.main(replace(start, **{key: value for key, value in given.items() if hasattr(start, key)}))
+
+    def pseudo_labels(self, row: Row) -> str:
+        """Steps 1 to 4 of a row -> its experiment. Rows whose changes are the defaults share the plain experiment."""
+        base = self.constants.classification
+        changes = {key: value for key, value in row.changes.items() if getattr(base, key) != value}
+        experiment = "-".join(["tables", *(f"{key}{value:g}" for key, value in changes.items()), f"seed{self.seed}"])
+        self.step(train_classification, experiment, base, **changes)
+        self.step(infer_classification, experiment)
+        self.step(make_pseudo_labels, experiment, self.constants.pseudo)
+        self.step(generate_refined_pseudo, experiment)
+        return experiment
+
+    def segmentation(self, experiment: str) -> None:
+        """Steps 5 to 7."""
+        self.step(train_segmentation, experiment, self.constants.segmentation)
+        self.step(inference_segmentation, experiment)
+        self.step(generate_refined_seg, experiment)
+
+    def supervised(self) -> str:
+        """The fully supervised bound -> its experiment."""
+        experiment = f"tables-supervised-seed{self.seed}"
+        self.step(train_segmentation, experiment, self.constants.segmentation, labels="truth")
+        self.step(inference_segmentation, experiment)
+        return experiment
+
+    def scores(self, experiment: str) -> dict[str, float]:
+        """Stage -> headline mIoU in per cent, of every label folder of an experiment."""
+        constants = evaluate_miou.Constants(
+            self.dataset.name, experiment, supervised=experiment, protocol=self.constants.protocol,
+            workers=self.constants.workers, root=self.constants.root,
+        )  # fmt: skip
+        folder = experiment_folder(constants.root, constants.dataset, experiment)
+        stages = evaluate_miou.find_stages(self.dataset, folder, constants)
+        failures = [line for split in ("train", "test")
+                    for line in evaluate_miou.score(self.dataset, split, [s for s in stages if s.split == split], constants)]
+        check(not failures, f"{len(failures)} files of {folder} could not be scored, {failures[0] if failures else ''}")
+        return {stage.name: self.headline(stage.matrix) for stage in stages}
+
+    def headline(self, matrix: ConfusionMatrix) -> float:
+        return 100 * matrix.scores(np.flatnonzero(~self.dataset.scored), self.constants.protocol)["miou"]
+
+    def ios(self, experiment: str, stage: str, split: str, taus: tuple[float, ...], oracle: bool = False) -> list[float]:
+        """mIoU of a label folder after IOS with each tau; `oracle` takes the truth's connected components as masks."""
+        matrices = [ConfusionMatrix(self.dataset.num_classes) for _ in taus]
+        folder = experiment_folder(self.constants.root, self.dataset.name, experiment) / stage
+        labels, count = self.dataset.image_labels(split), self.dataset.num_classes
+        for id in tqdm(self.dataset.ids(split), f"IOS of {stage}", unit="image", disable=None):
+            label = load_label(folder / f"{id}.png", count)
+            truth = load_label(self.dataset.labels(split) / f"{id}.png", count)
+            masks = perfect_regions(truth, count) if oracle else load_masks(self.dataset.sam_masks(split) / f"{id}.npz")
+            from_image = split == "train" or self.constants.protocol == "released"
+            classes = np.flatnonzero(labels[id]) if from_image else np.unique(label)
+            for matrix, tau in zip(matrices, taus, strict=True):
+                matrix.update(truth, intersection_optimisation(label, masks, classes, tau))
+        return [self.headline(matrix) for matrix in matrices]
+
+
+def perfect_regions(truth: np.ndarray, num_classes: int):
+    """The connected components of every class of the truth, as masks."""
+    components = [ndimage.label(truth == c) for c in range(num_classes)]
+    regions = [numbered == i for numbered, count in components for i in range(1, count + 1)]
+    return pack_masks(np.stack(regions) if regions else np.zeros((0, *truth.shape), bool))
+
+
+def main(constants: Constants) -> None:
+    check(len(set(constants.seeds)) == len(constants.seeds) > 0, f"seeds is {constants.seeds}, but needs different numbers")
+    dataset = load_dataset(constants.dataset, constants.root)
+    for split in ("train", "test"):
+        dataset.image_labels(split)
+        require(dataset.sam_masks(split))
+    lines: dict[str, dict[str, list[float]]] = {}  # row -> column -> one value for each seed
+
+    def put(row: str, column: str, value: float) -> None:
+        lines.setdefault(row, {}).setdefault(column, []).append(value)
+
+    for seed in constants.seeds:
+        runner = Runner(constants, dataset, seed)
+        for row in rows_of(constants):
+            experiment = runner.pseudo_labels(row)
+            if row.segment:
+                runner.segmentation(experiment)
+            if constants.table == "tau":
+                sweep_tau(runner, experiment, put)
+                continue
+            found = runner.scores(experiment)
+            for stage, column in STAGES.items():
+                if stage in found and (row.segment or stage not in ("segmentation", "refined_segmentation")):
+                    put(row.name, column, found[stage])
+        if constants.table == "ablation":
+            oracle = "last row, IOS with perfect regions (USES THE TRUTH)"
+            tau = generate_refined_pseudo.Constants().tau
+            put(oracle, STAGES["refined_pseudo_labels"], runner.ios(experiment, "pseudo_labels", "train", (tau,), True)[0])
+        if constants.table == "main":
+            bound = runner.scores(runner.supervised())["segmentation"]
+            put("fully supervised", STAGES["segmentation"], bound)
+            put(row.name, "share of fully supervised", 100 * found["refined_segmentation"] / bound)
+    write_table(constants, dataset, lines)
+
+
+def sweep_tau(runner: Runner, experiment: str, put: Callable[[str, str, float], None]) -> None:
+    for stage, split, column in (("pseudo_labels", "train", "refined pseudo-labels"),
+                                 ("segmentation", "test", "refined segmentation")):
+        plain = runner.scores(experiment)[stage]
+        put("without IOS", column, plain)
+        for tau, value in zip(runner.constants.taus, runner.ios(experiment, stage, split, runner.constants.taus), strict=True):
+            put(f"tau {tau:g}", column, value)
+
+
+def write_table(constants: Constants, dataset: Dataset, lines: dict[str, dict[str, list[float]]]) -> None:
+    """Markdown (printed too), csv with every seed's value, and a figure."""
+    columns = list(dict.fromkeys(column for values in lines.values() for column in values))
+    published = {}
+    if constants.table == "main" and "miou" in dataset.paper:
+        published = {"PRC + IR + IOS": dataset.paper["miou"], "fully supervised": dataset.paper["supervised"]}
+    text = [f"# {constants.table}: {dataset.title}", "", f"mIoU in per cent. {caption(constants, dataset)}", "",
+            "| | " + " | ".join(columns) + " | paper |", "|---" * (len(columns) + 2) + "|"]
+    for name, values in lines.items():
+        cells = [show(values.get(column, [])) for column in columns]
+        text.append(f"| {name} | " + " | ".join(cells) + f" | {published.get(name, 'not published')} |")
+    folder = Path(constants.root) / "experiments" / dataset.name / "tables"
+    with write_whole(folder / f"{constants.table}.md") as temporary:
+        temporary.write_text("\n".join(text) + "\n", encoding="utf-8")
+    with write_whole(folder / f"{constants.table}.csv") as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["row", "column", *(f"seed {seed}" for seed in constants.seeds)])
+        writer.writerows([name, column, *(f"{value:.3f}" for value in found)]
+                         for name, values in lines.items() for column, found in values.items())
+    draw(folder / f"{constants.table}.png", lines, columns, dataset)
+    print("\n".join(text))
+    print(f"\nwritten to {folder}")
+
+
+def caption(constants: Constants, dataset: Dataset) -> str:
+    """What the numbers rest on: protocol, splits, seeds, backbone, stand-ins."""
+    notes = require(dataset.sam_masks("train")).get("notes", {})
+    stand_in = f" Stand-in: {notes['stand_in']}." if "stand_in" in notes else ""
+    step1, step5 = constants.classification, constants.segmentation
+    return (f"Protocol: {constants.protocol}. CAM, CRF and IOS columns on the train split, segmentation on the test split. "
+            f"Seeds: {', '.join(map(str, constants.seeds))}. Classifier: {step1.backbone}, weights {Path(step1.weights).name}, "
+            f"{step1.epochs} epochs; segmenter: {step5.backbone}, {step5.epochs} epochs.{stand_in}")
+
+
+def show(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def draw(path: Path, lines: dict[str, dict[str, list[float]]], columns: list[str], dataset: Dataset) -> None:
+    """Grouped bars: one group for each row, one bar for each column, standard deviation as whiskers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6, 1.6 * len(lines)), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(columns)
+    for index, column in enumerate(columns):
+        found = [values.get(column, []) for values in lines.values()]
+        means = [statistics.mean(v) if v else np.nan for v in found]
+        spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in found]
+        axes.bar(np.arange(len(found)) + index * width, means, width, yerr=spread, label=column, hatch=["", "//", "..", "xx", "\\\\"][index % 5])
+    axes.set_xticks(np.arange(len(lines)) + 0.4 - width / 2, list(lines), rotation=20, ha="right", fontsize=8)
+    axes.set_ylabel("mIoU (%)")
+    axes.set_title(dataset.title)
+    axes.legend(fontsize=8)
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+if __name__ == "__main__":
+    run(main, Constants, __doc__)

@@ -1,0 +1,172 @@
+"""Class activation maps: scales and mirrors, small files, and what becomes of damaged ones."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn import functional as F
+
+from tests.references import bilinear
+from tools.augment import normalise
+from tools.cams import fuse_scales, image_batches, load_cams, mirrored_scales, save_cams
+from tools.command import UserError
+
+
+def smooth_maps(seed, classes, size, scales=(0.5, 1.0, 1.5, 2.0), peak=1.0):
+    """Relu'd maps at stride 16 of several scales that show the same smooth scene, as a network's do."""
+    rng = np.random.default_rng(seed)
+    scene = rng.normal(size=(classes, 8, 8))
+    maps = []
+    for scale in scales:
+        shape = [max(1, -(-round(length * scale) // 16)) for length in size]
+        noise = 0.3 * rng.normal(size=(classes, *shape))
+        maps.append((np.maximum(bilinear(scene, shape, False) + noise, 0) * peak).astype(np.float32))
+    return maps
+
+
+def full_size(maps, size):
+    """The maps at image size in float64 (method section 2): rounded up to 16, summed, cut, over their maximum."""
+    padded = [-(-length // 16) * 16 for length in size]
+    total = sum(bilinear(scale.astype(np.float64), padded, False) for scale in maps)[:, : size[0], : size[1]]
+    return total / (total.max((1, 2), keepdims=True) + 1e-5)
+
+
+@pytest.mark.parametrize(("size", "peak"), [((128, 128), 1.0), ((75, 130), 1.0), ((64, 64), 1e4), ((64, 64), 1e-4), ((16, 40), 30.0)])
+def test_round_trip(tmp_path, size, peak):
+    maps = smooth_maps(1, 3, size, peak=peak)
+    save_cams(tmp_path / "a.npz", np.array([0, 4, 5]), maps, size)
+    classes, found = load_cams(tmp_path / "a.npz")
+    expected = full_size(maps, size)
+    assert classes.tolist() == [0, 4, 5] and found.dtype == np.float32 and found.shape == (3, *size)
+    assert np.abs(found - expected).max() < 1e-3
+    assert np.mean(found.argmax(0) == expected.argmax(0)) >= 0.999
+    assert found.min() >= 0 and found.max() <= 1
+
+
+def test_a_file_is_small(tmp_path):
+    maps = smooth_maps(2, 3, (512, 512))
+    save_cams(tmp_path / "a.npz", np.arange(3), maps, (512, 512))
+    assert (tmp_path / "a.npz").stat().st_size <= 60_000
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999), classes=st.integers(1, 4), height=st.integers(1, 70), width=st.integers(1, 70))
+def test_fusion_equals_float64(seed, classes, height, width):
+    maps = smooth_maps(seed, classes, (height, width))
+    found = fuse_scales([torch.from_numpy(scale) for scale in maps], (height, width)).numpy()
+    assert np.abs(found - full_size(maps, (height, width))).max() < 1e-5
+
+
+def test_an_empty_map_stays_empty(tmp_path):
+    maps = [np.zeros((2, 4, 4), np.float32), np.zeros((2, 2, 2), np.float32)]
+    maps[0][1, 0, 0] = 2
+    save_cams(tmp_path / "a.npz", np.array([1, 2]), maps, (64, 64))
+    _, found = load_cams(tmp_path / "a.npz")
+    assert not found[0].any() and found[1].max() == pytest.approx(1, abs=1e-3)
+
+
+def equivariant(x):
+    """Two maps at stride 16 for which mirroring before or after makes no difference."""
+    pooled = F.adaptive_avg_pool2d(x, [-(-length // 16) for length in x.shape[-2:]])
+    return torch.stack([pooled.sum(1), pooled[:, 0].relu()], 1)
+
+
+def test_mirrors_are_mirrored_back():
+    images = torch.randint(0, 256, (3, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = mirrored_scales(equivariant, images, (0.5, 1.0, 1.5, 2.0), torch.device("cpu"))
+    assert [tuple(maps.shape) for maps in found] == [(3, 2, 2, 2), (3, 2, 4, 3), (3, 2, 6, 5), (3, 2, 8, 6)]
+    assert torch.allclose(found[1], 2 * equivariant(normalise(images)), atol=1e-5)
+    for maps in found:  # the scene is the same at every scale; the first map is linear in it
+        assert maps[:, 0].mean((1, 2)).numpy() == pytest.approx(found[1][:, 0].mean((1, 2)).numpy(), abs=0.1)
+
+
+def test_images_and_mirrors_keep_their_places():
+    """A predictor that looks at the left column alone: its mirror looks at the right one."""
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    images[0, :, :, 0], images[1, :, :, -1] = 255, 255
+
+    def left(x):
+        maps = torch.zeros(len(x), 1, *x.shape[-2:])
+        maps[..., 0] = (x[:, :1, :, 0] > 0).float()
+        return maps.bfloat16()
+
+    (found,) = mirrored_scales(left, images, [1.0], torch.device("cpu"))
+    assert found.dtype == torch.float32 and not found.requires_grad
+    assert (found[0, 0, :, 0] == 1).all() and found[0].sum() == 32
+    assert (found[1, 0, :, -1] == 1).all() and found[1].sum() == 32
+
+
+@pytest.fixture
+def images(tmp_path):
+    """a to g: two sizes in a row, a damaged one between equal ones, and one that is not RGB."""
+    rng = np.random.default_rng(0)
+    for id, size in zip("abcdefg", (20, 20, 20, 24, 24, 20, 20), strict=True):
+        Image.fromarray(rng.integers(0, 256, (20, size, 3), dtype=np.uint8)).save(tmp_path / f"{id}.png")
+    (tmp_path / "b.png").write_bytes(b"")
+    Image.new("L", (20, 20)).save(tmp_path / "f.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_group_equal_sizes_and_report_bad_files(images, workers):
+    bad = []
+    batches = list(image_batches(images, list("abcdefgx"), 2, workers, bad.append))
+    assert [ids for ids, _ in batches] == [["a", "c"], ["d", "e"], ["g"]]
+    assert [tuple(batch.shape) for _, batch in batches] == [(2, 3, 20, 20), (2, 3, 20, 24), (1, 3, 20, 20)]
+    for ids, batch in batches:
+        for id, image in zip(ids, batch, strict=True):
+            assert np.array_equal(image.numpy().transpose(1, 2, 0), np.array(Image.open(images / f"{id}.png")))
+    assert len(bad) == 3
+    for sentence, name, what in zip(bad, "bfx", ("cannot be read", "mode L, not 8-bit RGB", "is missing"), strict=True):
+        assert f"{name}.png" in sentence and what in sentence
+
+
+def test_no_images_make_no_batches(tmp_path):
+    assert list(image_batches(tmp_path, [], 4, 0, lambda sentence: None)) == []
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (str(self.target), "w")
+
+
+def test_damaged_files_are_one_sentence(tmp_path):
+    maps = smooth_maps(0, 2, (32, 32))
+    good, file = tmp_path / "good.npz", tmp_path / "bad.npz"
+    save_cams(good, np.array([0, 3]), maps, (32, 32))
+    content = good.read_bytes()
+    with np.load(good) as arrays:
+        arrays = dict(arrays)
+
+    def refused():
+        with pytest.raises(UserError, match=r"bad\.npz cannot be read .*run python infer_classification\.py again"):
+            load_cams(file)
+
+    for damage in (b"", b"PK", content[: len(content) // 2], content[:-1], b"\0" * 500):
+        file.write_bytes(damage)
+        refused()
+    for change in ({"classes": np.array([Hostile(tmp_path / "ran")], object)}, {"classes": np.array([0, 1, 3], np.uint8)},
+                   {"size": np.array([0, 32])}, {"size": np.array([-5, 32])}, {"size": np.array([10**6, 10**6])},
+                   {"size": np.array([32])}, {"scale0": np.zeros((3, 2, 2), np.float16)}, {"peaks": np.ones(3, np.float32)}):
+        np.savez(file, **(arrays | change))
+        refused()
+    np.savez(file, **{name: array for name, array in arrays.items() if not name.startswith("scale")})
+    refused()
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(UserError, match=r"none\.npz is missing: run python infer_classification\.py"):
+        load_cams(tmp_path / "none.npz")
+
+
+def test_a_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    """Zeros, packed to almost nothing: refused by what they declare, before anything is unpacked."""
+    file = tmp_path / "bomb.npz"
+    np.savez_compressed(file, classes=np.zeros(1, np.uint8), size=np.array([32, 32]), peaks=np.ones(1, np.float32),
+                        scale0=np.zeros((1, 12000, 12000), np.float16))
+    assert file.stat().st_size < 1_000_000
+    with pytest.raises(UserError, match=r"bomb\.npz cannot be read .*unpacks to more"):
+        load_cams(file)

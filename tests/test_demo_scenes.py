@@ -1,0 +1,143 @@
+"""The demo's synthetic scenes: reproducible, readable as Vaihingen's, and hard enough to be worth a method."""
+
+import json
+
+import numpy as np
+import pytest
+import tifffile
+
+from datasetsprocess.make_demo_scenes import Constants, main, make_scene
+from tools.command import UserError
+from tools.dataset import load_dataset
+from tools.labels import ColourDecoder
+
+SCENES = 'base = "demo"\npatch_size = 128\n[scenes]\ntrain = {train}\ntest = []\n'
+FOLDERS = ("top", "gts_for_participants")
+
+
+@pytest.fixture(scope="module")
+def default_scenes(tmp_path_factory):
+    """Area -> (image, class ids) of all scenes at their default settings, decoded from the files."""
+    root = tmp_path_factory.mktemp("demo")
+    main(Constants(root=root))
+    dataset = load_dataset("demo", root)
+    decode = ColourDecoder(dataset.colours, dataset.ignore_colours)
+    scenes, unknown = {}, {}
+    for area in dataset.scenes["train"] + dataset.scenes["test"]:
+        image, truth = (tifffile.imread(root / f"datasets/demo/raw/{folder}/top_mosaic_09cm_area{area}.tif")
+                        for folder in FOLDERS)
+        assert image.shape == truth.shape == (1024, 1024, 3) and image.dtype == truth.dtype == np.uint8
+        scenes[area] = image, decode(truth, unknown)
+    assert not unknown
+    return dataset, scenes
+
+
+def tiles_with_class(scenes, areas, tile: int = 128) -> np.ndarray:
+    """(tiles, 6) bool: the image-level labels of the whole tiles of some scenes."""
+    tiles = [ids[row:row + tile, column:column + tile] for _, ids in (scenes[area] for area in areas)
+             for row in range(0, len(ids), tile) for column in range(0, len(ids), tile)]
+    return np.array([np.isin(np.arange(6), ids) for ids in tiles])
+
+
+def test_every_pixel_has_a_class_and_every_class_has_pixels(default_scenes):
+    dataset, scenes = default_scenes
+    for split in ("train", "test"):
+        counts = sum(np.bincount(scenes[area][1].ravel(), minlength=256) for area in dataset.scenes[split])
+        assert counts[:6].min() > 5000 and counts[6:].sum() == 0
+
+
+def test_image_level_labels_carry_information(default_scenes):
+    dataset, scenes = default_scenes
+    labels = tiles_with_class(scenes, dataset.scenes["train"])
+    shares = dict(zip(dataset.classes, labels.mean(0), strict=True))
+    assert all(0.08 <= share <= 0.85 for share in shares.values()), shares
+    assert 0.3 < (labels.sum(1) <= 3).mean() < 0.8  # some tiles with few classes, some with many
+    assert len(np.unique(labels, axis=0)) >= 20
+    together = labels.T.astype(float) @ labels / labels.sum(0)  # [i, j]: how often class i is there where j is
+    together[0, 4] = 0  # cars stand on streets, as they do in Vaihingen
+    assert (together[~np.eye(6, dtype=bool)] < 0.99).all()
+
+
+def test_colour_alone_does_not_solve_the_scenes(default_scenes):
+    dataset, scenes = default_scenes
+
+    def flat(split: str) -> tuple[np.ndarray, np.ndarray]:
+        image, ids = (np.stack(parts) for parts in zip(*(scenes[area] for area in dataset.scenes[split]), strict=True))
+        cells = image.reshape(-1, 3).astype(int) // 8 @ [32 * 32, 32, 1]
+        return cells, ids.ravel()
+
+    cells, ids = flat("train")
+    most_frequent = np.bincount(cells * 6 + ids, minlength=32**3 * 6).reshape(-1, 6).argmax(1)
+    cells, ids = flat("test")
+    scored = ids != 5
+    confusion = np.bincount(ids[scored] * 6 + most_frequent[cells[scored]], minlength=36).reshape(6, 6)
+    iou = (np.diag(confusion) / (confusion.sum(0) + confusion.sum(1) - np.diag(confusion)))[:5]
+    assert 0.30 < iou.mean() < 0.55, iou
+
+
+def test_image_is_exposed_well(default_scenes):
+    _, scenes = default_scenes
+    for area, (image, _) in scenes.items():
+        assert 60 < image.mean() < 150, area
+        assert image.std(axis=(0, 1)).min() > 15, area
+        assert np.isin(image, (0, 255)).mean() < 0.02, area
+
+
+def test_seed_decides_every_byte(tmp_path):
+    def files(root, seed: int) -> dict[str, bytes]:
+        folder = root / "datasets" / "few"
+        folder.mkdir(parents=True)
+        (folder / "dataset.toml").write_text(SCENES.format(train='["1", "2"]'))
+        main(Constants(dataset="few", root=root, seed=seed, size=192))
+        return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.tif"))}
+
+    first, again, other = files(tmp_path / "a", 0), files(tmp_path / "b", 0), files(tmp_path / "c", 1)
+    assert list(first) == [f"raw/{folder}/top_mosaic_09cm_area{n}.tif" for folder in sorted(FOLDERS) for n in (1, 2)]
+    assert first == again
+    assert all(first[name] != other[name] for name in first)
+    assert len(set(first.values())) == len(first)  # areas differ too
+
+
+@pytest.mark.parametrize("size", [16, 64, 129, 300])
+def test_any_size_and_seed(size):
+    for seed in range(10):
+        image, ids = make_scene(np.random.default_rng(seed), size)
+        assert image.shape == (size, size, 3) and ids.shape == (size, size) and ids.max() <= 5
+
+
+@pytest.mark.parametrize("folder", [".", "datasetsprocess"])
+def test_runs_from_both_folders_continues_and_refuses_other_settings(tmp_path, run_script, folder):
+    from tests.conftest import ROOT
+
+    own = tmp_path / "datasets" / "few"
+    own.mkdir(parents=True)
+    (own / "dataset.toml").write_text(SCENES.format(train='["1", "2"]'))
+    script = ROOT / "datasetsprocess" / "make_demo_scenes.py"
+    arguments = ("--dataset", "few", "--root", tmp_path, "--size", 128)
+    run_script(script, *arguments, cwd=ROOT / folder)
+    images = [own / "raw" / name / "top_mosaic_09cm_area1.tif" for name in FOLDERS]
+    before = [image.read_bytes() for image in images]
+    images[0].unlink()
+    run_script(script, *arguments, cwd=ROOT / folder)
+    assert [image.read_bytes() for image in images] == before
+    account = json.loads((own / "raw" / "run.json").read_text())
+    assert account["finished"] and account["files"] == 4
+    assert "--overwrite" in run_script(script, *arguments, "--seed", 1, fails=True).stderr
+    run_script(script, *arguments, "--seed", 1, "--overwrite")
+    assert images[0].read_bytes() != before[0]
+
+
+@pytest.mark.parametrize("constants, sentence", [
+    ({"size": 100}, "size is 100"),
+    ({"seed": -1}, "seed is -1"),
+    ({"dataset": "isaid"}, "16 classes"),
+    ({"dataset": "none"}, "lists no scenes"),
+    ({"dataset": "nowhere"}, "nowhere"),
+])
+def test_bad_constants_are_named(tmp_path, constants, sentence):
+    folder = tmp_path / "datasets" / "none"
+    folder.mkdir(parents=True)
+    (folder / "dataset.toml").write_text(SCENES.format(train="[]"))
+    with pytest.raises(UserError, match=sentence):
+        main(Constants(root=tmp_path, **constants))
+    assert not list(tmp_path.rglob("*.tif"))

@@ -1,0 +1,143 @@
+"""IOS against its sequential definition, and the helper that runs it over a folder."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from PRC_SAM.ios import intersection_optimisation, refine_folder
+from PRC_SAM.masks import Masks, pack_masks, save_masks
+from tools.command import UserError
+from tools.dataset import load_dataset, write_image_labels
+from tools.folders import StepFolder
+from tools.labels import load_label, save_label
+
+
+def literal(label, masks, classes, tau):
+    """The definition word by word: classes ascending, masks in order, one write after the other."""
+    result = label.copy()
+    for c in sorted(classes):
+        region = label == c
+        for mask in masks:
+            overlap = int((region & mask).sum())
+            if overlap == 0:
+                continue
+            r_region, r_mask = overlap / int(region.sum()), overlap / int(mask.sum())
+            if max(r_region, r_mask) >= tau:
+                result[region if r_region >= r_mask else mask] = c
+    return result
+
+
+@st.composite
+def cases(draw):
+    size = draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
+    ids = [*range(draw(st.integers(1, 4))), 255]
+    label = draw(hnp.arrays(np.uint8, size, elements=st.sampled_from(ids)))
+    masks = draw(hnp.arrays(bool, (draw(st.integers(0, 5)), *size)))
+    pool = [*masks, *(label == c for c in ids), np.ones(size, bool), np.zeros(size, bool)]  # equal ones, all, none
+    order = draw(st.lists(st.sampled_from(range(len(pool))), max_size=8))
+    masks = np.array([pool[index] for index in order], bool).reshape(-1, *size)
+    classes = draw(st.lists(st.sampled_from([0, 1, 2, 3, 250]), unique=True))
+    tau = draw(st.one_of(st.sampled_from([0.0, 0.1, 0.3, 0.5, 2 / 3, 0.85, 0.9, 1.0]), st.floats(0, 1)))
+    return label, masks, classes, tau
+
+
+@given(cases())
+def test_equals_the_sequential_definition(case):
+    label, masks, classes, tau = case
+    before = label.copy()
+    expected = literal(label, masks, classes, tau)
+    np.testing.assert_array_equal(intersection_optimisation(label, masks, classes, tau), expected)
+    np.testing.assert_array_equal(intersection_optimisation(label, pack_masks(masks), classes, tau), expected)
+    np.testing.assert_array_equal(label, before)
+
+
+def test_ratio_of_exactly_tau_counts():
+    label = np.zeros((4, 10), np.uint8)
+    label[0], label[1, 0] = 1, 1  # P of 11 pixels
+    mask = np.zeros((1, 4, 10), bool)
+    mask[0, 0, :9] = mask[0, 2, 0] = True  # S of 10 pixels, 9 of them in P
+    assert intersection_optimisation(label, mask, [1], 0.9)[2, 0] == 1
+    assert intersection_optimisation(label, mask, [1], np.nextafter(0.9, 1))[2, 0] == 0
+
+
+def test_region_as_large_as_the_mask_is_written_on_itself():
+    label = np.array([[1, 1, 0, 0]], np.uint8)
+    mask = np.array([[[False, True, True, False]]])
+    np.testing.assert_array_equal(intersection_optimisation(label, mask, [1], 0.5), label)
+
+
+def test_ignored_pixels_belong_to_no_class_but_are_covered():
+    label = np.array([[255, 255, 1, 1, 1, 1, 1]], np.uint8)
+    mask = np.array([[[False, True, True, True, False, False, False]]])
+    np.testing.assert_array_equal(intersection_optimisation(label, mask, [1], 0.6), [[255, 1, 1, 1, 1, 1, 1]])
+
+
+def test_wrong_arguments():
+    label, masks = np.zeros((4, 4), np.uint8), np.ones((1, 4, 4), bool)
+    for tau in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UserError, match="tau"):
+            intersection_optimisation(label, masks, [0], tau)
+    with pytest.raises(UserError, match="4 x 4 pixels, but the masks have 4 x 5"):
+        intersection_optimisation(label, np.ones((1, 4, 5), bool), [0], 0.5)
+    with pytest.raises(ValueError, match="uint8"):
+        intersection_optimisation(label.astype(int), masks, [0], 0.5)
+
+
+@dataclass(frozen=True)
+class Constants:
+    tau: float
+    overwrite: bool = True
+
+
+@pytest.fixture
+def small_dataset(tmp_path):
+    """Two patches of 16 px with label maps in <root>/source, SAM masks for the first only."""
+    folder = tmp_path / "datasets" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "dataset.toml").write_text('patch_size = 16\nclasses = [{name = "a", colour = [1, 0, 0]}, '
+                                         '{name = "b", colour = [0, 1, 0]}, {name = "c", colour = [0, 0, 1]}]\n')
+    dataset = load_dataset("tiny", tmp_path)
+    rng = np.random.default_rng(0)
+    dataset.images("train").mkdir(parents=True)
+    for id in ("p", "q"):
+        (dataset.images("train") / f"{id}.png").touch()
+        save_label(tmp_path / "source" / f"{id}.png", rng.integers(0, 3, (16, 16)).astype(np.uint8), dataset.colours)
+    write_image_labels(dataset.image_labels_file("train"), dataset.classes,
+                       {"p": np.array([1, 0, 1], bool), "q": np.array([0, 1, 0], bool)})
+    masks = pack_masks(rng.random((5, 16, 16)) < 0.4)
+    save_masks(dataset.sam_masks("train") / "p.npz", masks)
+    return dataset, tmp_path, masks
+
+
+@pytest.mark.parametrize(("classes_from", "classes"), [("image labels", [0, 2]), ("prediction", [0, 1, 2])])
+def test_folder(small_dataset, classes_from, classes):
+    dataset, root, masks = small_dataset
+    step = StepFolder(root / "refined", Constants(0.4))
+    refine_folder(step, root / "source", dataset, "train", 0.4, classes_from)
+    expected = literal(load_label(root / "source" / "p.png", 3), masks.unpack(), classes, 0.4)
+    np.testing.assert_array_equal(load_label(root / "refined" / "p.png", 3), expected)
+    assert len(step.failures) == 1
+    assert "q.npz is missing: make it with step 9, python PRC_SAM/get_se_map.py" in step.failures[0]
+
+
+def test_folder_names_masks_of_another_size(small_dataset):
+    dataset, root, _ = small_dataset
+    save_masks(dataset.sam_masks("train") / "q.npz", pack_masks(np.ones((1, 8, 8), bool)))
+    step = StepFolder(root / "refined", Constants(0.4))
+    refine_folder(step, root / "source", dataset, "train", 0.4, "prediction")
+    assert "q.npz holds masks of 8 x 8 pixels" in step.failures[0]
+
+
+def test_masks_may_be_read_late():
+    calls = []
+    dense = np.ones((1, 4, 4), bool)
+    packed = pack_masks(dense)
+    late = Masks((4, 4), lambda: calls.append(1) or packed.bits, packed.areas, packed.boxes, packed.predicted_iou,
+                 packed.stability)
+    assert len(late) == 1 and not calls
+    np.testing.assert_array_equal(late.unpack(), dense)
+    assert len(late.bits) and calls == [1]

@@ -1,0 +1,135 @@
+"""The image reconstruction loss against its formula, written a second time in float64 NumPy."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.ir_loss import image_reconstruction_loss
+from tests.references import bilinear
+
+
+def reference(cam, image, label, tiles):
+    """All in loops: maps, tiles, colours and squared errors of each image."""
+    side, total, count = round(tiles**0.5), 0.0, 0
+    for maps, picture, present in zip(cam, image, label, strict=True):
+        positive = np.maximum(maps, 0)
+        maps = np.maximum(positive - 1e-5, 0) / (positive.max((1, 2), keepdims=True) + 1e-5) * present[:, None, None]
+        target = bilinear(picture, maps.shape[1:], align_corners=False)
+        for rows in np.array_split(np.arange(maps.shape[1]), side):
+            for columns in np.array_split(np.arange(maps.shape[2]), side):
+                s, t = maps[:, rows][:, :, columns], target[:, rows][:, :, columns]
+                t = t / np.maximum(np.sqrt((t**2).sum(0)), 1e-12)
+                painted = np.zeros_like(t)
+                for k in range(len(s)):
+                    colour = (s[k] * t).sum((1, 2)) / (s[k].sum() + 1e-5)
+                    painted += s[k] * colour[:, None, None]
+                total += ((painted - t) ** 2).sum()
+                count += t.size
+    return total / count
+
+
+def inputs(seed=0, batch=2, classes=3, size=(6, 8), image=(25, 33), dtype=torch.float32):
+    random = torch.Generator().manual_seed(seed)
+    cam = torch.randn(batch, classes, *size, generator=random, dtype=dtype) * 3 + 1
+    label = torch.rand(batch, classes, generator=random) < 0.6
+    label[:, 0] = True
+    return cam, torch.randn(batch, 3, *image, generator=random, dtype=dtype) + 0.5, label
+
+
+def double(*tensors):
+    return [tensor.detach().double().numpy() for tensor in tensors]
+
+
+@pytest.mark.parametrize(("tiles", "size"), [(1, (6, 8)), (4, (6, 8)), (4, (7, 5)), (9, (6, 9)), (9, (7, 8)), (4, (2, 2)), (1, (1, 1))])
+def test_equals_the_formula(tiles, size):
+    arrays = inputs(size=size)
+    expected = reference(*double(*arrays), tiles)
+    loss = image_reconstruction_loss(*arrays, tiles)
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 999), tiles=st.sampled_from([1, 4, 9]), height=st.integers(3, 8), width=st.integers(3, 8),
+       scale=st.sampled_from([1e-3, 1.0, 1e4]))
+def test_equals_the_formula_for_any_range(seed, tiles, height, width, scale):
+    cam, image, label = inputs(seed, size=(height, width))
+    assert float(image_reconstruction_loss(cam * scale, image, label, tiles)) == pytest.approx(
+        reference(*double(cam * scale, image, label), tiles), rel=3e-6)
+
+
+def test_tiles_must_be_a_square_that_fits():
+    cam, image, label = inputs(size=(2, 2))
+    for wrong in (0, 2, 3, 8, -4):
+        with pytest.raises(ValueError, match=f"tiles is {wrong}, .*square"):
+            image_reconstruction_loss(cam, image, label, wrong)
+    with pytest.raises(ValueError, match="2 x 2 cannot be cut into 3 x 3"):
+        image_reconstruction_loss(cam, image, label, 9)
+
+
+def test_a_class_may_look_different_in_each_tile():
+    """Left half red, right half green, one class everywhere: one colour cannot paint that, a colour for each tile can."""
+    cam, label = torch.ones(1, 1, 4, 4), torch.ones(1, 1)
+    image = torch.zeros(1, 3, 4, 4)
+    image[:, 0, :, :2], image[:, 1, :, 2:] = 1, 1
+    assert image_reconstruction_loss(cam, image, label, 1) > 0.1
+    assert image_reconstruction_loss(cam, image, label, 4) < 1e-6
+
+
+def test_complete_maps_cost_less_than_partial_ones():
+    image, label = torch.ones(1, 3, 8, 8), torch.ones(1, 1)
+    whole, half = torch.ones(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
+    half[..., :4] = 0
+    losses = [float(image_reconstruction_loss(cam, image, label, 1)) for cam in (whole, half, 0 * whole)]
+    assert losses[0] < 1e-6
+    assert losses[1:] == pytest.approx([1 / 6, 1 / 3], rel=1e-3)  # of a target whose three channels have length one
+
+
+def test_absent_classes_have_no_say():
+    cam, image, label = inputs()
+    cam.requires_grad_()
+    loss = image_reconstruction_loss(cam, image, label)
+    other = cam.detach().clone()
+    other[~label] = 77.0
+    assert torch.equal(image_reconstruction_loss(other, image, label), loss)
+    loss.backward()
+    assert (cam.grad[~label] == 0).all() and (cam.grad[label] != 0).any()
+
+
+def test_zeros_give_no_nan():
+    for cam, image, label in ((torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 9, 9), torch.ones(2, 3)),
+                              (-torch.ones(2, 3, 4, 4), torch.randn(2, 3, 9, 9), torch.ones(2, 3)),
+                              (torch.randn(2, 3, 4, 4), torch.full((2, 3, 9, 9), 0.4), torch.zeros(2, 3))):
+        cam.requires_grad_()
+        loss = image_reconstruction_loss(cam, image, label)
+        loss.backward()
+        assert loss.isfinite() and cam.grad.isfinite().all()
+        if not label.any():  # nothing is painted: the target's own size, a third for each channel
+            assert float(loss.detach()) == pytest.approx(1 / 3, rel=1e-6) and not cam.grad.any()
+
+
+def test_mixed_precision_does_not_reach_it():
+    cam, image, label = inputs()
+    plain = image_reconstruction_loss(cam, image, label)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(image_reconstruction_loss(cam, image, label), plain)
+        low = image_reconstruction_loss(cam.bfloat16(), image, label)
+    assert low.dtype == torch.float32
+    assert torch.equal(low, image_reconstruction_loss(cam.bfloat16().float(), image, label))
+
+
+@pytest.mark.parametrize("tiles", [1, 4])
+def test_gradients_by_finite_differences(tiles):
+    cam, image, label = inputs(batch=1, classes=2, size=(3, 4), image=(5, 7), dtype=torch.float64)
+    label[:] = True
+    assert torch.autograd.gradcheck(lambda cam: image_reconstruction_loss(cam, image, label, tiles), (cam.requires_grad_(),))
+
+
+def test_the_image_is_a_target_without_gradient():
+    cam, image, label = inputs()
+    cam.requires_grad_()
+    image.requires_grad_()
+    image_reconstruction_loss(cam, image, label).backward()
+    assert image.grad is None and cam.grad.abs().sum() > 0

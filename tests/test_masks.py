@@ -1,0 +1,138 @@
+"""Mask files: what is written comes back, small; damaged, foreign and oversized files are refused by name."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from PRC_SAM.masks import load_masks, pack_masks, save_masks
+from PRC_SAM.regions import felzenszwalb_masks
+from tools.command import UserError
+
+
+@given(hnp.arrays(bool, st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 9))))
+def test_packing_keeps_everything(masks):
+    packed = pack_masks(masks)
+    np.testing.assert_array_equal(packed.unpack(), masks)
+    np.testing.assert_array_equal(packed.areas, masks.sum((1, 2)))
+    for mask, box in zip(masks, packed.boxes, strict=True):
+        ys, xs = np.nonzero(mask)
+        expected = [xs.min(), ys.min(), xs.max(), ys.max()] if len(xs) else [0, 0, 0, 0]
+        np.testing.assert_array_equal(box, expected)
+
+
+@pytest.mark.parametrize("shape", [(7, 20, 33), (0, 16, 16), (3, 1, 1)])
+def test_file_keeps_everything(tmp_path, shape):
+    rng = np.random.default_rng(1)
+    masks, iou, stability = rng.random(shape) < 0.5, rng.random(shape[0]), rng.random(shape[0])
+    save_masks(tmp_path / "a.npz", pack_masks(masks, iou, stability))
+    back = load_masks(tmp_path / "a.npz")
+    order = np.argsort(-iou, kind="stable")
+    assert back.size == shape[1:] and len(back) == shape[0]
+    np.testing.assert_array_equal(back.unpack(), masks[order])
+    np.testing.assert_array_equal(back.predicted_iou, iou[order].astype(np.float32))
+    np.testing.assert_array_equal(back.stability, stability[order].astype(np.float32))
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as plain:
+        assert plain["bits"].shape == (shape[0], -(-shape[1] * shape[2] // 8))
+
+
+def test_equal_scores_keep_the_given_order():
+    masks = np.eye(4, dtype=bool).reshape(4, 2, 2)
+    packed = pack_masks(masks, np.array([0.5, 0.9, 0.5, 0.9]))
+    np.testing.assert_array_equal(packed.unpack(), masks[[1, 3, 0, 2]])
+
+
+def test_equal_masks_give_equal_files(tmp_path):
+    masks = pack_masks(np.ones((2, 8, 8), bool))
+    for name in ("a", "b"):
+        save_masks(tmp_path / f"{name}.npz", masks)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def _entry(shape, dtype="|u1", content=b""):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue() + content
+
+
+def _rewrite(path, **entries):
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    content |= {f"{name}.npy": entry for name, entry in entries.items()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, entry in content.items():
+            if entry is not None:
+                archive.writestr(name, entry)
+
+
+def test_unreadable_files(tmp_path):
+    path = tmp_path / "mask file.npz"
+    with pytest.raises(UserError, match=r"mask file.npz is missing"):
+        load_masks(path)
+    good = pack_masks(np.ones((2, 16, 16), bool))
+    size = np.array([20000, 20000], np.int32).tobytes()
+    object_array = io.BytesIO()
+    np.save(object_array, np.array([{}], object), allow_pickle=True)
+    for change in (
+        {"bits": _entry((2**40, 32))},  # declares far more than there is
+        {"size": _entry((2,), "<i4", size)},  # 400 Mpx
+        {"size": _entry((2,), "<i4", np.array([-16, -16], np.int32).tobytes())},
+        {"areas": _entry((1,), "<i4", b"\0" * 4)},  # one area for two masks
+        {"boxes": object_array.getvalue()},
+        {"stability": None},
+        {"bits": b"no array"},
+    ):
+        save_masks(path, good)
+        _rewrite(path, **change)
+        with pytest.raises(UserError, match=r"mask file.npz is not a readable mask file"):
+            load_masks(path)
+    path.write_bytes(b"PK no archive")
+    with pytest.raises(UserError, match=r"mask file.npz is not a readable mask file"):
+        load_masks(path)
+
+
+def test_damage_within_the_bits_is_told_on_first_use(tmp_path):
+    save_masks(tmp_path / "a.npz", pack_masks(np.random.default_rng(0).random((40, 64, 64)) < 0.5))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[15000:15100] = bytes(100)
+    (tmp_path / "a.npz").write_bytes(content)
+    masks = load_masks(tmp_path / "a.npz")
+    with pytest.raises(UserError, match=r"a.npz is damaged"):
+        masks.unpack()
+
+
+def test_sixty_masks_of_a_real_tile_are_small(shared_data, tmp_path):
+    from PIL import Image
+
+    for image in sorted((shared_data / "isaid_tiles" / "train" / "images").glob("*.jpg"))[::200]:
+        masks = felzenszwalb_masks(np.array(Image.open(image).convert("RGB")))
+        assert len(masks) >= 60
+        save_masks(tmp_path / "a.npz", masks.chosen(np.arange(60)))
+        assert (tmp_path / "a.npz").stat().st_size <= 20_000
+
+
+def test_stand_in_finds_plain_regions_at_several_scales():
+    image = np.full((96, 96, 3), 60, np.uint8)
+    image[10:50, 10:50] = (200, 60, 60)
+    image[20:40, 20:40] = (210, 80, 60)  # a detail that coarse scales swallow
+    masks = felzenszwalb_masks(image, scales=(20, 4000))
+    dense = masks.unpack().astype(int)
+    assert (np.diff(masks.predicted_iou) <= 0).all() and ((masks.predicted_iou >= 0) & (masks.predicted_iou <= 1)).all()
+    for rows in (slice(10, 50), slice(20, 40)):
+        truth = np.zeros((96, 96), int)
+        truth[rows, rows] = 1
+        assert ((dense & truth).sum((1, 2)) / (dense | truth).sum((1, 2))).max() > 0.75
+    shared = np.einsum("mhw,nhw->mn", dense, dense)
+    iou = shared / (masks.areas[:, None] + masks.areas - shared)
+    assert (iou[~np.eye(len(masks), dtype=bool)] < 0.8).all()  # no duplicates
+
+
+def test_stand_in_of_a_plain_image_is_empty(tmp_path):
+    masks = felzenszwalb_masks(np.full((32, 32, 3), 9, np.uint8))
+    assert len(masks) == 0
+    save_masks(tmp_path / "a.npz", masks)
+    assert load_masks(tmp_path / "a.npz").unpack().shape == (0, 32, 32)

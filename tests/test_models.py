@@ -1,0 +1,255 @@
+"""Backbones, classifier and segmenter: shapes, strides, weights from files, and what learns."""
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from models.backbone import NAMES, Backbone
+from models.classifier import Classifier
+from models.deeplab import AtrousSpatialPyramidPooling, ChannelAttention, DeepLabV3Plus, SpatialAttention
+from tools.training import parameter_groups
+
+CHANNELS = {"resnet18": (64, 128, 512), "resnet34": (64, 128, 512), "resnet50": (256, 512, 2048), "resnet101": (256, 512, 2048),
+            "mobilenet_v2": (24, 32, 1280)}
+
+
+def norms(module):
+    return [child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_backbones_have_output_stride_16_without_dilation(name):
+    backbone = Backbone(name, "none").eval()
+    with torch.inference_mode():
+        for height, width in ((64, 96), (50, 33)):
+            shapes = [tuple(features.shape) for features in backbone(torch.zeros(1, 3, height, width))]
+            assert shapes == [(1, channels, -(-height // stride), -(-width // stride))
+                              for channels, stride in zip(CHANNELS[name], (4, 8, 16), strict=True)]
+    assert (backbone.low_channels, backbone.high_channels) == CHANNELS[name][::2]
+    convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
+    assert {module.dilation for module in convolutions} == {(1, 1)}
+    last = list(backbone.high.children())[-1] if name.startswith("resnet") else backbone.high[7:]
+    assert {module.stride for module in last.modules() if isinstance(module, nn.Conv2d)} == {(1, 1)}
+
+
+def test_weights_are_those_of_torchvision():
+    """The cut network computes what torchvision's does, up to the stage whose stride differs."""
+    from torchvision import models
+
+    torch.manual_seed(0)
+    whole = models.resnet18().eval()
+    backbone = Backbone("resnet18", "none").eval()
+    values = [value for key, value in whole.state_dict().items() if not key.startswith("fc.")]
+    backbone.load_state_dict(dict(zip(backbone.state_dict(), values, strict=True)))
+    x = torch.randn(1, 3, 40, 40)
+    low, mid, high = backbone(x)
+    expected = whole.layer1(whole.maxpool(whole.relu(whole.bn1(whole.conv1(x)))))
+    assert torch.equal(low, expected) and torch.equal(mid, whole.layer2(expected))
+    for module in (whole.layer4[0].conv1, whole.layer4[0].downsample[0]):
+        module.stride = (1, 1)
+    assert torch.equal(high, whole.layer4(whole.layer3(whole.layer2(expected))))
+
+
+@pytest.fixture(scope="module")
+def resnet18_file(tmp_path_factory):
+    from torchvision import models
+
+    file = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.manual_seed(3)
+    torch.save({key: value.half() if value.is_floating_point() else value for key, value in models.resnet18().state_dict().items()},
+               file)
+    return file
+
+
+def test_a_half_precision_file_without_head_loads(resnet18_file, tmp_path):
+    state = torch.load(resnet18_file, weights_only=True)
+    headless = tmp_path / "headless.pth"
+    torch.save({key: value for key, value in state.items() if not key.startswith("fc.")}, headless)
+    for file in (resnet18_file, headless):
+        backbone = Backbone("resnet18", str(file))
+        assert torch.equal(backbone.low[0].weight, state["conv1.weight"].float())
+        assert torch.equal(backbone.high[1][1].conv2.weight, state["layer4.1.conv2.weight"].float())
+
+
+def test_the_real_weights_load(shared_data):
+    file = shared_data / "weights" / "mobilenet_v2_imagenet.pth"
+    state = torch.load(file, weights_only=True)
+    backbone = Backbone("mobilenet_v2", str(file)).eval()
+    assert torch.equal(backbone.low[0][0].weight, state["features.0.0.weight"].float())
+    assert torch.equal(backbone.high[-1][0].weight, state["features.18.0.weight"].float())
+    assert all(features.isfinite().all() for features in backbone(torch.randn(1, 3, 64, 64)))
+
+
+class Hostile:
+    """Its pickle would write a file on loading."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (str(self.target), "w")
+
+
+def test_bad_weights_files_are_refused_in_one_sentence(resnet18_file, tmp_path):
+    bad = {"truncated": resnet18_file.read_bytes()[:5000], "empty": b"", "text": b"this is no checkpoint",
+           "pickle": pickle.dumps(Hostile(tmp_path / "ran"))}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    for name, content in {"list": [1, 2], "numbers": {"conv1.weight": 3}, "tensor": torch.zeros(3),
+                          "hostile": {"state_dict": Hostile(tmp_path / "ran")}}.items():
+        torch.save(content, tmp_path / name)
+        bad[name] = content
+    for name in [*bad, "missing", "."]:
+        with pytest.raises(ValueError, match=r"the weights file .* (is missing|cannot be read|does not fit)") as caught:
+            Backbone("resnet18", str(tmp_path / name))
+        assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError, match="does not fit resnet34"):
+        Backbone("resnet34", str(resnet18_file))
+    with pytest.raises(ValueError, match="does not fit mobilenet_v2"):
+        Backbone("mobilenet_v2", str(resnet18_file))
+    with pytest.raises(ValueError, match=r"backbone vgg16 is unknown; known are resnet18, .*mobilenet_v2"):
+        Backbone("vgg16", "none")
+
+
+@settings(max_examples=15, deadline=None)
+@given(content=st.binary(max_size=40))
+def test_no_bytes_end_in_a_traceback(content, tmp_path_factory):
+    file = tmp_path_factory.mktemp("bytes") / "weights.pth"
+    for prefix in (b"", b"\x80\x02"):  # the second is how a pickle starts
+        file.write_bytes(prefix + content)
+        with pytest.raises(ValueError, match="cannot be read|does not fit"):
+            Backbone("resnet18", str(file))
+
+
+@pytest.mark.parametrize("train_all", [False, True])
+def test_what_the_classifier_trains(train_all):
+    torch.manual_seed(0)
+    model = Classifier(Backbone("resnet18", "none"), 4, train_all=train_all).train()
+    before = [norm.running_mean.clone() for norm in norms(model.backbone)]
+    x = torch.randn(2, 3, 64, 48)
+    logits, maps = model(x)
+    assert logits.shape == (2, 4) and maps.shape == (2, 4, 4, 3)
+    (logits.square().sum() + maps.square().sum()).backward()
+    for stage in (model.backbone.low, model.backbone.mid):
+        assert all((parameter.grad is not None) == train_all for parameter in stage.parameters())
+    assert all(parameter.grad is not None for module in (model.backbone.high, model.classifier, model.prc)
+               for parameter in module.parameters())
+    assert all(not torch.equal(norm.running_mean, old) for norm, old in zip(norms(model.backbone), before, strict=True))
+
+
+def test_logits_are_the_mean_of_the_raw_maps():
+    """PRC keeps the sum over pixels of no map, so a logit of its output would differ; without PRC both agree."""
+    torch.manual_seed(0)
+    backbone = Backbone("resnet18", "none").eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        model = Classifier(backbone, 3).eval()
+        raw = model.classifier(backbone(x)[2])
+        logits, maps = model(x)
+        assert torch.equal(logits, raw.mean((2, 3)))
+        assert torch.equal(maps, model.prc(raw, backbone(x)[2], x)) and not torch.equal(maps, raw)
+        logits, maps = Classifier(backbone, 3, iterations=0).eval()(x)
+        assert torch.equal(logits, maps.mean((2, 3)))
+    assert model.classifier.bias is None and model.prc.projection.weight.shape == (512, 515, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    torch.manual_seed(0)
+    return DeepLabV3Plus(Backbone("resnet18", "none"), 5, width=16)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 75), (33, 17)])
+def test_segmenter_answers_at_input_size(segmenter, size):
+    with torch.inference_mode():
+        logits = segmenter.eval()(torch.randn(2, 3, *size))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = segmenter(torch.randn(1, 3, *size))
+    assert logits.shape == (2, 5, *size) and low.dtype == torch.float32
+
+
+def test_parts_of_the_segmenter():
+    model = DeepLabV3Plus(Backbone("resnet18", "none"), 5)
+    dilations = [branch[0].dilation[0] for branch in model.aspp.branches]
+    assert dilations == [1, 6, 12, 18]
+    assert all(branch[0].out_channels == 256 for branch in [*model.aspp.branches, model.aspp.pooling])
+    rates = [module.p for part in (model.aspp, model.low, model.decoder) for module in part.modules() if isinstance(module, nn.Dropout)]
+    assert rates == [0.5, 0.5, 0.1]
+    new = [module for part in model.new for module in part.modules()]
+    groups = [module for module in new if isinstance(module, nn.GroupNorm)]
+    assert len(groups) == 9 and {module.num_groups for module in groups} == {4}  # 4 + 1 + 1 in ASPP, 1 low, 2 in the decoder
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in new)
+    attention = model.low[1].shared
+    assert (attention[0].in_channels, attention[0].out_channels, attention[2].out_channels) == (48, 3, 48)
+    assert model.low[2].convolution.kernel_size == (7, 7)
+    assert model.decoder[-1].out_channels == 5
+
+
+def test_attention_by_hand():
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 5, 4)
+    channel, spatial = ChannelAttention(6), SpatialAttention()
+    down, up = (layer.weight[:, :, 0, 0] for layer in (channel.shared[0], channel.shared[2]))
+    weights = [torch.sigmoid(sum(up @ (down @ pooled).relu() for pooled in (image.mean((1, 2)), image.amax((1, 2))))) for image in x]
+    assert torch.allclose(channel(x), x * torch.stack(weights)[:, :, None, None], atol=1e-6)
+    pooled = torch.stack([x.mean(1), x.amax(1)], 1)
+    assert torch.allclose(spatial(x), x * torch.sigmoid(spatial.convolution(pooled)), atol=1e-6)
+    assert spatial(x).shape == x.shape
+
+
+def test_image_pooling_reaches_every_pixel():
+    aspp = AtrousSpatialPyramidPooling(8, 8).eval()
+    with torch.no_grad():
+        x = torch.randn(1, 8, 3, 50)
+        other = x.clone()
+        other[..., -1] += 5  # 49 pixels away from the first column, beyond the largest rate
+        assert not torch.equal(aspp(x)[..., 0], aspp(other)[..., 0])
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_frozen_statistics_stay_while_scale_and_bias_learn(freeze):
+    torch.manual_seed(0)
+    model = DeepLabV3Plus(Backbone("resnet18", "none"), 3, width=8, freeze_norm=freeze).train()
+    old = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms(model)]
+    assert old and all(norm.training != freeze for norm in norms(model))
+    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    for norm, (mean, var) in zip(norms(model), old, strict=True):
+        assert (torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, var)) == freeze
+        assert norm.weight.grad.any() and norm.bias.grad.any()
+    assert model.aspp.fuse[1].training  # dropout is on
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+def test_statistics_stay_frozen_on_several_gpus():
+    """There BatchNorm becomes SyncBatchNorm."""
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(DeepLabV3Plus(Backbone("resnet18", "none"), 3, width=8)).train()
+    assert norms(model) and not any(norm.training for norm in norms(model))
+
+
+def build(kind):
+    backbone = Backbone("resnet18", "none")
+    return DeepLabV3Plus(backbone, 3, width=8) if kind == "deeplab" else Classifier(backbone, 3, train_all=kind == "all")
+
+
+@pytest.mark.parametrize("kind", ["classifier", "all", "deeplab"])
+def test_parameter_groups(kind):
+    """Every trainable parameter in exactly one group, with the rate and decay of the recipe."""
+    model = build(kind)
+    groups = parameter_groups(model, 0.1, 1e-4)
+    grouped = {id(parameter): group for group in groups for parameter in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(grouped)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert grouped.keys() == {id(parameter) for parameter in trainable.values()}
+    for name, parameter in trainable.items():
+        bias, pretrained = name.endswith("bias"), name.startswith("backbone.")
+        group = grouped[id(parameter)]
+        assert group["lr"] == pytest.approx(0.1 * (1 if pretrained else 10) * (2 if bias else 1)), name
+        assert group["weight_decay"] == (0 if bias else 1e-4), name
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert bool(frozen) == (kind == "classifier") and all(name.startswith(("backbone.low", "backbone.mid")) for name in frozen)
