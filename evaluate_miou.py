@@ -68,8 +68,9 @@ def main(constants: Constants) -> None:
         if here := [stage for stage in stages if stage.split == split]:
             failures += score(dataset, split, here, constants)
     runs = report.accounts(folder, *(dataset.sam_masks(split) for split in SPLITS))
-    summary = report.summarise(dataset, stages, runs, failures, constants.experiment, constants.supervised,
-                               constants.protocol)
+    summary = report.summarise(
+        dataset, stages, runs, failures, constants.experiment, constants.supervised, constants.protocol
+    )
     write_files(dataset, folder / "scores", stages, summary, runs, failures, constants)
     print(report.markdown(summary))
     print(f"\nreport: {folder / 'scores' / 'report.html'}")
@@ -80,13 +81,19 @@ def main(constants: Constants) -> None:
 
 def find_stages(dataset: Dataset, folder: Path, constants: Constants) -> list[Stage]:
     """The label folders to score, in the order of the steps, then the fully supervised ones of the same splits."""
-    check(folder.is_dir(), f"{folder} is missing: run steps 1 to 7 with --experiment {constants.experiment} first, or "
-                           "name an experiment that is there")
+    check(
+        folder.is_dir(),
+        f"{folder} is missing: run steps 1 to 7 with --experiment {constants.experiment} first, or "
+        "name an experiment that is there",
+    )
     known = [name + suffix for name in STAGES for suffix in ("", *(f"_{split}" for split in SPLITS))]
     names = constants.stages or tuple(name for name in known if (folder / name).is_dir())
     for name in names:
-        check(name in known, f'stages holds "{name}", but label folders are called {", ".join(STAGES)}, the last two '
-                             "with _train and the others with _test when they were made for the other split")
+        check(
+            name in known,
+            f'stages holds "{name}", but label folders are called {", ".join(STAGES)}, the last two '
+            "with _train and the others with _test when they were made for the other split",
+        )
     check(len(names) > 0, f"{folder} holds no label folder yet: run step 2, python infer_classification.py")
     stages = [_stage(dataset, folder, name, constants.experiment) for name in sorted(set(names), key=known.index)]
     if constants.supervised != constants.experiment:
@@ -110,8 +117,9 @@ def _stage(dataset: Dataset, folder: Path, name: str, experiment: str, title: st
     base = next(step for step in STAGES if name in (step, f"{step}_train", f"{step}_test"))
     usual = name.rsplit("_", 1)[1] if name != base else STAGES[base][1]
     split = account.get("constants", {}).get("split", usual)
-    return Stage(name, title or STAGES[base][0], experiment, split, folder / name, account,
-                 ConfusionMatrix(dataset.num_classes))
+    return Stage(
+        name, title or STAGES[base][0], experiment, split, folder / name, account, ConfusionMatrix(dataset.num_classes)
+    )
 
 
 def load_prediction(folder: Path, id: str, num_classes: int) -> np.ndarray:
@@ -141,8 +149,10 @@ def score_image(id: str, dataset: Dataset, split: str, folders: dict[str, Path])
         try:
             prediction = load_prediction(folder, id, dataset.num_classes)
             if prediction.shape != truth.shape:
-                raise UserError(f"{folder / id} is {prediction.shape[1]} x {prediction.shape[0]} pixels, but {file} is "
-                                f"{truth.shape[1]} x {truth.shape[0]}: make it again from the present images")
+                raise UserError(
+                    f"{folder / id} is {prediction.shape[1]} x {prediction.shape[0]} pixels, but {file} is "
+                    f"{truth.shape[1]} x {truth.shape[0]}: make it again from the present images"
+                )
             matrix = ConfusionMatrix(dataset.num_classes)
             matrix.update(truth, prediction)
             counts[name] = matrix.counts
@@ -157,8 +167,12 @@ def score(dataset: Dataset, split: str, stages: list[Stage], constants: Constant
     """Fill the stages of one split; each truth is read once for all of them, and no prediction is kept."""
     ids, failures = dataset.ids(split), []
     left_out = np.flatnonzero(~dataset.scored)
-    work = partial(score_image, dataset=dataset, split=split,
-                   folders={f"{stage.experiment}/{stage.name}": stage.folder for stage in stages})
+    work = partial(
+        score_image,
+        dataset=dataset,
+        split=split,
+        folders={f"{stage.experiment}/{stage.name}": stage.folder for stage in stages},
+    )
     with _mapping(min(constants.workers, len(ids) // PATCHES_A_PROCESS)) as mapping:
         results = tqdm(mapping(work, ids), f"scoring {split}", len(ids), unit="image", disable=None)
         for id, (counts, bad) in zip(ids, results, strict=True):
@@ -194,8 +208,15 @@ def _one_thread() -> None:
     cv2.setNumThreads(1)
 
 
-def write_files(dataset: Dataset, folder: Path, stages: list[Stage], summary: dict, runs: dict[str, dict],
-                failures: list[str], constants: Constants) -> None:
+def write_files(
+    dataset: Dataset,
+    folder: Path,
+    stages: list[Stage],
+    summary: dict,
+    runs: dict[str, dict],
+    failures: list[str],
+    constants: Constants,
+) -> None:
     """Everything in scores/; each file appears whole. Pictures that cannot be read are added to `failures`."""
     write_json(folder / "scores.json", summary)
     with write_whole(folder / "scores.md") as temporary:
@@ -207,22 +228,34 @@ def write_files(dataset: Dataset, folder: Path, stages: list[Stage], summary: di
         if not here:
             continue
         last = [stage for stage in here if stage.experiment == constants.experiment or stage is here[0]][-1]
-        confusion_picture(folder / f"confusion_{split}.png", last.matrix.counts, dataset.classes,
-                          f"{last.title}, {split} split")
+        confusion_picture(
+            folder / f"confusion_{split}.png", last.matrix.counts, dataset.classes, f"{last.title}, {split} split"
+        )
         scored = {id: last.per_image[id] for id in last.per_image if all(id in stage.per_image for stage in here)}
         show = partial(panels, dataset, split, stages=here, last=last, failures=failures)
         rows = [row for id in sample_ids(sorted(scored), 8) if (row := show(id))]
         titles = max(map(list, rows), key=len, default=[])
-        contact_sheet(folder / f"contact_sheet_{split}.png", [[row.get(title) for title in titles] for row in rows],
-                      titles, zip(dataset.classes, dataset.colours, strict=True))
+        contact_sheet(
+            folder / f"contact_sheet_{split}.png",
+            [[row.get(title) for title in titles] for row in rows],
+            titles,
+            zip(dataset.classes, dataset.colours, strict=True),
+        )
         for kind, id in report.choose(scored, constants.samples):
             if pictures := show(id, with_maps=True):
                 samples.append(report.sample(id, split, kind, scored[id], pictures))
     report.write_report(folder / "report.html", dataset, summary, runs, report.curves(folder.parent), samples)
 
 
-def panels(dataset: Dataset, split: str, id: str, stages: list[Stage], last: Stage, failures: list[str],
-           with_maps: bool = False) -> dict[str, np.ndarray]:
+def panels(
+    dataset: Dataset,
+    split: str,
+    id: str,
+    stages: list[Stage],
+    last: Stage,
+    failures: list[str],
+    with_maps: bool = False,
+) -> dict[str, np.ndarray]:
     """Title -> (H,W,3) picture of one patch: image, every stage, truth, errors of the last stage; {} if one is bad."""
     try:
         return _panels(dataset, split, id, stages, last, with_maps)
@@ -245,8 +278,10 @@ def _panels(dataset: Dataset, split: str, id: str, stages: list[Stage], last: St
         if "refined" in stage.name and "regions" not in shown and masks.exists():
             found = load_masks(masks)
             if found.size != truth.shape:
-                raise UserError(f"{masks} holds masks of another size than its image: run step 9, python "
-                                "PRC_SAM/get_se_map.py --overwrite")
+                raise UserError(
+                    f"{masks} holds masks of another size than its image: run step 9, python "
+                    "PRC_SAM/get_se_map.py --overwrite"
+                )
             shown["regions"] = regions(found.unpack(), image)
         prediction = load_prediction(stage.folder, id, dataset.num_classes)
         shown[stage.title] = colourise(prediction, dataset.colours)

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from accelerate import PartialState
-
 from PRC_SAM.ios import refine_folder
-from tools.command import run
+from tools.command import check, run
 from tools.dataset import load_dataset
-from tools.folders import ROOT, StepFolder, experiment_folder, require, step_name
+from tools.folders import ROOT, StepFolder, experiment_folder, process_state, require, step_name
 from tools.pictures import step_sheet
 
 
@@ -24,7 +22,9 @@ class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
-    tau: float = 0.9  # overlap of a mask and a class region, over the smaller of the two, from which the class is written
+    tau: float = (
+        0.9  # overlap of a mask and a class region, over the smaller of the two, from which the class is written
+    )
     workers: int = 4  # processes; 0 works in this one
     samples: int = 8  # patches on the contact sheet
     root: Path = ROOT  # folder that holds datasets/ and experiments/
@@ -32,18 +32,30 @@ class Constants:
 
 
 def main(constants: Constants) -> None:
+    check(0 <= constants.tau <= 1, f"tau is {constants.tau}, but it must lie between 0 and 1")
     dataset = load_dataset(constants.dataset, constants.root)
     experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
     source = experiment / step_name("pseudo_labels", constants.split, "train")
     inputs = {"pseudo_labels": require(source), "sam_masks": require(dataset.sam_masks(constants.split))}
-    state = PartialState()
-    folder = StepFolder(experiment / step_name("refined_pseudo_labels", constants.split, "train"), constants, inputs,
-                        process=state.process_index, processes=state.num_processes)
+    state = process_state()
+    folder = StepFolder(
+        experiment / step_name("refined_pseudo_labels", constants.split, "train"),
+        constants,
+        inputs,
+        process=state.process_index,
+        processes=state.num_processes,
+    )
     refine_folder(folder, source, dataset, constants.split, constants.tau, "image labels", constants.workers)
 
-    state.wait_for_everyone()
+    folder.join()
     if state.is_main_process:
-        step_sheet(folder.folder, dataset, constants.split, {"pseudo-label": source, "refined": folder.folder}, constants.samples)
+        step_sheet(
+            folder.folder,
+            dataset,
+            constants.split,
+            {"pseudo-label": source, "refined": folder.folder},
+            constants.samples,
+        )
     folder.close(".png")
 
 

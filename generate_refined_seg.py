@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from accelerate import PartialState
-
 from PRC_SAM.ios import refine_folder
-from tools.command import run
+from tools.command import check, run
 from tools.dataset import load_dataset
-from tools.folders import ROOT, StepFolder, experiment_folder, require, step_name
+from tools.folders import ROOT, StepFolder, experiment_folder, process_state, require, step_name
 from tools.pictures import step_sheet
 
 
@@ -24,9 +22,13 @@ from tools.pictures import step_sheet
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    protocol: Literal["clean", "released"] = "clean"  # classes to write: clean: those of the prediction | released: those of the test truth
+    protocol: Literal["clean", "released"] = (
+        "clean"  # classes to write: clean: those of the prediction | released: those of the test truth
+    )
     split: Literal["train", "test"] = "test"  # test | train (to measure only)
-    tau: float = 0.1  # overlap of a mask and a class region, over the smaller of the two, from which the class is written
+    tau: float = (
+        0.1  # overlap of a mask and a class region, over the smaller of the two, from which the class is written
+    )
     workers: int = 4  # processes; 0 works in this one
     samples: int = 8  # patches on the contact sheet
     root: Path = ROOT  # folder that holds datasets/ and experiments/
@@ -34,19 +36,31 @@ class Constants:
 
 
 def main(constants: Constants) -> None:
+    check(0 <= constants.tau <= 1, f"tau is {constants.tau}, but it must lie between 0 and 1")
     dataset = load_dataset(constants.dataset, constants.root)
     experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
     source = experiment / step_name("segmentation", constants.split, "test")
     inputs = {"segmentation": require(source), "sam_masks": require(dataset.sam_masks(constants.split))}
-    state = PartialState()
-    folder = StepFolder(experiment / step_name("refined_segmentation", constants.split, "test"), constants, inputs,
-                        process=state.process_index, processes=state.num_processes)
+    state = process_state()
+    folder = StepFolder(
+        experiment / step_name("refined_segmentation", constants.split, "test"),
+        constants,
+        inputs,
+        process=state.process_index,
+        processes=state.num_processes,
+    )
     classes_from = "image labels" if constants.protocol == "released" else "prediction"
     refine_folder(folder, source, dataset, constants.split, constants.tau, classes_from, constants.workers)
 
-    state.wait_for_everyone()
+    folder.join()
     if state.is_main_process:
-        step_sheet(folder.folder, dataset, constants.split, {"segmentation": source, "refined": folder.folder}, constants.samples)
+        step_sheet(
+            folder.folder,
+            dataset,
+            constants.split,
+            {"segmentation": source, "refined": folder.folder},
+            constants.samples,
+        )
     folder.close(".png")
 
 

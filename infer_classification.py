@@ -28,9 +28,11 @@ from tools.training import load_checkpoint, make_accelerator
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    split: Literal["train", "test"] = "train"  # train (for the pseudo-labels) | test (to measure only; goes to cams_test)
+    split: Literal["train", "test"] = (
+        "train"  # train (for the pseudo-labels) | test (to measure only; goes to cams_test)
+    )
     scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)  # each with its mirror
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto | fp32 | bf16; PRC runs in fp32 always
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # as in step 1; PRC runs in fp32 always
     images_at_once: int = 8  # patches of one batch; lower it when the GPU's memory is short
     workers: int = 4  # processes that read images
     samples: int = 8  # patches on the contact sheet
@@ -39,39 +41,58 @@ class Constants:
 
 
 def main(constants: Constants) -> None:
-    check(len(constants.scales) > 0 and min(constants.scales) > 0, f"scales is {constants.scales}, but needs positive numbers")
+    check(
+        len(constants.scales) > 0 and min(constants.scales) > 0,
+        f"scales is {constants.scales}, but needs positive numbers",
+    )
     check(constants.images_at_once > 0, f"images_at_once is {constants.images_at_once}, but it must be at least 1")
+    check(constants.workers >= 0, f"workers is {constants.workers}, but it must be 0 or more")
     dataset = load_dataset(constants.dataset, constants.root)
     experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
     trained = require(experiment / "classifier")
     labels = dataset.image_labels(constants.split)
     ids = sorted(labels)
     settings = trained["constants"]
-    model = Classifier(Backbone(settings["backbone"], "none"), dataset.num_classes, settings["gamma"], settings["iterations"])
+    model = Classifier(
+        Backbone(settings["backbone"], "none"), dataset.num_classes, settings["gamma"], settings["iterations"]
+    )
     load_checkpoint(experiment / "classifier" / "model.pt", model)
     accelerator = make_accelerator(constants.precision)
     model = model.to(accelerator.device).eval()
-    folder = StepFolder(experiment / step_name("cams", constants.split, "train"), constants, {"classifier": trained},
-                        device=accelerator.device, process=accelerator.process_index, processes=accelerator.num_processes)
+    folder = StepFolder(
+        experiment / step_name("cams", constants.split, "train"),
+        constants,
+        {"classifier": trained},
+        device=accelerator.device,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
 
     pending = folder.pending(ids, ".npz")
     with tqdm(total=len(pending), desc="CAMs", unit="image", disable=None) as bar:
-        batches = image_batches(dataset.images(constants.split), pending, constants.images_at_once, constants.workers, folder.fail)
+        batches = image_batches(
+            dataset.images(constants.split), pending, constants.images_at_once, constants.workers, folder.fail
+        )
         for batch, images in batches:
             with accelerator.autocast():
                 maps = mirrored_scales(lambda x: model(x)[1].relu(), images, constants.scales, accelerator.device)
             maps = [scale.cpu().numpy() for scale in maps]
             for index, id in enumerate(batch):
                 classes = np.flatnonzero(labels[id])
-                save_cams(folder.folder / f"{id}.npz", classes, [scale[index, classes] for scale in maps], images.shape[-2:])
+                save_cams(
+                    folder.folder / f"{id}.npz", classes, [scale[index, classes] for scale in maps], images.shape[-2:]
+                )
             bar.update(len(batch))
 
-    accelerator.wait_for_everyone()
+    folder.join()
     if accelerator.is_main_process:
         rows = []
         for id in sample_ids(ids, constants.samples):
             try:
-                image, maps = load_image(dataset.images(constants.split) / f"{id}.png"), dict(zip(*load_cams(folder.folder / f"{id}.npz"), strict=True))
+                image, maps = (
+                    load_image(dataset.images(constants.split) / f"{id}.png"),
+                    dict(zip(*load_cams(folder.folder / f"{id}.npz"), strict=True)),
+                )
             except UserError:  # told at the end already
                 continue
             rows.append([image, *(heat(image, maps[k]) if k in maps else None for k in range(dataset.num_classes))])

@@ -32,7 +32,7 @@ class Constants:
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "test"  # test | train (to measure only; goes to segmentation_train)
     scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)  # each with its mirror
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto | fp32 | bf16
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # as in step 5
     images_at_once: int = 8  # patches of one batch; lower it when the GPU's memory is short
     workers: int = 4  # processes that read images
     samples: int = 8  # patches on the contact sheet
@@ -41,8 +41,12 @@ class Constants:
 
 
 def main(constants: Constants) -> None:
-    check(len(constants.scales) > 0 and min(constants.scales) > 0, f"scales is {constants.scales}, but needs positive numbers")
+    check(
+        len(constants.scales) > 0 and min(constants.scales) > 0,
+        f"scales is {constants.scales}, but needs positive numbers",
+    )
     check(constants.images_at_once > 0, f"images_at_once is {constants.images_at_once}, but it must be at least 1")
+    check(constants.workers >= 0, f"workers is {constants.workers}, but it must be 0 or more")
     dataset = load_dataset(constants.dataset, constants.root)
     experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
     trained, ids = require(experiment / "segmenter"), dataset.ids(constants.split)
@@ -51,22 +55,32 @@ def main(constants: Constants) -> None:
     load_checkpoint(experiment / "segmenter" / "model.pt", model)
     accelerator = make_accelerator(constants.precision)
     model = model.to(accelerator.device).eval()
-    folder = StepFolder(experiment / step_name("segmentation", constants.split, "test"), constants, {"segmenter": trained},
-                        device=accelerator.device, process=accelerator.process_index, processes=accelerator.num_processes)
+    folder = StepFolder(
+        experiment / step_name("segmentation", constants.split, "test"),
+        constants,
+        {"segmenter": trained},
+        device=accelerator.device,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
 
     pending = folder.pending(ids, ".png")
     with tqdm(total=len(pending), desc="segmentation", unit="image", disable=None) as bar:
-        batches = image_batches(dataset.images(constants.split), pending, constants.images_at_once, constants.workers, folder.fail)
+        batches = image_batches(
+            dataset.images(constants.split), pending, constants.images_at_once, constants.workers, folder.fail
+        )
         for batch, images in batches:
             with accelerator.autocast(), torch.inference_mode():
                 logits = mirrored_scales(model, images, constants.scales, accelerator.device)
-                total = sum(F.interpolate(scale, images.shape[-2:], mode="bilinear", align_corners=False) for scale in logits)
+                total = sum(
+                    F.interpolate(scale, images.shape[-2:], mode="bilinear", align_corners=False) for scale in logits
+                )
                 labels = total.argmax(1).to(torch.uint8).cpu().numpy()
-            for id, label in zip(batch, labels, strict=True):
+            for id, label in zip(batch, labels[: len(batch)], strict=True):
                 save_label(folder.folder / f"{id}.png", np.ascontiguousarray(label), dataset.colours)
             bar.update(len(batch))
 
-    accelerator.wait_for_everyone()
+    folder.join()
     if accelerator.is_main_process:
         step_sheet(folder.folder, dataset, constants.split, {"segmentation": folder.folder}, constants.samples)
     folder.close(".png")

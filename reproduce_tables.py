@@ -48,9 +48,9 @@ class Constants:
     ir_weights: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4)  # of the table lambda
     tiles: tuple[int, ...] = (1, 4, 16)  # of the table tiles
     taus: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95)  # of the table tau
-    classification: train_classification.Constants = train_classification.Constants()
-    segmentation: train_segmentation.Constants = train_segmentation.Constants()
-    pseudo: make_pseudo_labels.Constants = make_pseudo_labels.Constants()
+    classification: train_classification.Constants = field(default_factory=train_classification.Constants)
+    segmentation: train_segmentation.Constants = field(default_factory=train_segmentation.Constants)
+    pseudo: make_pseudo_labels.Constants = field(default_factory=make_pseudo_labels.Constants)
     workers: int = 4  # processes that read and write
     images_at_once: int = 8  # patches of one batch of the inference steps
     root: Path = ROOT  # folder that holds datasets/ and experiments/
@@ -90,6 +90,24 @@ STAGES = {  # stage -> column
 }
 
 
+SHARED = ("dataset", "experiment", "split", "protocol", "seed", "labels", "workers", "root", "overwrite")
+
+
+def check_constants(constants: Constants) -> None:
+    """What the steps share is set once: a value in one of the parts would be overruled in silence."""
+    check(
+        len(set(constants.seeds)) == len(constants.seeds) > 0,
+        f"seeds is {constants.seeds}, but needs different numbers",
+    )
+    for name in ("classification", "segmentation", "pseudo"):
+        part = getattr(constants, name)
+        for key in SHARED:
+            check(
+                getattr(part, key, None) == getattr(type(part)(), key, None),
+                f"{name}.{key} was set, but the tables set it themselves: leave it, or set {key} where there is one",
+            )
+
+
 class Runner:
     """Runs the steps of one seed in an experiment of its own and reads their scores."""
 
@@ -98,9 +116,16 @@ class Runner:
 
     def step(self, module, experiment: str, start=None, **changes) -> None:
         """Call a step's main with the constants that it shares with this script."""
-        given = {"dataset": self.dataset.name, "experiment": experiment, "seed": self.seed, "root": self.constants.root,
-                 "protocol": self.constants.protocol, "workers": self.constants.workers,
-                 "images_at_once": self.constants.images_at_once, **changes}
+        given = {
+            "dataset": self.dataset.name,
+            "experiment": experiment,
+            "seed": self.seed,
+            "root": self.constants.root,
+            "protocol": self.constants.protocol,
+            "workers": self.constants.workers,
+            "images_at_once": self.constants.images_at_once,
+            **changes,
+        }
         start = start or module.Constants()
         module.main(replace(start, **{key: value for key, value in given.items() if hasattr(start, key)}))
 
@@ -136,15 +161,20 @@ class Runner:
         )  # fmt: skip
         folder = experiment_folder(constants.root, constants.dataset, experiment)
         stages = evaluate_miou.find_stages(self.dataset, folder, constants)
-        failures = [line for split in ("train", "test")
-                    for line in evaluate_miou.score(self.dataset, split, [s for s in stages if s.split == split], constants)]
+        failures = [
+            line
+            for split in ("train", "test")
+            for line in evaluate_miou.score(self.dataset, split, [s for s in stages if s.split == split], constants)
+        ]
         check(not failures, f"{len(failures)} files of {folder} could not be scored, {failures[0] if failures else ''}")
         return {stage.name: self.headline(stage.matrix) for stage in stages}
 
     def headline(self, matrix: ConfusionMatrix) -> float:
         return 100 * matrix.scores(np.flatnonzero(~self.dataset.scored), self.constants.protocol)["miou"]
 
-    def ios(self, experiment: str, stage: str, split: str, taus: tuple[float, ...], oracle: bool = False) -> list[float]:
+    def ios(
+        self, experiment: str, stage: str, split: str, taus: tuple[float, ...], oracle: bool = False
+    ) -> list[float]:
         """mIoU of a label folder after IOS with each tau; `oracle` takes the truth's connected components as masks."""
         matrices = [ConfusionMatrix(self.dataset.num_classes) for _ in taus]
         folder = experiment_folder(self.constants.root, self.dataset.name, experiment) / stage
@@ -168,7 +198,7 @@ def perfect_regions(truth: np.ndarray, num_classes: int):
 
 
 def main(constants: Constants) -> None:
-    check(len(set(constants.seeds)) == len(constants.seeds) > 0, f"seeds is {constants.seeds}, but needs different numbers")
+    check_constants(constants)
     dataset = load_dataset(constants.dataset, constants.root)
     for split in ("train", "test"):
         dataset.image_labels(split)
@@ -194,7 +224,11 @@ def main(constants: Constants) -> None:
         if constants.table == "ablation":
             oracle = "last row, IOS with perfect regions (USES THE TRUTH)"
             tau = generate_refined_pseudo.Constants().tau
-            put(oracle, STAGES["refined_pseudo_labels"], runner.ios(experiment, "pseudo_labels", "train", (tau,), True)[0])
+            put(
+                oracle,
+                STAGES["refined_pseudo_labels"],
+                runner.ios(experiment, "pseudo_labels", "train", (tau,), True)[0],
+            )
         if constants.table == "main":
             bound = runner.scores(runner.supervised())["segmentation"]
             put("fully supervised", STAGES["segmentation"], bound)
@@ -203,11 +237,15 @@ def main(constants: Constants) -> None:
 
 
 def sweep_tau(runner: Runner, experiment: str, put: Callable[[str, str, float], None]) -> None:
-    for stage, split, column in (("pseudo_labels", "train", "refined pseudo-labels"),
-                                 ("segmentation", "test", "refined segmentation")):
+    for stage, split, column in (
+        ("pseudo_labels", "train", "refined pseudo-labels"),
+        ("segmentation", "test", "refined segmentation"),
+    ):
         plain = runner.scores(experiment)[stage]
         put("without IOS", column, plain)
-        for tau, value in zip(runner.constants.taus, runner.ios(experiment, stage, split, runner.constants.taus), strict=True):
+        for tau, value in zip(
+            runner.constants.taus, runner.ios(experiment, stage, split, runner.constants.taus), strict=True
+        ):
             put(f"tau {tau:g}", column, value)
 
 
@@ -217,8 +255,14 @@ def write_table(constants: Constants, dataset: Dataset, lines: dict[str, dict[st
     published = {}
     if constants.table == "main" and "miou" in dataset.paper:
         published = {"PRC + IR + IOS": dataset.paper["miou"], "fully supervised": dataset.paper["supervised"]}
-    text = [f"# {constants.table}: {dataset.title}", "", f"mIoU in per cent. {caption(constants, dataset)}", "",
-            "| | " + " | ".join(columns) + " | paper |", "|---" * (len(columns) + 2) + "|"]
+    text = [
+        f"# {constants.table}: {dataset.title}",
+        "",
+        f"mIoU in per cent. {caption(constants, dataset)}",
+        "",
+        "| | " + " | ".join(columns) + " | paper |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
     for name, values in lines.items():
         cells = [show(values.get(column, [])) for column in columns]
         text.append(f"| {name} | " + " | ".join(cells) + f" | {published.get(name, 'not published')} |")
@@ -228,8 +272,11 @@ def write_table(constants: Constants, dataset: Dataset, lines: dict[str, dict[st
     with write_whole(folder / f"{constants.table}.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["row", "column", *(f"seed {seed}" for seed in constants.seeds)])
-        writer.writerows([name, column, *(f"{value:.3f}" for value in found)]
-                         for name, values in lines.items() for column, found in values.items())
+        writer.writerows(
+            [name, column, *(f"{value:.3f}" for value in found)]
+            for name, values in lines.items()
+            for column, found in values.items()
+        )
     draw(folder / f"{constants.table}.png", lines, columns, dataset)
     print("\n".join(text))
     print(f"\nwritten to {folder}")
@@ -240,9 +287,11 @@ def caption(constants: Constants, dataset: Dataset) -> str:
     notes = require(dataset.sam_masks("train")).get("notes", {})
     stand_in = f" Stand-in: {notes['stand_in']}." if "stand_in" in notes else ""
     step1, step5 = constants.classification, constants.segmentation
-    return (f"Protocol: {constants.protocol}. CAM, CRF and IOS columns on the train split, segmentation on the test split. "
-            f"Seeds: {', '.join(map(str, constants.seeds))}. Classifier: {step1.backbone}, weights {Path(step1.weights).name}, "
-            f"{step1.epochs} epochs; segmenter: {step5.backbone}, {step5.epochs} epochs.{stand_in}")
+    return (
+        f"Protocol: {constants.protocol}. CAM, CRF and IOS columns on the train split, segmentation on the test split. "
+        f"Seeds: {', '.join(map(str, constants.seeds))}. Classifier: {step1.backbone}, weights "
+        f"{Path(step1.weights).name}, {step1.epochs} epochs; segmenter: {step5.backbone}, {step5.epochs} epochs.{stand_in}"
+    )
 
 
 def show(values: list[float]) -> str:
@@ -263,7 +312,14 @@ def draw(path: Path, lines: dict[str, dict[str, list[float]]], columns: list[str
         found = [values.get(column, []) for values in lines.values()]
         means = [statistics.mean(v) if v else np.nan for v in found]
         spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in found]
-        axes.bar(np.arange(len(found)) + index * width, means, width, yerr=spread, label=column, hatch=["", "//", "..", "xx", "\\\\"][index % 5])
+        axes.bar(
+            np.arange(len(found)) + index * width,
+            means,
+            width,
+            yerr=spread,
+            label=column,
+            hatch=["", "//", "..", "xx", "\\\\"][index % 5],
+        )
     axes.set_xticks(np.arange(len(lines)) + 0.4 - width / 2, list(lines), rotation=20, ha="right", fontsize=8)
     axes.set_ylabel("mIoU (%)")
     axes.set_title(dataset.title)

@@ -34,7 +34,9 @@ from tools.training import check_recipe, load_checkpoint, make_accelerator, trai
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    protocol: Literal["clean", "released"] = "clean"  # clean: the last epoch is kept | released: the best on the train split's pixel labels
+    protocol: Literal["clean", "released"] = (
+        "clean"  # clean: the last epoch is kept | released: the best on the train split's pixel labels
+    )
     backbone: Literal[NAMES] = "resnet50"
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
     train_all: bool = False  # let the first stages learn as well; needed when weights is none
@@ -44,11 +46,15 @@ class Constants:
     tiles: int = 4  # IR: parts with class colours of their own: 1, 4, 9, ...
     epochs: int = 20
     batch_size: int = 8  # over all processes together
-    lr: float = 0.1  # of pretrained weights; pretrained biases x2, new weights x10, new biases x20
+    lr: float = (
+        0.1  # of pretrained weights; their biases x2, new weights x10, new biases x20 (weights none: all are new)
+    )
     momentum: float = 1e-4  # what the released optimiser receives (0.9 was intended)
     weight_decay: float = 1e-4  # on weights only
     seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto | fp32 | bf16; auto is bf16 on a GPU that has it
+    precision: Literal["auto", "fp32", "bf16"] = (
+        "auto"  # auto is bf16 where GPU or CPU (AMX) compute in it, fp32 elsewhere
+    )
     workers: int = 4  # processes that read and augment images
     samples: int = 8  # patches on the contact sheet
     root: Path = ROOT  # folder that holds datasets/ and experiments/
@@ -65,7 +71,7 @@ def compute_loss(model: nn.Module, images: Tensor, labels: Tensor, constants: Co
 
 
 def argmax_miou(model: nn.Module, dataset: Dataset, constants: Constants, device: torch.device) -> float:
-    """The released protocol's choice of the epoch: mIoU of argmax CAMs (one scale) on the train split's PIXEL labels."""
+    """The released protocol's choice of the epoch: mIoU of one-scale argmax CAMs on the train split's PIXEL labels."""
     model.eval()
     matrix, present = ConfusionMatrix(dataset.num_classes), dataset.image_labels("train")
 
@@ -74,17 +80,21 @@ def argmax_miou(model: nn.Module, dataset: Dataset, constants: Constants, device
 
     for ids, images in image_batches(dataset.images("train"), dataset.ids("train"), 8, constants.workers, unreadable):
         maps = mirrored_scales(lambda x: model(x)[1].relu(), images, [1.0], device)[0]
-        for id, map in zip(ids, maps.cpu(), strict=True):
+        for id, map in zip(ids, maps[: len(ids)].cpu(), strict=True):
             classes = np.flatnonzero(present[id])
             prediction = classes[fuse_scales([map[classes]], images.shape[-2:]).argmax(0).numpy()]
-            matrix.update(load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes), prediction.astype(np.uint8))
+            matrix.update(
+                load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes), prediction.astype(np.uint8)
+            )
     return matrix.scores()["miou"]
 
 
 def main(constants: Constants) -> None:
     check(0 <= constants.ir_weight < float("inf"), f"ir_weight is {constants.ir_weight}, but it must be 0 or more")
-    check(constants.weights != "none" or constants.train_all, "weights is none, so the first stages would stay random for "
-          "ever: add --train-all, or give weights")
+    check(
+        constants.weights != "none" or constants.train_all,
+        "weights is none, so the first stages would stay random for ever: add --train-all, or give weights",
+    )
     dataset = load_dataset(constants.dataset, constants.root)
     labels = dataset.image_labels("train")
     ids = sorted(labels)
@@ -92,22 +102,47 @@ def main(constants: Constants) -> None:
     accelerator = make_accelerator(constants.precision)
     torch.manual_seed(constants.seed)
     try:
-        model = Classifier(Backbone(constants.backbone, constants.weights), dataset.num_classes, constants.gamma,
-                           constants.iterations, constants.train_all)
+        model = Classifier(
+            Backbone(constants.backbone, constants.weights),
+            dataset.num_classes,
+            constants.gamma,
+            constants.iterations,
+            constants.train_all,
+        )
         side = -(-dataset.patch_size // OUTPUT_STRIDE)
-        image_reconstruction_loss(torch.zeros(1, 1, side, side), torch.zeros(1, 3, 8, 8), torch.zeros(1, 1), constants.tiles)
+        image_reconstruction_loss(
+            torch.zeros(1, 1, side, side), torch.zeros(1, 3, 8, 8), torch.zeros(1, 1), constants.tiles
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
-    folder = StepFolder(experiment_folder(constants.root, constants.dataset, constants.experiment) / "classifier", constants,
-                        device=accelerator.device, process=accelerator.process_index, processes=accelerator.num_processes)
-    patches = TrainingPatches(ids, dataset.images("train"), labels, dataset.num_classes, dataset.patch_size, constants.seed)
+    if constants.weights == "none":
+        model.pretrained, model.new = [], [model]
+    folder = StepFolder(
+        experiment_folder(constants.root, constants.dataset, constants.experiment) / "classifier",
+        constants,
+        device=accelerator.device,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    patches = TrainingPatches(
+        ids, dataset.images("train"), labels, dataset.num_classes, dataset.patch_size, constants.seed
+    )
     select = partial(argmax_miou, dataset=dataset, constants=constants, device=accelerator.device)
-    train(model, patches, partial(compute_loss, constants=constants), constants, folder, accelerator,
-          select if constants.protocol == "released" else None)
+    train(
+        model,
+        patches,
+        partial(compute_loss, constants=constants),
+        constants,
+        folder,
+        accelerator,
+        select if constants.protocol == "released" else None,
+    )
 
     if accelerator.is_main_process:
         load_checkpoint(folder.folder / "model.pt", model)
-        draw_sheet(folder.folder / "contact_sheet.png", model.eval(), dataset, labels, sample_ids(ids, constants.samples))
+        draw_sheet(
+            folder.folder / "contact_sheet.png", model.eval(), dataset, labels, sample_ids(ids, constants.samples)
+        )
     folder.close(".pt")
 
 

@@ -36,7 +36,9 @@ from tools.training import check_recipe, load_checkpoint, make_accelerator, trai
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    protocol: Literal["clean", "released"] = "clean"  # clean: the last epoch is kept | released: the best on the train split's pixel labels
+    protocol: Literal["clean", "released"] = (
+        "clean"  # clean: the last epoch is kept | released: the best on the train split's pixel labels
+    )
     labels: str = "refined_pseudo_labels"  # the step folder to learn from | truth (the fully supervised bound)
     backbone: Literal[NAMES] = "resnet50"
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
@@ -44,11 +46,15 @@ class Constants:
     width: int = 256  # channels of ASPP and decoder
     epochs: int = 50
     batch_size: int = 16  # over all processes together
-    lr: float = 0.007  # of pretrained weights; pretrained biases x2, new weights x10, new biases x20
+    lr: float = (
+        0.007  # of pretrained weights; their biases x2, new weights x10, new biases x20 (weights none: all are new)
+    )
     momentum: float = 1e-4  # what the released optimiser receives (0.9 was intended)
     weight_decay: float = 4e-5  # on weights only
     seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto | fp32 | bf16; auto is bf16 on a GPU that has it
+    precision: Literal["auto", "fp32", "bf16"] = (
+        "auto"  # auto is bf16 where GPU or CPU (AMX) compute in it, fp32 elsewhere
+    )
     workers: int = 4  # processes that read and augment images
     samples: int = 8  # patches on the contact sheet
     root: Path = ROOT  # folder that holds datasets/ and experiments/
@@ -71,24 +77,34 @@ def train_miou(model: nn.Module, dataset: Dataset, constants: Constants, device:
 
     for ids, images in image_batches(dataset.images("train"), dataset.ids("train"), 8, constants.workers, unreadable):
         predictions = mirrored_scales(model, images, [1.0], device)[0].argmax(1).byte().cpu().numpy()
-        for id, prediction in zip(ids, predictions, strict=True):
+        for id, prediction in zip(ids, predictions[: len(ids)], strict=True):
             matrix.update(load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes), prediction)
     return matrix.scores()["miou"]
 
 
 def main(constants: Constants) -> None:
-    check(constants.width > 0 and constants.width % 4 == 0, f"width is {constants.width}, but it must be a multiple of 4")
-    check(constants.weights != "none" or not constants.freeze_norm, "weights is none, so there are no BatchNorm statistics "
-          "to keep: add --no-freeze-norm, or give weights")
+    check(
+        constants.width > 0 and constants.width % 4 == 0, f"width is {constants.width}, but it must be a multiple of 4"
+    )
+    check(
+        constants.weights != "none" or not constants.freeze_norm,
+        "weights is none, so there are no BatchNorm statistics to keep: add --no-freeze-norm, or give weights",
+    )
     dataset = load_dataset(constants.dataset, constants.root)
     experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
+    check(
+        constants.labels.replace("_", "").isalnum(),
+        f'labels is "{constants.labels}", but it must be the name of a step folder, or truth',
+    )
     truth = constants.labels == "truth"
     source = dataset.labels("train") if truth else experiment / constants.labels
     inputs = {} if truth else {constants.labels: require(source)}
     ids = dataset.ids("train")
     check_recipe(constants, len(ids))
     missing = [id for id in ids if not (source / f"{id}.png").exists()]
-    check(not missing, f"{source} lacks the label of {len(missing)} train images, {missing[0] if missing else ''} for one")
+    check(
+        not missing, f"{source} lacks the label of {len(missing)} train images, {missing[0] if missing else ''} for one"
+    )
     accelerator = make_accelerator(constants.precision)
     torch.manual_seed(constants.seed)
     try:
@@ -96,12 +112,31 @@ def main(constants: Constants) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     model = DeepLabV3Plus(backbone, dataset.num_classes, constants.width, constants.freeze_norm)
+    if constants.weights == "none":
+        model.pretrained, model.new = [], [model]
     notes = {"supervision": "pixel truth of the train split"} if truth else {}
-    folder = StepFolder(experiment / "segmenter", constants, inputs, notes, accelerator.device,
-                        accelerator.process_index, accelerator.num_processes)
-    patches = TrainingPatches(ids, dataset.images("train"), source, dataset.num_classes, dataset.patch_size, constants.seed)
+    folder = StepFolder(
+        experiment / "segmenter",
+        constants,
+        inputs,
+        notes,
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    patches = TrainingPatches(
+        ids, dataset.images("train"), source, dataset.num_classes, dataset.patch_size, constants.seed
+    )
     select = partial(train_miou, dataset=dataset, constants=constants, device=accelerator.device)
-    train(model, patches, compute_loss, constants, folder, accelerator, select if constants.protocol == "released" else None)
+    train(
+        model,
+        patches,
+        compute_loss,
+        constants,
+        folder,
+        accelerator,
+        select if constants.protocol == "released" else None,
+    )
 
     if accelerator.is_main_process:
         load_checkpoint(folder.folder / "model.pt", model)
@@ -111,9 +146,15 @@ def main(constants: Constants) -> None:
             image = load_image(dataset.images("train") / f"{id}.png")
             logits = mirrored_scales(model, to_tensor(image)[None], [1.0], accelerator.device)[0]
             label = load_label(source / f"{id}.png", dataset.num_classes)
-            rows.append([image, *(colourise(ids, dataset.colours) for ids in (label, logits[0].argmax(0).byte().cpu().numpy()))])
-        contact_sheet(folder.folder / "contact_sheet.png", rows, ["image", "learnt from", "segmenter"],
-                      zip(dataset.classes, dataset.colours, strict=True))
+            rows.append(
+                [image, *(colourise(ids, dataset.colours) for ids in (label, logits[0].argmax(0).byte().cpu().numpy()))]
+            )
+        contact_sheet(
+            folder.folder / "contact_sheet.png",
+            rows,
+            ["image", "learnt from", "segmenter"],
+            zip(dataset.classes, dataset.colours, strict=True),
+        )
     folder.close(".pt")
 
 

@@ -28,8 +28,16 @@ SIZES = {
 HASHES = {file: sha256 for file, sha256 in OFFICIAL.values()}
 
 
-def build_sam(embed_dim: int, depth: int, num_heads: int, global_attention: list[int], image_size: int = 1024,
-              window_size: int = 14, prompt_dim: int = 256, decoder_mlp_dim: int = 2048) -> Sam:
+def build_sam(
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    global_attention: list[int],
+    image_size: int = 1024,
+    window_size: int = 14,
+    prompt_dim: int = 256,
+    decoder_mlp_dim: int = 2048,
+) -> Sam:
     """A `Sam` of segment-anything with random weights: the encoder's sizes, and SAM's own for everything else.
 
     `global_attention` lists the encoder blocks that attend to the whole image; the others to windows of `window_size`.
@@ -38,14 +46,32 @@ def build_sam(embed_dim: int, depth: int, num_heads: int, global_attention: list
     embedding_size = (image_size // patch, image_size // patch)
     return Sam(
         image_encoder=ImageEncoderViT(
-            img_size=image_size, patch_size=patch, embed_dim=embed_dim, depth=depth, num_heads=num_heads, mlp_ratio=4,
-            out_chans=prompt_dim, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6), use_rel_pos=True,
-            window_size=window_size, global_attn_indexes=tuple(global_attention)),
-        prompt_encoder=PromptEncoder(embed_dim=prompt_dim, image_embedding_size=embedding_size,
-                                     input_image_size=(image_size, image_size), mask_in_chans=16),
+            img_size=image_size,
+            patch_size=patch,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=4,
+            out_chans=prompt_dim,
+            qkv_bias=True,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=window_size,
+            global_attn_indexes=tuple(global_attention),
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=prompt_dim,
+            image_embedding_size=embedding_size,
+            input_image_size=(image_size, image_size),
+            mask_in_chans=16,
+        ),
         mask_decoder=MaskDecoder(
-            transformer_dim=prompt_dim, num_multimask_outputs=3, iou_head_depth=3, iou_head_hidden_dim=256,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=prompt_dim, num_heads=8, mlp_dim=decoder_mlp_dim)),
+            transformer_dim=prompt_dim,
+            num_multimask_outputs=3,
+            iou_head_depth=3,
+            iou_head_hidden_dim=256,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=prompt_dim, num_heads=8, mlp_dim=decoder_mlp_dim),
+        ),
     ).eval()
 
 
@@ -67,14 +93,19 @@ def find_checkpoint(model: str, checkpoint: str, root: Path, download: bool = Fa
     if not path.exists():
         check(model in OFFICIAL, f"{path} is missing: checkpoint must name an existing file")
         if not download:
-            raise UserError(f"{path} is missing: get it from {URL}{name} (SHA-256 {sha256}), or add --download; "
-                            'generator = "felzenszwalb" stands in without it')
+            raise UserError(
+                f"{path} is missing: get it from {URL}{name} (SHA-256 {sha256}), or add --download; "
+                'generator = "felzenszwalb" stands in without it'
+            )
         _fetch(URL + name, path, sha256)
     elif path.name in HASHES:
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        check(found == HASHES[path.name], f"{path} is damaged or another file (its SHA-256 is {found}, not "
-                                          f"{HASHES[path.name]}): remove it and get it again from {URL}{path.name}")
+        check(
+            found == HASHES[path.name],
+            f"{path} is damaged or another file (its SHA-256 is {found}, not "
+            f"{HASHES[path.name]}): remove it and get it again from {URL}{path.name}",
+        )
     return path
 
 
@@ -90,8 +121,11 @@ def _fetch(url: str, path: Path, sha256: str) -> None:
                     digest.update(block)
                     bar.update(len(block))
                 bar.close()
-            check(digest.hexdigest() == sha256, f"what came from {url} has the SHA-256 {digest.hexdigest()}, not "
-                                                f"{sha256}: try again, or fetch it by other means")
+            check(
+                digest.hexdigest() == sha256,
+                f"what came from {url} has the SHA-256 {digest.hexdigest()}, not "
+                f"{sha256}: try again, or fetch it by other means",
+            )
     except OSError as error:
         raise UserError(f"{url} could not be fetched ({error}): download it by other means to {path}") from None
 
@@ -108,8 +142,10 @@ def load_sam(model: str, path: Path) -> Sam:
         raise UserError(f"{path} is not a checkpoint of tensors ({str(error).splitlines()[0]})") from None
     sizes = SIZES.get(model)
     if model == "custom":
-        check(isinstance(state, dict) and {"sizes", "model"} <= state.keys(), f"{path} lacks the keys sizes and model, "
-                                                                              'which model = "custom" asks for')
+        check(
+            isinstance(state, dict) and {"sizes", "model"} <= state.keys(),
+            f'{path} lacks the keys sizes and model, which model = "custom" asks for',
+        )
         sizes, state = state["sizes"], state["model"]
     try:
         sam = build_sam(**sizes)

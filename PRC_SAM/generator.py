@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
+from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from PRC_SAM.masks import Masks
 from PRC_SAM.sam_forward import PointDecoder, encode_images
 
 PIXELS_ON_GPU, PIXELS_ON_CPU = 1 << 26, 1 << 20  # of masks in float at full size; a processor's cache wants few
 TRIAL = 32  # points in the first batch, whose memory is measured, and in every batch on a processor
 MOST_MEMORY = 8 << 30  # bytes for a batch of points: larger ones are no faster
-GATHER = 0x8040201008040201 - (1 << 64)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Found:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """"auto" is bf16 on a GPU that computes in it and fp32 elsewhere."""
+    """ "auto" is bf16 on a GPU that computes in it and fp32 elsewhere."""
     if precision != "auto":
         return precision
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
@@ -86,16 +86,18 @@ def choose_precision(precision: str, device: torch.device) -> str:
 class MaskGenerator:
     """Call with a list of (H,W,3) uint8 RGB images, or of what `prepare` made of them -> a list of `Masks`.
 
-    precision "fp32" agrees with the stock generator up to rounding; "bf16" runs the encoder and the decoder's matrix
-    products in bfloat16. `batch` images (or crops) are encoded at once, fewer when the memory does not hold them.
+    precision "fp32" agrees with the stock generator up to rounding; "bf16" runs the encoder in bfloat16 and, on a GPU,
+    the decoder's products in TF32. `batch` images (or crops) are encoded at once, fewer when the memory does not hold
+    them.
     """
 
     def __init__(self, sam: Sam, settings: Settings | None = None, precision: str = "fp32", batch: int = 4):
         self.sam, self.settings, self.precision, self.batch = sam.eval(), settings or Settings(), precision, batch
         self.decoder = PointDecoder(sam)
         self.resize = ResizeLongestSide(sam.image_encoder.img_size)
-        self.grids = build_all_layer_point_grids(self.settings.points_per_side, self.settings.crop_n_layers,
-                                                 self.settings.crop_n_points_downscale_factor)
+        self.grids = build_all_layer_point_grids(
+            self.settings.points_per_side, self.settings.crop_n_layers, self.settings.crop_n_points_downscale_factor
+        )
         self.points_at_once = self.settings.points_per_batch
         self._prompts: dict[tuple, Tensor] = {}
         self._resampling: dict[tuple, tuple[Tensor, Tensor]] = {}
@@ -110,8 +112,14 @@ class MaskGenerator:
         """What the processor does to an image before the device sees it: its size and its crops, resized."""
         size, settings = image.shape[:2], self.settings
         boxes, layers = generate_crop_boxes(size, settings.crop_n_layers, settings.crop_overlap_ratio)
-        crops = [Crop(box, layer, torch.from_numpy(self.resize.apply_image(image[box[1] : box[3], box[0] : box[2]]))
-                      .permute(2, 0, 1)) for box, layer in zip(boxes, layers, strict=True)]
+        crops = [
+            Crop(
+                box,
+                layer,
+                torch.from_numpy(self.resize.apply_image(image[box[1] : box[3], box[0] : box[2]])).permute(2, 0, 1),
+            )
+            for box, layer in zip(boxes, layers, strict=True)
+        ]
         return size, crops
 
     @torch.inference_mode()
@@ -124,8 +132,12 @@ class MaskGenerator:
             found = Found.join(parts)
             if len(crops) > 1:  # of duplicates in several crops, the one from the smallest crop stays
                 areas = [(crop.box[2] - crop.box[0]) * (crop.box[3] - crop.box[1]) for crop in crops]
-                prefer = torch.cat([part.scores.new_full((len(part.scores),), 1 / area)
-                                    for part, area in zip(parts, areas, strict=True)])
+                prefer = torch.cat(
+                    [
+                        part.scores.new_full((len(part.scores),), 1 / area)
+                        for part, area in zip(parts, areas, strict=True)
+                    ]
+                )
                 found = found.take(_nms(found.boxes, prefer, self.settings.crop_nms_thresh))
             if self.settings.min_mask_region_area > 0:
                 found = self._without_small_regions(found, size)
@@ -139,7 +151,7 @@ class MaskGenerator:
             try:
                 batch = crops[start : start + self.batch]
                 images = torch.stack([self.sam.preprocess(crop.to(device)) for crop in batch])
-                with self._products():
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     embeddings = encode_images(self.sam.image_encoder, images)
             except torch.OutOfMemoryError:
                 if self.batch == 1:
@@ -150,9 +162,16 @@ class MaskGenerator:
             start += len(images)
             yield from embeddings.float()
 
-    def _products(self):
-        """Where matrix products may run in bfloat16."""
-        return torch.autocast(self.sam.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+    @contextmanager
+    def _decoder_precision(self) -> Iterator[None]:
+        """TF32 products on a GPU unless the precision is fp32; in bfloat16 the decoder loses one mask in ten."""
+        before = torch.get_float32_matmul_precision()
+        if self.precision == "bf16" and self.sam.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def _crop(self, embedding: Tensor, crop: Crop, size: tuple[int, int]) -> Found:
         """All masks of one crop, in the frame of the whole image and without duplicates, in falling predicted IoU."""
@@ -181,17 +200,18 @@ class MaskGenerator:
         key = (crop.layer, height, width)
         if key not in self._prompts:
             points = self.resize.apply_coords(self.grids[crop.layer] * np.array([[width, height]]), (height, width))
-            self._prompts[key] = self.decoder.tokens(torch.as_tensor(points, device=self.sam.device))
+            points = torch.as_tensor(points, dtype=torch.float32, device=self.sam.device)
+            self._prompts[key] = self.decoder.tokens(points)
         return self._prompts[key]
 
     def _points(self, embedding: Tensor, tokens: Tensor, crop: Crop, size: tuple[int, int]) -> Found:
         """The masks of a batch of points that pass the filters."""
         settings, x0, y0, x1, y1 = self.settings, *crop.box
-        with self._products():
+        with self._decoder_precision():
             scores, mask_tokens, pixels = self.decoder.transform(embedding, tokens)
             keep = scores > (settings.pred_iou_thresh or -torch.inf)  # SAM takes 0 as no filter
             points = keep.any(dim=1).nonzero()[:, 0]
-            logits = self.decoder.masks(mask_tokens[points], pixels[points])[keep[points]].float()
+            logits = self.decoder.masks(mask_tokens[points], pixels[points])[keep[points]]
         scores = scores[keep]
         rows, columns = self._resampling_of(crop.pixels.shape[1:], (y1 - y0, x1 - x0))
         at_once = max(1, (PIXELS_ON_GPU if logits.is_cuda else PIXELS_ON_CPU) // ((y1 - y0) * (x1 - x0)))
@@ -203,17 +223,17 @@ class MaskGenerator:
                 stable = stability >= settings.stability_score_thresh
                 full, score, stability = full[stable], score[stable], stability[stable]
             masks = full > self.sam.mask_threshold
-            boxes = _boxes(masks)
+            boxes = outer_boxes(masks)
             inside = ~is_box_near_crop_edge(boxes, crop.box, [0, 0, size[1], size[0]])
             masks = F.pad(masks[inside], (x0, size[1] - x1, y0, size[0] - y1))
             boxes = boxes[inside] + boxes.new_tensor([x0, y0, x0, y0])
-            parts.append(Found(_pack(masks), boxes, score[inside], stability[inside]))
+            parts.append(Found(pack_bits(masks), boxes, score[inside], stability[inside]))
         return Found.join(parts)
 
     def _stability(self, logits: Tensor) -> Tensor:
         """(M,) IoU of the masks at a higher and a lower cutoff, one of which contains the other."""
         threshold, offset = self.sam.mask_threshold, self.settings.stability_score_offset
-        return _count(logits > threshold + offset) / _count(logits > threshold - offset)
+        return count_pixels(logits > threshold + offset) / count_pixels(logits > threshold - offset)
 
     def _resampling_of(self, inside: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Matrices (H,low), (W,low) that resample SAM's low-resolution logits to a crop of `size`.
@@ -228,7 +248,8 @@ class MaskGenerator:
             large = F.interpolate(unit, size=self.sam.image_encoder.img_size, mode="linear")
             self._resampling[key] = tuple(
                 F.interpolate(large[..., :used], size=length, mode="linear")[0].T.to(self.sam.device, torch.float32)
-                for used, length in zip(inside, size, strict=True))
+                for used, length in zip(inside, size, strict=True)
+            )
         return self._resampling[key]
 
     def _without_small_regions(self, found: Found, size: tuple[int, int]) -> Found:
@@ -241,7 +262,7 @@ class MaskGenerator:
             masks[index], cut = remove_small_regions(mask, self.settings.min_mask_region_area, "islands")
             unchanged[index] = not (filled or cut)
         clean = torch.from_numpy(masks).to(found.bits.device)
-        found = Found(_pack(clean), _boxes(clean), found.scores, found.stability)
+        found = Found(pack_bits(clean), outer_boxes(clean), found.scores, found.stability)
         prefer = torch.from_numpy(unchanged).to(found.bits.device)
         return found.take(_nms(found.boxes, prefer, max(self.settings.box_nms_thresh, self.settings.crop_nms_thresh)))
 
@@ -281,33 +302,3 @@ def _finish(found: Found, size: tuple[int, int]) -> Masks:
     bits, boxes, scores, stability = (getattr(found, field.name).cpu().numpy() for field in fields(Found))
     masks = Masks(size, bits, np.bitwise_count(bits).sum(1, dtype=np.int32), boxes.astype(np.int32), scores, stability)
     return masks.chosen(np.argsort(-scores, kind="stable"))
-
-
-def _eights(masks: Tensor) -> Tensor:
-    """(M,H,W) bool -> (M,ceil(H*W/8)) int64 whose eight bytes are eight pixels, 0 or 1."""
-    flat = masks.flatten(1)
-    return F.pad(flat, (0, -flat.shape[1] % 8)).contiguous().view(torch.int64)
-
-
-def _pack(masks: Tensor) -> Tensor:
-    """(M,H,W) bool -> (M,ceil(H*W/8)) uint8, as numpy.packbits: one product moves byte i of eight to bit 63 - i."""
-    return ((_eights(masks) * GATHER) >> 56).to(torch.uint8)
-
-
-def _count(masks: Tensor) -> Tensor:
-    """(M,H,W) bool -> (M,) pixels: up to 255 times eight bytes are added in one number before they are spread."""
-    eights = _eights(masks)
-    eights = F.pad(eights, (0, -eights.shape[1] % 255)).unflatten(1, (255, -1)).sum(1)
-    return eights.view(torch.uint8).sum(1, dtype=torch.int64)
-
-
-def _boxes(masks: Tensor) -> Tensor:
-    """(M,H,W) bool -> (M,4) int64 x0, y0, x1, y1 of the outermost pixels; zeros for an empty mask."""
-    ends = []
-    for dim in (1, 2):  # over rows leaves columns
-        line = masks.view(torch.uint8).amax(dim) > 0
-        place = torch.arange(line.shape[1], device=masks.device)
-        first = torch.where(line, place, line.shape[1]).amin(1)
-        last = torch.where(line, place, -1).amax(1)
-        ends += [first.where(last >= 0, 0), last.clamp(min=0)]
-    return torch.stack([ends[0], ends[2], ends[1], ends[3]], dim=1)

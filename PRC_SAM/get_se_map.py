@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PRC_SAM.masks import load_masks, save_masks
 from tools.command import UserError, check, run
-from tools.dataset import SPLITS, Dataset, load_dataset
-from tools.folders import ROOT, StepFolder, write_whole
+from tools.dataset import SPLITS, load_dataset
+from tools.folders import ROOT, StepFolder, process_state, write_whole
 from tools.labels import load_image
 from tools.pictures import contact_sheet, regions, sample_ids
 
@@ -67,12 +67,10 @@ class Constants:
 
 def main(constants: Constants) -> None:
     check_constants(constants)
-    from accelerate import PartialState
-
     dataset = load_dataset(constants.dataset, constants.root)
     splits = SPLITS if constants.split == "both" else (constants.split,)
     ids = {split: dataset.ids(split) for split in splits}
-    state = PartialState()
+    state = process_state()
     device, generate, notes = "cpu", None, {"stand_in": "felzenszwalb regions in place of SAM masks"}
     if constants.generator == "sam":
         from PRC_SAM.checkpoints import find_checkpoint, load_sam
@@ -85,17 +83,25 @@ def main(constants: Constants) -> None:
         generate = MaskGenerator.from_constants(load_sam(constants.model, checkpoint).to(device), constants)
     failures = []
     for split in splits:
-        with state.main_process_first():  # it makes or empties the folder
-            step = StepFolder(dataset.sam_masks(split), replace(constants, split=split), notes=notes,
-                              device=str(device), process=state.process_index, processes=state.num_processes)
+        step = StepFolder(
+            dataset.sam_masks(split),
+            replace(constants, split=split),
+            notes=notes,
+            device=str(device),
+            process=state.process_index,
+            processes=state.num_processes,
+        )
         pending = step.pending(ids[split], ".npz")
         if generate is None:
             work = partial(_regions, images=dataset.images(split), folder=step.folder, constants=constants)
             step.each(work, pending, constants.workers, f"{split}: regions")
         else:
             _sam_masks(generate, step, dataset.images(split), pending, constants, f"{split}: SAM masks")
+        step.join()
+        if state.is_main_process:
+            _contact_sheet(step.folder, dataset.images(split), ids[split], constants.samples)
         try:
-            _finish(step, state, dataset, split, ids[split], constants.samples)
+            step.close(".npz")
         except UserError as error:  # the other split is done all the same
             failures.append(str(error))
     check(not failures, "\n".join(failures))
@@ -103,24 +109,45 @@ def main(constants: Constants) -> None:
 
 def check_constants(constants: Constants) -> None:
     """Raise `UserError` for a constant that cannot work, before anything is read."""
-    choices = {"split": ("both", *SPLITS), "generator": ("sam", "felzenszwalb"), "precision": ("auto", "fp32", "bf16"),
-               "model": ("vit_h", "vit_l", "vit_b", "custom")}
+    choices = {
+        "split": ("both", *SPLITS),
+        "generator": ("sam", "felzenszwalb"),
+        "precision": ("auto", "fp32", "bf16"),
+        "model": ("vit_h", "vit_l", "vit_b", "custom"),
+    }
     for name, known in choices.items():
         value = getattr(constants, name)
         check(value in known, f'{name} is "{value}", but it must be one of {", ".join(known)}')
-    ranges = {"points_per_side": (1, 1000), "points_per_batch": (0, 10**6), "pred_iou_thresh": (0, 1),
-              "stability_score_thresh": (0, 1), "stability_score_offset": (0, 1000), "box_nms_thresh": (0, 1),
-              "crop_n_layers": (0, 4), "crop_nms_thresh": (0, 1), "crop_overlap_ratio": (0, 0.9),
-              "crop_n_points_downscale_factor": (1, 1000), "min_mask_region_area": (0, 10**9), "min_area": (1, 10**9),
-              "images_at_once": (1, 1000), "workers": (0, 1000), "samples": (0, 1000)}
+    ranges = {
+        "points_per_side": (1, 1000),
+        "points_per_batch": (0, 10**6),
+        "pred_iou_thresh": (0, 1),
+        "stability_score_thresh": (0, 1),
+        "stability_score_offset": (0, 1000),
+        "box_nms_thresh": (0, 1),
+        "crop_n_layers": (0, 4),
+        "crop_nms_thresh": (0, 1),
+        "crop_overlap_ratio": (0, 0.9),
+        "crop_n_points_downscale_factor": (1, 1000),
+        "min_mask_region_area": (0, 10**9),
+        "min_area": (1, 10**9),
+        "images_at_once": (1, 1000),
+        "workers": (0, 1000),
+        "samples": (0, 1000),
+    }
     for name, (low, high) in ranges.items():
         value = getattr(constants, name)
         check(low <= value <= high, f"{name} is {value}, but it must lie between {low} and {high}")
-    check(len(constants.scales) > 0 and min(constants.scales) > 0,
-          f"scales is {constants.scales}, but it must hold numbers above 0")
+    check(
+        len(constants.scales) > 0 and min(constants.scales) > 0,
+        f"scales is {constants.scales}, but it must hold numbers above 0",
+    )
     smallest = constants.points_per_side // constants.crop_n_points_downscale_factor**constants.crop_n_layers
-    check(smallest >= 1, "points_per_side is too small to be divided by crop_n_points_downscale_factor in each of the "
-                         f"{constants.crop_n_layers} crop layers")
+    check(
+        smallest >= 1,
+        "points_per_side is too small to be divided by crop_n_points_downscale_factor in each of the "
+        f"{constants.crop_n_layers} crop layers",
+    )
 
 
 def _regions(id: str, images: Path, folder: Path, constants: Constants) -> None:
@@ -130,13 +157,15 @@ def _regions(id: str, images: Path, folder: Path, constants: Constants) -> None:
     _write(folder, id, felzenszwalb_masks(image, constants.scales, constants.min_area), image, constants.coloured_maps)
 
 
-def _sam_masks(generate: Callable, step: StepFolder, images: Path, ids: list[str], constants: Constants,
-               title: str) -> None:
+def _sam_masks(
+    generate: Callable, step: StepFolder, images: Path, ids: list[str], constants: Constants, title: str
+) -> None:
     """Masks of all ids, while threads read the next images and write the last masks."""
 
-    def read(id: str) -> np.ndarray | UserError:
+    def read(id: str) -> tuple | UserError:
         try:
-            return load_image(images / f"{id}.png")
+            image = load_image(images / f"{id}.png")
+            return image, generate.prepare(image)
         except UserError as error:
             return error
 
@@ -145,11 +174,11 @@ def _sam_masks(generate: Callable, step: StepFolder, images: Path, ids: list[str
     with bar, ThreadPoolExecutor(max(constants.workers, 1)) as pool:
         stream = _read_ahead(pool, read, ids, 2 * constants.images_at_once)
         while batch := list(islice(stream, constants.images_at_once)):
-            good = [(id, image) for id, image in batch if not isinstance(image, UserError)]
-            for _, error in batch:
-                if isinstance(error, UserError):
-                    step.fail(error)
-            for (id, image), masks in zip(good, generate([image for _, image in good]), strict=True):
+            good = [(id, *answer) for id, answer in batch if not isinstance(answer, UserError)]
+            for _, answer in batch:
+                if isinstance(answer, UserError):
+                    step.fail(answer)
+            for (id, image, _), masks in zip(good, generate([prepared for *_, prepared in good]), strict=True):
                 writes.append(pool.submit(_write, step.folder, id, masks, image, constants.coloured_maps))
             while len(writes) > 4 * constants.images_at_once:
                 writes.popleft().result()  # a full disk is told here
@@ -177,24 +206,15 @@ def _write(folder: Path, id: str, masks, image: np.ndarray, coloured: bool) -> N
     save_masks(folder / f"{id}.npz", masks)  # last: what `pending` looks for stands for all of it
 
 
-def _finish(step: StepFolder, state, dataset: Dataset, split: str, ids: list[str], samples: int) -> None:
-    """The account of a split, by the main process, when all processes are done."""
-    state.wait_for_everyone()
-    if state.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        step.failures = gather_object(step.failures)
-    if not state.is_main_process:
-        return
+def _contact_sheet(folder: Path, images: Path, ids: list[str], samples: int) -> None:
     rows = []
     for id in sample_ids(ids, samples):
         try:
-            image = load_image(dataset.images(split) / f"{id}.png")
-            rows.append([image, regions(load_masks(step.folder / f"{id}.npz").unpack(), image)])
+            image = load_image(images / f"{id}.png")
+            rows.append([image, regions(load_masks(folder / f"{id}.npz").unpack(), image)])
         except UserError:
             continue  # a bad file is among the failures already
-    contact_sheet(step.folder / "contact_sheet.png", rows, ["image", "regions"])
-    step.close(".npz")
+    contact_sheet(folder / "contact_sheet.png", rows, ["image", "regions"])
 
 
 if __name__ == "__main__":

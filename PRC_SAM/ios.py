@@ -24,8 +24,9 @@ from tools.labels import IGNORE, load_label, save_label
 CLASSES_FROM = ("image labels", "prediction")
 
 
-def intersection_optimisation(label: np.ndarray, masks: np.ndarray | Masks, classes: Iterable[int],
-                              tau: float) -> np.ndarray:
+def intersection_optimisation(
+    label: np.ndarray, masks: np.ndarray | Masks, classes: Iterable[int], tau: float
+) -> np.ndarray:
     """Refine a label map with masks: (H,W) uint8, (M,H,W) bool or `Masks` -> (H,W) uint8, a new array.
 
     `classes` are the ids that may be written, in any order; ids without a pixel in the map do nothing. Pixels of 255
@@ -37,36 +38,49 @@ def intersection_optimisation(label: np.ndarray, masks: np.ndarray | Masks, clas
     label = np.asarray(label)
     classes = sorted({int(c) for c in classes})
     if label.dtype != np.uint8 or label.ndim != 2 or any(not 0 <= c < IGNORE for c in classes):
-        raise ValueError(f"expected an (H,W) uint8 map and class ids below {IGNORE}, got {label.dtype} of "
-                         f"{label.shape} and {classes}")
+        raise ValueError(
+            f"expected an (H,W) uint8 map and class ids below {IGNORE}, got {label.dtype} of "
+            f"{label.shape} and {classes}"
+        )
     size = masks.size if isinstance(masks, Masks) else np.shape(masks)[1:]
-    check(tuple(size) == label.shape, f"the label map has {label.shape[0]} x {label.shape[1]} pixels, but the masks "
-                                      f"have {' x '.join(map(str, size))}")
+    check(
+        tuple(size) == label.shape,
+        f"the label map has {label.shape[0]} x {label.shape[1]} pixels, but the masks "
+        f"have {' x '.join(map(str, size))}",
+    )
     if isinstance(masks, Masks):
         words = _words(masks.bits)
     else:
         words = _words(np.packbits(np.asarray(masks, bool).reshape(len(masks), label.size), axis=1))
-    areas = _counts(words)
+    planes = np.zeros((len(classes), words.shape[1]), np.uint64)
+    for plane, c in zip(planes, classes, strict=True):
+        plane[:] = _words(np.packbits(label == c)[None])[0]
     painted = np.zeros(label.shape, np.uint8)  # 1 + the class written last, 0 where none was
-    for c in classes:
-        region = label == c
-        union = _written(_words(np.packbits(region)[None])[0], np.count_nonzero(region), words, areas, tau)
-        if union is not None:
-            inside = np.unpackbits(union.view(np.uint8), count=label.size).reshape(label.shape)
-            np.maximum(painted, inside * np.uint8(c + 1), out=painted)
+    for c, union in zip(classes, _written(planes, words, tau), strict=True):
+        inside = np.unpackbits(union.view(np.uint8), count=label.size).reshape(label.shape)
+        np.maximum(painted, inside * np.uint8(c + 1), out=painted)
     return np.where(painted > 0, painted - np.uint8(1), label)
 
 
-def _written(region: np.ndarray, pixels: int, masks: np.ndarray, areas: np.ndarray, tau: float) -> np.ndarray | None:
-    """The union (words) of all that one class writes: `region` has `pixels` pixels, `masks` (M,words) have `areas`."""
-    overlaps = _counts(masks & region)
-    reached = overlaps > 0
-    reached[reached] = overlaps[reached] / np.minimum(pixels, areas[reached]) >= tau
-    if not reached.any():
-        return None
-    smaller = reached & (areas < pixels)  # r_S > r_P exactly where |S| < |P|
-    union = np.bitwise_or.reduce(masks[smaller], axis=0)
-    return union | region if (reached & ~smaller).any() else union
+def _written(planes: np.ndarray, masks: np.ndarray, tau: float) -> np.ndarray:
+    """(K,words) class planes, (M,words) masks -> (K,words): the union of all that each class writes."""
+    pixels = _counts(planes)
+    written = np.zeros_like(planes)
+    own = np.zeros(len(planes), bool)  # classes that write their own region
+    occupied = masks != 0
+    first, last = occupied.argmax(axis=1), masks.shape[1] - occupied[:, ::-1].argmax(axis=1)
+    for mask, start, stop in zip(masks, first, last, strict=True):  # an empty mask shares no pixel and writes nothing
+        part = mask[start:stop]
+        area = int(_counts(part[None])[0])
+        overlaps = _counts(planes[:, start:stop] & part)
+        reached = overlaps > 0
+        reached[reached] = overlaps[reached] / np.minimum(pixels[reached], area) >= tau
+        smaller = area < pixels  # r_S > r_P exactly where |S| < |P|
+        own |= reached & ~smaller
+        for index in np.flatnonzero(reached & smaller):
+            written[index, start:stop] |= part
+    written[own] |= planes[own]
+    return written
 
 
 def _words(bits: np.ndarray) -> np.ndarray:
@@ -80,35 +94,49 @@ def _counts(words: np.ndarray) -> np.ndarray:
     return np.bitwise_count(words).sum(axis=1, dtype=np.int64)
 
 
-def refine_folder(step: StepFolder, source: Path, dataset: Dataset, split: str, tau: float, classes_from: str,
-                  workers: int = 0) -> list[str]:
+def refine_folder(
+    step: StepFolder, source: Path, dataset: Dataset, split: str, tau: float, classes_from: str, workers: int = 0
+) -> list[str]:
     """IOS over a folder of label maps: <source>/<id>.png and the split's SAM masks -> <step>/<id>.png; the ids done.
 
     `classes_from` is "image labels" (of the split's image_labels.csv) or "prediction" (the classes in the map itself).
     Files that cannot be read are kept by `step` and reported when it is closed.
     """
     check(0 <= tau <= 1, f"tau is {tau}, but it must lie between 0 and 1")
-    check(classes_from in CLASSES_FROM, f'classes_from is "{classes_from}", but it must be "{CLASSES_FROM[0]}" or '
-                                        f'"{CLASSES_FROM[1]}"')
+    check(
+        classes_from in CLASSES_FROM,
+        f'classes_from is "{classes_from}", but it must be "{CLASSES_FROM[0]}" or "{CLASSES_FROM[1]}"',
+    )
     ids, root = step.pending(dataset.ids(split), ".png"), dataset.folder.parents[1]
     if classes_from == "image labels":
         _image_labels(dataset.name, root, split)  # a faulty csv is one error, not one for each image
-    work = partial(_refine_image, source=Path(source), target=step.folder, name=dataset.name, root=root, split=split,
-                   tau=tau, classes_from=classes_from)
+    work = partial(
+        _refine_image,
+        source=Path(source),
+        target=step.folder,
+        name=dataset.name,
+        root=root,
+        split=split,
+        tau=tau,
+        classes_from=classes_from,
+    )
     step.each(work, ids, workers, "IOS")
     return ids
 
 
-def _refine_image(id: str, source: Path, target: Path, name: str, root: Path, split: str, tau: float,
-                  classes_from: str) -> None:
+def _refine_image(
+    id: str, source: Path, target: Path, name: str, root: Path, split: str, tau: float, classes_from: str
+) -> None:
     dataset = _dataset(name, root)
     label = load_label(source / f"{id}.png", dataset.num_classes)
     file = dataset.sam_masks(split) / f"{id}.npz"
     masks = load_masks(file, f"make it with step 9, python PRC_SAM/get_se_map.py --dataset {name} --split {split}")
     if masks.size != label.shape:
-        raise UserError(f"{file} holds masks of {masks.size[0]} x {masks.size[1]} pixels, but {source / f'{id}.png'} "
-                        f"has {label.shape[0]} x {label.shape[1]}: make the masks again, python PRC_SAM/get_se_map.py "
-                        f"--dataset {name} --split {split} --overwrite")
+        raise UserError(
+            f"{file} holds masks of {masks.size[0]} x {masks.size[1]} pixels, but {source / f'{id}.png'} "
+            f"has {label.shape[0]} x {label.shape[1]}: make the masks again, python PRC_SAM/get_se_map.py "
+            f"--dataset {name} --split {split} --overwrite"
+        )
     if classes_from == "image labels":
         classes = np.flatnonzero(_image_labels(name, root, split)[id])
     else:

@@ -22,8 +22,14 @@ import numpy as np
 from tools.command import UserError
 from tools.folders import write_whole
 
-DTYPES = {"size": np.int32, "bits": np.uint8, "areas": np.int32, "boxes": np.int32, "predicted_iou": np.float32,
-          "stability": np.float32}
+DTYPES = {
+    "size": np.int32,
+    "bits": np.uint8,
+    "areas": np.int32,
+    "boxes": np.int32,
+    "predicted_iou": np.float32,
+    "stability": np.float32,
+}
 MOST_PIXELS = 100_000_000  # of one patch; larger declarations are refused before anything is allocated
 MOST_BYTES = 2 << 30  # of the packed masks of one patch
 
@@ -31,8 +37,15 @@ MOST_BYTES = 2 << 30  # of the packed masks of one patch
 class Masks:
     """M masks of one patch. `bits` may be a function that reads them; it is called when they are first asked for."""
 
-    def __init__(self, size: tuple[int, int], bits: np.ndarray | Callable[[], np.ndarray], areas: np.ndarray,
-                 boxes: np.ndarray, predicted_iou: np.ndarray, stability: np.ndarray):
+    def __init__(
+        self,
+        size: tuple[int, int],
+        bits: np.ndarray | Callable[[], np.ndarray],
+        areas: np.ndarray,
+        boxes: np.ndarray,
+        predicted_iou: np.ndarray,
+        stability: np.ndarray,
+    ):
         self.size, self._bits = (int(size[0]), int(size[1])), bits
         self.areas, self.boxes, self.predicted_iou, self.stability = areas, boxes, predicted_iou, stability
 
@@ -54,19 +67,32 @@ class Masks:
 
     def chosen(self, index: np.ndarray) -> "Masks":
         """The masks at these positions."""
-        return Masks(self.size, self.bits[index], self.areas[index], self.boxes[index], self.predicted_iou[index],
-                     self.stability[index])
+        return Masks(
+            self.size,
+            self.bits[index],
+            self.areas[index],
+            self.boxes[index],
+            self.predicted_iou[index],
+            self.stability[index],
+        )
 
 
-def pack_masks(masks: np.ndarray, predicted_iou: np.ndarray | None = None,
-               stability: np.ndarray | None = None) -> Masks:
+def pack_masks(
+    masks: np.ndarray, predicted_iou: np.ndarray | None = None, stability: np.ndarray | None = None
+) -> Masks:
     """(M,H,W) bool -> `Masks` in falling predicted IoU, equal ones in the given order; scores not given count as 1."""
     masks = np.asarray(masks, bool)
     count, height, width = masks.shape
     scores = [np.ones(count) if score is None else np.asarray(score) for score in (predicted_iou, stability)]
     predicted_iou, stability = (score.astype(np.float32) for score in scores)
-    packed = Masks((height, width), np.packbits(masks.reshape(count, height * width), axis=1),
-                   masks.sum((1, 2), dtype=np.int32), _boxes(masks), predicted_iou, stability)
+    packed = Masks(
+        (height, width),
+        np.packbits(masks.reshape(count, height * width), axis=1),
+        masks.sum((1, 2), dtype=np.int32),
+        _boxes(masks),
+        predicted_iou,
+        stability,
+    )
     return packed.chosen(np.argsort(-predicted_iou, kind="stable"))
 
 
@@ -80,8 +106,14 @@ def _boxes(masks: np.ndarray) -> np.ndarray:
 
 def save_masks(path: Path, masks: Masks) -> None:
     """Write one mask file, whole or not at all."""
-    arrays = {"size": masks.size, "bits": masks.bits, "areas": masks.areas, "boxes": masks.boxes,
-              "predicted_iou": masks.predicted_iou, "stability": masks.stability}
+    arrays = {
+        "size": masks.size,
+        "bits": masks.bits,
+        "areas": masks.areas,
+        "boxes": masks.boxes,
+        "predicted_iou": masks.predicted_iou,
+        "stability": masks.stability,
+    }
     with write_whole(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_LZMA) as archive:
         for name, dtype in DTYPES.items():
             entry = zipfile.ZipInfo(f"{name}.npy")  # without a date, so that equal masks give equal files
@@ -112,8 +144,16 @@ def load_masks(path: Path, remedy: str = "make it again with PRC_SAM/get_se_map.
             height, width = (int(number) for number in _read(archive, "size"))
             _check_shapes(height, width, shapes)
             arrays = {name: _read(archive, name) for name in ("areas", "boxes", "predicted_iou", "stability")}
-    except (zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, KeyError, ValueError, NotImplementedError,
-            RuntimeError) as error:
+    except (
+        zipfile.BadZipFile,
+        lzma.LZMAError,
+        zlib.error,
+        EOFError,
+        KeyError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         raise bad(f"is not a readable mask file ({error})") from None
 
     def bits() -> np.ndarray:
@@ -144,8 +184,14 @@ def _check_shapes(height: int, width: int, shapes: dict[str, tuple[int, ...]]) -
     if height < 1 or width < 1 or height * width > MOST_PIXELS:
         raise ValueError(f"it declares {height} x {width} pixels")
     count, length = shapes["areas"][0] if len(shapes["areas"]) == 1 else -1, -(-height * width // 8)
-    expected = {"size": (2,), "bits": (count, length), "areas": (count,), "boxes": (count, 4),
-                "predicted_iou": (count,), "stability": (count,)}
+    expected = {
+        "size": (2,),
+        "bits": (count, length),
+        "areas": (count,),
+        "boxes": (count, 4),
+        "predicted_iou": (count,),
+        "stability": (count,),
+    }
     if shapes != expected:
         raise ValueError("its arrays do not fit together")
     if count * (length + 1) > MOST_BYTES:

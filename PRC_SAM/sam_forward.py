@@ -87,14 +87,12 @@ class PointDecoder:
             queries = queries + _tokens_to_pixels(layer.cross_attn_token_to_image, queries + tokens, placed, keys)
             queries = layer.norm2(queries)
             queries = layer.norm3(queries + layer.mlp(queries))
-            keys = keys + _pixels_to_tokens(layer.cross_attn_image_to_token, placed, queries + tokens, queries)
+            keys = _pixels_to_tokens(layer.cross_attn_image_to_token, keys, placed, queries + tokens, queries)
             keys = layer.norm4(keys)
         last, placed = transformer.final_attn_token_to_image, keys + self.positions
         queries = transformer.norm_final_attn(queries + _tokens_to_pixels(last, queries + tokens, placed, keys))
         masks = queries[:, 2 : 1 + self.decoder.num_mask_tokens]  # after the IoU token and that of the single mask
-        with torch.autocast(queries.device.type, enabled=False):  # bfloat16 near 0.88 knows steps of 0.004 only
-            scores = self.decoder.iou_prediction_head(queries[:, 0].float())[:, 1:]
-        return scores, masks, keys
+        return self.decoder.iou_prediction_head(queries[:, 0])[:, 1:], masks, keys
 
     def masks(self, mask_tokens: Tensor, pixels: Tensor) -> Tensor:
         """(P,3,C) mask tokens, (P,N,C) pixels -> (P,3,4h,4w) logits."""
@@ -111,8 +109,8 @@ class PointDecoder:
 
 def _upscale(convolution: nn.ConvTranspose2d, x: Tensor) -> Tensor:
     """A 2 x 2 transposed convolution of stride 2 on channels-last pixels: (...,C) -> (...,4,C')."""
-    weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)
-    return (x @ weight).unflatten(-1, (4, -1)) + convolution.bias
+    weight = convolution.weight.permute(2, 3, 1, 0).flatten(0, 2)
+    return F.linear(x, weight, convolution.bias.repeat(4)).unflatten(-1, (4, -1))
 
 
 def _heads(layer: nn.Linear, heads: int) -> Tensor:
@@ -139,19 +137,20 @@ def _tokens_to_pixels(attention: nn.Module, tokens: Tensor, keys: Tensor, values
     return attention.out_proj(y.flatten(2))
 
 
-def _pixels_to_tokens(attention: nn.Module, pixels: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Pixels (P or 1,N,C) attend to tokens (P,T,C)."""
+def _pixels_to_tokens(attention: nn.Module, pixels: Tensor, placed: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Pixels (P or 1,N,C), `placed` with their positions, plus what they gather from tokens (P,T,C) -> (P,N,C)."""
     heads = attention.num_heads
     k = attention.k_proj(keys).unflatten(-1, (heads, -1)).transpose(1, 2)  # P,heads,T,D
     k = k * k.shape[-1] ** -0.5
     v = attention.v_proj(values).unflatten(-1, (heads, -1)).transpose(1, 2)
-    if len(pixels) == 1:
-        q = attention.q_proj(pixels[0]).unflatten(-1, (heads, -1)).permute(1, 2, 0)  # heads,D,N
+    if len(placed) == 1:
+        q = attention.q_proj(placed[0]).unflatten(-1, (heads, -1)).permute(1, 2, 0)  # heads,D,N
         scores = (k.transpose(0, 1).flatten(1, 2) @ q).unflatten(1, (len(k), -1)).transpose(0, 1)  # P,heads,T,N
     else:
         folded = torch.einsum("phtd,hdc->phtc", k, _heads(attention.q_proj, heads)).flatten(1, 2)
         bias = torch.einsum("phtd,hd->pht", k, attention.q_proj.bias.unflatten(0, (heads, -1)))
-        scores = (folded @ pixels.transpose(1, 2)).unflatten(1, (heads, -1)) + bias[..., None]
+        scores = (folded @ placed.transpose(1, 2)).unflatten(1, (heads, -1)) + bias[..., None]
     weights = torch.softmax(scores, dim=2).flatten(1, 2)  # P,heads*T,N
-    projected = torch.einsum("phtd,chd->phtc", v, attention.out_proj.weight.unflatten(1, (heads, -1))).flatten(1, 2)
-    return weights.transpose(1, 2) @ projected + attention.out_proj.bias
+    projected = torch.einsum("phtd,chd->phtc", v, attention.out_proj.weight.unflatten(1, (heads, -1)))
+    projected = (projected + attention.out_proj.bias / heads).flatten(1, 2)  # the weights of each head sum to 1
+    return torch.baddbmm(pixels.expand(len(keys), -1, -1), weights.transpose(1, 2), projected)

@@ -116,8 +116,11 @@ def main(constants: Constants) -> None:
             found = {way: pool.apply(measure, (way, size, classes, constants)) for way in limits if size <= limits[way]}
             for way, (seconds, memory, labels) in found.items():
                 agreement = f"{(labels == found['exact'][2]).mean():9.2%}" if "exact" in found else ""
-                print(f"{size:5} x {size:<4} {classes:7} {way:>7} {seconds:8.3f} {seconds / found['lattice'][0]:7.1f} "
-                      f"{seconds / size**2 * 1e6:8.2f} {memory:6.0f} {agreement}", flush=True)
+                print(
+                    f"{size:5} x {size:<4} {classes:7} {way:>7} {seconds:8.3f} {seconds / found['lattice'][0]:7.1f} "
+                    f"{seconds / size**2 * 1e6:8.2f} {memory:6.0f} {agreement}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

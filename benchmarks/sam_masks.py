@@ -11,6 +11,7 @@ the filters opened by pred_iou_thresh = 0 and stability_score_thresh = 0.
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +29,23 @@ from PRC_SAM.generator import MaskGenerator, Settings, choose_precision
 from tools.command import run
 from tools.labels import load_image
 
-SMALL = {"embed_dim": 96, "depth": 3, "num_heads": 4, "global_attention": [1, 2], "image_size": 256, "window_size": 8,
-         "prompt_dim": 64, "decoder_mlp_dim": 256}
+SMALL = {
+    "embed_dim": 96,
+    "depth": 3,
+    "num_heads": 4,
+    "global_attention": [1, 2],
+    "image_size": 256,
+    "window_size": 8,
+    "prompt_dim": 64,
+    "decoder_mlp_dim": 256,
+}
 
 
 @dataclass(frozen=True)
 class Constants:
     model: str = "custom"  # custom | vit_b | vit_l | vit_h
     checkpoint: str = ""  # a file, "random" for random weights, empty to train a small model
-    steps: int = 1500  # of that training
+    steps: int = 900  # of that training
     save: str = ""  # where to keep the trained model, for the next --checkpoint
     images: str = ""  # a folder of RGB images; empty: synthetic shapes
     count: int = 8  # images
@@ -44,8 +53,8 @@ class Constants:
     precision: str = "fp32"  # of ours: auto | fp32 | bf16; stock runs in fp32
     images_at_once: int = 4  # of ours
     points_per_side: int = 16
-    pred_iou_thresh: float = 0.7
-    stability_score_thresh: float = 0.8
+    pred_iou_thresh: float = 0.3  # open filters: what a small model finds is no better
+    stability_score_thresh: float = 0.5
     box_nms_thresh: float = 0.7
     crop_n_layers: int = 0
     min_mask_region_area: int = 0
@@ -57,9 +66,17 @@ def main(constants: Constants) -> None:
     sam = the_model(constants).to(device)
     images = the_images(constants)
     compared = images[: constants.stock_count or len(images)]
-    settings = {name: getattr(constants, name) for name in (
-        "points_per_side", "pred_iou_thresh", "stability_score_thresh", "box_nms_thresh", "crop_n_layers",
-        "min_mask_region_area")}
+    settings = {
+        name: getattr(constants, name)
+        for name in (
+            "points_per_side",
+            "pred_iou_thresh",
+            "stability_score_thresh",
+            "box_nms_thresh",
+            "crop_n_layers",
+            "min_mask_region_area",
+        )
+    }
     precision = choose_precision(constants.precision, device)
     print(f"{device} {torch.get_num_threads()} threads, {precision}, {constants.size} px, {settings}")
     stock = SamAutomaticMaskGenerator(sam, **settings)
@@ -75,17 +92,26 @@ def main(constants: Constants) -> None:
     agreement(theirs, found)
 
 
-def measured(device: torch.device, work) -> tuple:
-    """Result, seconds, and on a GPU the peak of allocated memory."""
+def measured(device: torch.device, work: Callable) -> tuple:
+    """Result, seconds, and the peak of memory: allocated on a GPU, else resident in the process (Linux)."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    elif reset.exists():
+        reset.write_text("5")  # starts the high-water mark anew
     start = time.perf_counter()
     result = work()
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    memory = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if device.type == "cuda" else "not measured"
+    if device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    elif reset.exists():
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        memory = f"{int(peak.split()[1]) / 2**20:.2f} GiB"
+    else:
+        memory = "not measured"
     return result, seconds, memory
 
 
@@ -101,11 +127,15 @@ def agreement(theirs: list, ours: list) -> None:
             iou = shared / np.maximum(a.sum(1)[:, None] + b.sum(1) - shared, 1)
             best.append(iou.max(1, initial=0))
     best = np.concatenate([*best, np.zeros(0)])
-    print(f"masks: stock {sum(map(len, theirs))}, ours {sum(map(len, ours[: len(theirs)]))}; "
-          f"equal counts in {equal} of {len(theirs)} images")
+    print(
+        f"masks: stock {sum(map(len, theirs))}, ours {sum(map(len, ours[: len(theirs)]))}; "
+        f"equal counts in {equal} of {len(theirs)} images"
+    )
     if len(best):
-        print(f"of stock's masks, IoU >= 0.999 with one of ours: {(best >= 0.999).mean():.2%}, >= 0.95: "
-              f"{(best >= 0.95).mean():.2%}, lowest {best.min():.4f}")
+        print(
+            f"of stock's masks, IoU >= 0.999 with one of ours: {(best >= 0.999).mean():.2%}, >= 0.95: "
+            f"{(best >= 0.95).mean():.2%}, lowest {best.min():.4f}"
+        )
 
 
 def the_model(constants: Constants) -> Sam:
@@ -150,20 +180,21 @@ def shapes(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]
 def train_small_sam(steps: int, images: int = 4, points: int = 8) -> Sam:
     """A small Sam that finds shapes from one point: the best of its three masks learns, the scores learn the IoU."""
     sam, rng = build_sam(**SMALL).train(), np.random.default_rng(0)
-    size = SMALL["image_size"]
+    scenes = [shapes(rng, SMALL["image_size"]) for _ in range(256)]
     optimiser = torch.optim.AdamW(sam.parameters(), 5e-4, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, steps)
     bar = trange(steps, desc="training a small Sam")
     for _ in bar:
-        scenes = [shapes(rng, size) for _ in range(images)]
-        pixels = torch.stack([sam.preprocess(torch.from_numpy(picture).permute(2, 0, 1)) for picture, _ in scenes])
+        some = [scenes[index] for index in rng.integers(0, len(scenes), images)]
+        pixels = torch.stack([sam.preprocess(torch.from_numpy(picture).permute(2, 0, 1)) for picture, _ in some])
         losses = []
-        for embedding, (_, numbers) in zip(sam.image_encoder(pixels), scenes, strict=True):
+        for embedding, (_, numbers) in zip(sam.image_encoder(pixels), some, strict=True):
             where = np.argwhere(numbers)[rng.integers(0, np.count_nonzero(numbers), points)]
             truth = torch.from_numpy(np.stack([numbers == numbers[y, x] for y, x in where])).float()
             truth = F.interpolate(truth[:, None], scale_factor=0.25, mode="area").expand(-1, 3, -1, -1)
-            sparse, dense = sam.prompt_encoder((torch.from_numpy(where[:, None, ::-1].astype(np.float32)),
-                                                torch.ones(points, 1)), None, None)
+            sparse, dense = sam.prompt_encoder(
+                (torch.from_numpy(where[:, None, ::-1].astype(np.float32)), torch.ones(points, 1)), None, None
+            )
             logits, scores = sam.mask_decoder(embedding[None], sam.prompt_encoder.get_dense_pe(), sparse, dense, True)
             shared, total = (logits.sigmoid() * truth).sum((2, 3)), (logits.sigmoid() + truth).sum((2, 3))
             loss = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((2, 3))

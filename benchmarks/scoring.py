@@ -50,8 +50,12 @@ def ours(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndar
 
 
 def loop_over_pairs(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
-    return np.array([[np.count_nonzero((truth == row) & (prediction == column)) for column in range(num_classes)]
-                     for row in range(num_classes)])
+    return np.array(
+        [
+            [np.count_nonzero((truth == row) & (prediction == column)) for column in range(num_classes)]
+            for row in range(num_classes)
+        ]
+    )
 
 
 def fast_hist(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
@@ -86,24 +90,34 @@ def compare(constants: Constants) -> None:
     reference = None
     for way in (ours, fast_hist, loop_over_pairs, scikit_learn):
         try:
-            seconds, memory, counts = measure(way, constants.repeats if way in (ours, fast_hist) else 1, *maps,
-                                              constants.num_classes)
+            seconds, memory, counts = measure(
+                way, constants.repeats if way in (ours, fast_hist) else 1, *maps, constants.num_classes
+            )
         except ImportError:
             print(f"{way.__name__}: not installed")
             continue
         if reference is None:
             reference, fastest = counts, seconds
-        print(f"{way.__name__}: {maps[0].size / 1e6:.0f} Mpx of {constants.num_classes} classes in {seconds:.3f} s, "
-              f"{seconds / fastest:.1f} times ours, {memory:.0f} MB, "
-              f"{'equal' if np.array_equal(counts, reference) else 'DIFFERENT'}")
+        print(
+            f"{way.__name__}: {maps[0].size / 1e6:.0f} Mpx of {constants.num_classes} classes in {seconds:.3f} s, "
+            f"{seconds / fastest:.1f} times ours, {memory:.0f} MB, "
+            f"{'equal' if np.array_equal(counts, reference) else 'DIFFERENT'}"
+        )
 
 
 def growth(constants: Constants) -> None:
-    for side, num_classes in ((constants.side // 4, 16), (constants.side // 2, 16), (constants.side, 2),
-                              (constants.side, 6), (constants.side, 64)):
+    for side, num_classes in (
+        (constants.side // 4, 16),
+        (constants.side // 2, 16),
+        (constants.side, 2),
+        (constants.side, 6),
+        (constants.side, 64),
+    ):
         seconds, _, _ = measure(ours, constants.repeats, *label_maps(side, num_classes, constants.seed), num_classes)
-        print(f"ours: {side**2 / 1e6:.2f} Mpx of {num_classes} classes in {1e3 * seconds:.1f} ms, "
-              f"{1e9 * seconds / side**2:.2f} ns a pixel")
+        print(
+            f"ours: {side**2 / 1e6:.2f} Mpx of {num_classes} classes in {1e3 * seconds:.1f} ms, "
+            f"{1e9 * seconds / side**2:.2f} ns a pixel"
+        )
 
 
 def from_files(constants: Constants) -> None:
@@ -111,8 +125,9 @@ def from_files(constants: Constants) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(constants.files):
             coarse = random.integers(0, 16, (12, 12)).astype(np.uint8)
-            save_label(Path(folder) / f"{number}.png", cv2.resize(coarse, (512, 512), interpolation=cv2.INTER_NEAREST),
-                       colours)
+            save_label(
+                Path(folder) / f"{number}.png", cv2.resize(coarse, (512, 512), interpolation=cv2.INTER_NEAREST), colours
+            )
         files = sorted(Path(folder).iterdir())
         start = time.perf_counter()
         labels = [load_label(file, 16) for file in files]
@@ -122,8 +137,10 @@ def from_files(constants: Constants) -> None:
         for label in labels:
             matrix.update(label, label)
         scoring = time.perf_counter() - start
-    print(f"patches of 512 x 512: decoding and checking a label map {1e3 * decoding / len(files):.2f} ms, scoring "
-          f"{1e3 * scoring / len(files):.2f} ms")
+    print(
+        f"patches of 512 x 512: decoding and checking a label map {1e3 * decoding / len(files):.2f} ms, scoring "
+        f"{1e3 * scoring / len(files):.2f} ms"
+    )
 
 
 def main(constants: Constants) -> None:

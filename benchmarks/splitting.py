@@ -81,15 +81,19 @@ def compare_decoding(constants: Constants) -> None:
         ours, found = fastest(look_up, constants.repeats, rgb, dataset)
         plain, expected = fastest(loop_over_colours, constants.repeats, rgb, dataset)
         assert (found == expected).all()
-        print(f"decoding {ids.size / 1e6:.0f} Mpx of {dataset.num_classes} classes: look-up {ours:.2f} s, loop over "
-              f"colours {plain:.2f} s, ratio {plain / ours:.1f}, equal")
+        print(
+            f"decoding {ids.size / 1e6:.0f} Mpx of {dataset.num_classes} classes: look-up {ours:.2f} s, loop over "
+            f"colours {plain:.2f} s, ratio {plain / ours:.1f}, equal"
+        )
 
 
 def write_scenes(raw: Path, names: list[str], constants: Constants, dataset: Dataset) -> None:
     for number, name in enumerate(names):
         image, ids = synthetic_scene(constants.size, dataset.num_classes, constants.seed + number)
-        for place, pixels in ((f"2_Ortho_RGB/top_potsdam_{name}_RGB.tif", image),
-                              (f"5_Labels_all/top_potsdam_{name}_label.tif", dataset.colours[ids])):
+        for place, pixels in (
+            (f"2_Ortho_RGB/top_potsdam_{name}_RGB.tif", image),
+            (f"5_Labels_all/top_potsdam_{name}_label.tif", dataset.colours[ids]),
+        ):
             (raw / place).parent.mkdir(parents=True, exist_ok=True)
             tifffile.imwrite(raw / place, pixels, compression="lzw", rowsperstrip=1)
 
@@ -104,8 +108,16 @@ def time_splitting(constants: Constants) -> None:
         writer = spawn.Process(target=write_scenes, args=(raw, names, constants, dataset))
         writer.start()
         writer.join()
-        command = [sys.executable, str(ROOT / "datasetsprocess" / "potsdam_patch_split.py"), "--root", folder,
-                   "--missing-scenes", "skip", "--workers", str(constants.workers)]
+        command = [
+            sys.executable,
+            str(ROOT / "datasetsprocess" / "potsdam_patch_split.py"),
+            "--root",
+            folder,
+            "--missing-scenes",
+            "skip",
+            "--workers",
+            str(constants.workers),
+        ]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         _, status, used = os.wait4(process.pid, 0)  # with the processes it started itself
@@ -114,10 +126,12 @@ def time_splitting(constants: Constants) -> None:
             sys.exit(f"{' '.join(command)} failed")
         patches = list((raw.parent / "test" / "images").glob("*.png"))
         size = sum(path.stat().st_size for path in patches) / len(patches)
-    print(f"splitting {len(names)} scenes of {constants.size} x {constants.size} into {len(patches)} patches of "
-          f"{size / 1024:.0f} KB with {constants.workers} workers: {seconds:.1f} s, "
-          f"{seconds / len(names):.1f} s a scene, {(used.ru_utime + used.ru_stime) / len(names):.1f} s of a core each, "
-          f"at most {used.ru_maxrss / 1024:.0f} MB a process")  # Linux counts in KiB
+    print(
+        f"splitting {len(names)} scenes of {constants.size} x {constants.size} into {len(patches)} patches of "
+        f"{size / 1024:.0f} KB with {constants.workers} workers: {seconds:.1f} s, "
+        f"{seconds / len(names):.1f} s a scene, {(used.ru_utime + used.ru_stime) / len(names):.1f} s of a core each, "
+        f"at most {used.ru_maxrss / 1024:.0f} MB a process"
+    )  # Linux counts in KiB
 
 
 def main(constants: Constants) -> None:

@@ -42,8 +42,21 @@ MATERIALS = {
 PITCHED_ROOFS = ["tiles", "tiles", "tiles", "slate", "sheet"]  # named as often as they are built
 FLAT_ROOFS = ["membrane", "roof gravel", "mossy", "sheet", "slate"]
 TREES = ["broadleaf", "broadleaf", "broadleaf", "conifer", "autumn"]
-CAR_PAINTS = np.array([(222, 223, 223), (222, 223, 223), (222, 223, 223), (40, 40, 44), (40, 40, 44), (172, 174, 178),
-                       (172, 174, 178), (96, 98, 104), (190, 172, 50), (110, 56, 104), (150, 66, 52)])
+CAR_PAINTS = np.array(
+    [
+        (222, 223, 223),
+        (222, 223, 223),
+        (222, 223, 223),
+        (40, 40, 44),
+        (40, 40, 44),
+        (172, 174, 178),
+        (172, 174, 178),
+        (96, 98, 104),
+        (190, 172, 50),
+        (110, 56, 104),
+        (150, 66, 52),
+    ]
+)
 
 
 def noise(rng: np.random.Generator, size: int, grain: float) -> np.ndarray:
@@ -72,8 +85,9 @@ class Canvas:
         self.grain = 0.45 * noise(rng, size, 1) + 0.75 * noise(rng, size, 3)
         self.wear = 0.5 * noise(rng, size, 7) + 0.6 * noise(rng, size, 28) + 0.6 * noise(rng, size, 90)
         self.angle = rng.uniform(0, np.pi)  # of the street plan against the image
-        self.waves = [(rng.normal(0, 2 * np.pi / 1100, 2), rng.uniform(0, 2 * np.pi), rng.uniform(-20, 20, 2))
-                      for _ in range(3)]
+        self.waves = [
+            (rng.normal(0, 2 * np.pi / 1100, 2), rng.uniform(0, 2 * np.pi), rng.uniform(-20, 20, 2)) for _ in range(3)
+        ]
 
     def choose(self, options: list):
         """One of the options; each as likely as it is named."""
@@ -152,8 +166,11 @@ def draw_roads(canvas: Canvas, cuts, half_width: float, pavement: float) -> list
     for material, width in (("paving", half_width + pavement), ("marking", half_width + 1), ("asphalt", half_width)):
         canvas.cover(strokes(lines, 2 * width), IMSURF, material)
     if half_width > 13:
-        dashes = [np.stack([point, point + 9 * ahead])
-                  for line in lines for point, ahead in zip(*stations(line, 22, 12), strict=True)]
+        dashes = [
+            np.stack([point, point + 9 * ahead])
+            for line in lines
+            for point, ahead in zip(*stations(line, 22, 12), strict=True)
+        ]
         canvas.cover(strokes(dashes, 2), IMSURF, "marking")
     return lines
 

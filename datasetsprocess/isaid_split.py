@@ -52,10 +52,14 @@ class Constants:
 def patch_rule(dataset: Dataset) -> tuple[int, list[int], int, dict[str, float]]:
     """Background class id, possible numbers of patches, tries, and split -> share the background must stay below."""
     background, numbers, tries, largest = rule_of(dataset, "background", "patches_per_scene", "tries", "max_background")
-    check(bool(numbers) and min(numbers) > 0 and tries > 0,
-          f'[rules] of "{dataset.name}": patches_per_scene and tries must be above 0')
-    check(set(largest) == set(SPLITS),
-          f'[rules] of "{dataset.name}": max_background needs a share for {" and ".join(SPLITS)}')
+    check(
+        bool(numbers) and min(numbers) > 0 and tries > 0,
+        f'[rules] of "{dataset.name}": patches_per_scene and tries must be above 0',
+    )
+    check(
+        set(largest) == set(SPLITS),
+        f'[rules] of "{dataset.name}": max_background needs a share for {" and ".join(SPLITS)}',
+    )
     return class_id(dataset, background), numbers, tries, largest
 
 
@@ -75,8 +79,11 @@ def patches(scene: Scene) -> Iterator[Patch]:
             found += 1
             if found == wanted:
                 return
-    scene.notes["scenes with fewer patches than wanted, the background too large" if found else
-                "scenes without a patch, the background too large"] += 1
+    scene.notes[
+        "scenes with fewer patches than wanted, the background too large"
+        if found
+        else "scenes without a patch, the background too large"
+    ] += 1
 
 
 def scene_names(raw: Path) -> dict[str, list[str]]:
@@ -96,9 +103,11 @@ def main(constants: Constants) -> None:
     raw = Path(constants.raw) if constants.raw else dataset.folder / "raw"
     scenes = dataset.scenes or scene_names(raw)
     empty = [f"{folder}/images" for split, folder in RAW_SPLITS.items() if not scenes.get(split)]
-    check(not raw.is_dir() or constants.missing_scenes == "skip" or not empty,
-          f"{raw} holds no scenes in {' or '.join(empty)}: unpack the archives as the top of this script says, or cut "
-          "the split that is there with --missing-scenes skip")
+    check(
+        not raw.is_dir() or constants.missing_scenes == "skip" or not empty,
+        f"{raw} holds no scenes in {' or '.join(empty)}: unpack the archives as the top of this script says, or cut "
+        "the split that is there with --missing-scenes skip",
+    )
     places = {split: (f"{folder}/{IMAGE}", f"{folder}/{TRUTH}") for split, folder in RAW_SPLITS.items()}
     split_scenes(constants, dataset, find_sources(raw, scenes, places, constants.missing_scenes), patches)
 

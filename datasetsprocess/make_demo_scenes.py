@@ -43,14 +43,15 @@ from tools.folders import ROOT, StepFolder, write_whole
 
 @dataclass(frozen=True)
 class Constants:
-    dataset: str = "demo"    # the name of the data set: its description lists the scenes of each split
-    root: Path = ROOT        # holds datasets/ and experiments/
-    seed: int = 0            # the same seed gives the same bytes, another seed other scenes
-    size: int = 1024         # side of a scene in pixels
+    dataset: str = "demo"  # the name of the data set: its description lists the scenes of each split
+    root: Path = ROOT  # holds datasets/ and experiments/
+    seed: int = 0  # the same seed gives the same bytes, another seed other scenes
+    size: int = 1024  # side of a scene in pixels
     overwrite: bool = False  # paint everything anew
 
 
 # Layout: boxes (u0, v0, u1, v1) of a street plan that is larger than the image, and turned and bent against it
+
 
 def split(rng: np.random.Generator, box, smallest: float) -> tuple[list, list]:
     """Cut a box at random into boxes with sides from about 0.8 `smallest`: (boxes, cuts as pairs of end points)."""
@@ -74,6 +75,7 @@ def inset(box, margin: float) -> tuple:
 
 
 # Districts: ground and objects of one box
+
 
 def town(canvas: Canvas, box) -> None:
     """Closed rows of houses along the streets, yards inside."""
@@ -194,6 +196,7 @@ DISTRICTS = (town, suburb, industry, industry, park, wood, fields)  # dealt like
 
 # Light and sensor
 
+
 def light(canvas: Canvas) -> np.ndarray:
     """Reflectance to radiance (S, S, 3): sun on the slopes, cast shadows, bluish light of the sky everywhere."""
     rng, height = canvas.rng, canvas.height
@@ -253,14 +256,21 @@ def write_scene(name: str, raw: Path, dataset: Dataset, seed: int, size: int) ->
 
 def main(constants: Constants) -> None:
     dataset = load_dataset(constants.dataset, constants.root)
-    check(dataset.num_classes == 6, f"dataset {dataset.name} has {dataset.num_classes} classes, but these scenes have "
-                                    "the six of demo.toml, in its order")
+    check(
+        dataset.num_classes == 6,
+        f"dataset {dataset.name} has {dataset.num_classes} classes, but these scenes have "
+        "the six of demo.toml, in its order",
+    )
     areas = [area for split in dataset.scenes.values() for area in split]
-    check(len(areas) > 0, f"dataset {dataset.name} lists no scenes: its description needs a [scenes] table as in "
-                          "demo.toml")
+    check(
+        len(areas) > 0,
+        f"dataset {dataset.name} lists no scenes: its description needs a [scenes] table as in demo.toml",
+    )
     check(constants.seed >= 0, f"seed is {constants.seed}, but it must be 0 or more")
-    check(constants.size >= dataset.patch_size, f"size is {constants.size}, but a scene must hold a patch of "
-                                                f"{dataset.patch_size} pixels")
+    check(
+        constants.size >= dataset.patch_size,
+        f"size is {constants.size}, but a scene must hold a patch of {dataset.patch_size} pixels",
+    )
     step = StepFolder(dataset.folder / "raw", constants)
     names = step.pending([f"top_mosaic_09cm_area{area}" for area in areas], ".tif")
     write = partial(write_scene, raw=step.folder, dataset=dataset, seed=constants.seed, size=constants.size)

@@ -46,12 +46,17 @@ def count_pixels(id: str, dataset: Dataset, split: str, min_pixels: int) -> np.n
     try:
         check(label.exists(), f"{image} has no label map {label}")
         ids, pixels = load_label(label, dataset.num_classes), load_image(image)
-        check(ids.shape == pixels.shape[:2], f"{label} has {ids.shape[1]} x {ids.shape[0]} pixels, but its image has "
-                                             f"{pixels.shape[1]} x {pixels.shape[0]}")
+        check(
+            ids.shape == pixels.shape[:2],
+            f"{label} has {ids.shape[1]} x {ids.shape[0]} pixels, but its image has "
+            f"{pixels.shape[1]} x {pixels.shape[0]}",
+        )
         check((ids != IGNORE).any(), f"{label} is 255 (ignore) everywhere and has no class: remove it and its image")
         counts = np.bincount(ids.ravel(), minlength=dataset.num_classes)[: dataset.num_classes]
-        check((counts >= min_pixels).any(),
-              f"{label} has no class of {min_pixels} pixels or more: lower min_pixels or remove it and its image")
+        check(
+            (counts >= min_pixels).any(),
+            f"{label} has no class of {min_pixels} pixels or more: lower min_pixels or remove it and its image",
+        )
     except UserError as error:
         return str(error)
     return counts
@@ -61,10 +66,15 @@ def count_split(dataset: Dataset, split: str, constants: Constants) -> tuple[dic
     """Pixels of each class in every label map of a split, id -> (K,) int64, and a sentence for each wrong file."""
     ids = dataset.ids(split)
     images, labels = dataset.images(split), dataset.labels(split)
-    wrong = [f"{labels / name} has no image {images / name}"
-             for name in sorted({path.name for path in labels.glob("*.png")} - {f"{id}.png" for id in ids})]
-    wrong += [f"{path} is no png, so no step will read it: convert it, or move it away"
-              for path in sorted(images.iterdir()) if path.suffix != ".png" and not path.name.startswith(".")]
+    wrong = [
+        f"{labels / name} has no image {images / name}"
+        for name in sorted({path.name for path in labels.glob("*.png")} - {f"{id}.png" for id in ids})
+    ]
+    wrong += [
+        f"{path} is no png, so no step will read it: convert it, or move it away"
+        for path in sorted(images.iterdir())
+        if path.suffix != ".png" and not path.name.startswith(".")
+    ]
     work = partial(count_pixels, dataset=dataset, split=split, min_pixels=constants.min_pixels)
     progress = partial(tqdm, total=len(ids), desc=f"{split} label maps", unit="image", disable=None)
     if constants.workers < 1 or len(ids) < 256:  # a few are counted before a process has started
@@ -103,9 +113,11 @@ def label_split(dataset: Dataset, split: str, constants: Constants) -> list[str]
         if split == "test" and not file.exists():
             print(f"{split}: {len(ids)} images without label maps, which can be segmented but not scored")
             return []
-        check(file.exists(),
-              f"{dataset.labels(split)} is missing, so nothing says what the {split} images show: cut the scenes with "
-              f"a script of datasetsprocess, or write {file} by hand (docs/own_data.md)")
+        check(
+            file.exists(),
+            f"{dataset.labels(split)} is missing, so nothing says what the {split} images show: cut the scenes with "
+            f"a script of datasetsprocess, or write {file} by hand (docs/own_data.md)",
+        )
         labels = dataset.image_labels(split)
         print(f"{split}: {len(ids)} images without label maps; {file} was written by a person and is kept as it is")
         print(frequencies(dataset, labels))
@@ -115,9 +127,11 @@ def label_split(dataset: Dataset, split: str, constants: Constants) -> list[str]
         return wrong
     labels = {id: count >= constants.min_pixels for id, count in counts.items()}
     if file.exists() and not constants.overwrite:
-        check(agrees(dataset, split, labels),
-              f"{file} is there and says something else than the label maps with min_pixels {constants.min_pixels}: "
-              f"--overwrite replaces it, or move the {split} labels folder away to keep it")
+        check(
+            agrees(dataset, split, labels),
+            f"{file} is there and says something else than the label maps with min_pixels {constants.min_pixels}: "
+            f"--overwrite replaces it, or move the {split} labels folder away to keep it",
+        )
     write_image_labels(file, dataset.classes, labels)
     print(f"{split}: {len(ids)} images, {file}")
     print(frequencies(dataset, labels, sum(counts.values())))
@@ -129,8 +143,11 @@ def main(constants: Constants) -> None:
     check(constants.workers >= 0, f"workers is {constants.workers}, but it must be 0 or more")
     dataset = load_dataset(constants.dataset, constants.root)
     splits = [split for split in SPLITS if any(dataset.images(split).glob("*.png"))]
-    check(bool(splits), f"{dataset.folder} holds no png images in train/images or test/images: cut the scenes into "
-                        "patches with the data set's script in datasetsprocess first")
+    check(
+        bool(splits),
+        f"{dataset.folder} holds no png images in train/images or test/images: cut the scenes into "
+        "patches with the data set's script in datasetsprocess first",
+    )
     wrong = []
     for split in splits:
         found = label_split(dataset, split, constants)
@@ -139,8 +156,11 @@ def main(constants: Constants) -> None:
         wrong += found
     if wrong:
         more = f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise UserError(f"{len(wrong)} files do not fit; mend or remove them and run this again:\n  "
-                        + "\n  ".join(wrong[:20]) + more)
+        raise UserError(
+            f"{len(wrong)} files do not fit; mend or remove them and run this again:\n  "
+            + "\n  ".join(wrong[:20])
+            + more
+        )
 
 
 if __name__ == "__main__":

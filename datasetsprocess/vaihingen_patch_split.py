@@ -60,8 +60,10 @@ def crop_rule(dataset: Dataset) -> tuple[int, float, int, int]:
     """Rare class id, the share it must exceed in a crop, smallest and largest side of the crop in pixels."""
     rare_class, rare_share, (smallest, largest) = rule_of(dataset, "rare_class", "rare_share", "crop_side")
     sides = math.ceil(smallest * dataset.patch_size), math.floor(largest * dataset.patch_size)
-    check(0 < sides[0] <= sides[1] <= dataset.patch_size,
-          f'[rules] of "{dataset.name}": crop_side is [{smallest}, {largest}], not two rising shares of the tile')
+    check(
+        0 < sides[0] <= sides[1] <= dataset.patch_size,
+        f'[rules] of "{dataset.name}": crop_side is [{smallest}, {largest}], not two rising shares of the tile',
+    )
     return class_id(dataset, rare_class), rare_share, *sides
 
 
@@ -71,8 +73,10 @@ def zoom(image: np.ndarray, ids: np.ndarray, smallest: int, largest: int, random
     side = int(random.integers(smallest, largest, endpoint=True))
     y, x = random.integers(0, size - side, size=2, endpoint=True)
     image, ids = image[y : y + side, x : x + side], ids[y : y + side, x : x + side]
-    return (cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR),
-            cv2.resize(ids, (size, size), interpolation=cv2.INTER_NEAREST_EXACT))
+    return (
+        cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR),
+        cv2.resize(ids, (size, size), interpolation=cv2.INTER_NEAREST_EXACT),
+    )
 
 
 def patches(scene: Scene) -> Iterator[Patch]:

@@ -13,11 +13,11 @@ NAMES = (*RESNETS, "mobilenet_v2")
 class Backbone(nn.Module):
     """x (B,3,H,W) -> low (B,C1,H/4,W/4), mid (B,C2,H/8,W/8), high (B,C3,H/16,W/16).
 
-    For a ResNet, low is layer1's output, mid layer2's and high layer4's, whose stride is 1 and undilated. MobileNetV2 is cut
-    at the same strides. Channels are in `low_channels` and `high_channels`.
+    For a ResNet, low is layer1's output, mid layer2's and high layer4's, whose stride is 1, without dilation.
+    MobileNetV2 is cut at the same strides. Channels are in `low_channels` and `high_channels`.
 
-    name: one of `NAMES`; weights: "imagenet" (torchvision downloads them), "none" (random), or the file of a torchvision
-    state dict. Raises ValueError for an unknown name or a file that does not fit.
+    name: one of `NAMES`; weights: "imagenet" (torchvision downloads them), "none" (random), or the file of a
+    torchvision state dict. Raises ValueError for an unknown name or a file that does not fit.
     """
 
     def __init__(self, name: str = "resnet50", weights: str = "imagenet"):
@@ -63,4 +63,6 @@ def _load_file(model: nn.Module, path: Path, name: str) -> None:
         raise ValueError(f"the weights file {path} does not fit {name}") from None
     lacking = [key for key in missing if not key.startswith(("fc.", "classifier.")) and "num_batches" not in key]
     if lacking or unexpected:
-        raise ValueError(f"the weights file {path} does not fit {name} ({len(lacking)} values lack, {len(unexpected)} are too many)")
+        raise ValueError(
+            f"the weights file {path} does not fit {name} ({len(lacking)} values lack, {len(unexpected)} are too many)"
+        )

@@ -15,11 +15,13 @@ def conv_norm(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1) -> 
 
 
 class AtrousSpatialPyramidPooling(nn.Module):
-    """ASPP (Chen et al., 2018): parallel convolutions of rates 1, 6, 12, 18 and the image mean; (B,C,h,w) -> (B,width,h,w)."""
+    """ASPP (Chen et al., 2018): convolutions of rates 1, 6, 12, 18 and the image mean; (B,C,h,w) -> (B,width,h,w)."""
 
     def __init__(self, inputs: int, width: int = 256, rates: tuple[int, ...] = (6, 12, 18), dropout: float = 0.5):
         super().__init__()
-        self.branches = nn.ModuleList([conv_norm(inputs, width), *(conv_norm(inputs, width, 3, rate) for rate in rates)])
+        self.branches = nn.ModuleList(
+            [conv_norm(inputs, width), *(conv_norm(inputs, width, 3, rate) for rate in rates)]
+        )
         self.pooling = conv_norm(inputs, width)
         self.fuse = nn.Sequential(conv_norm((len(rates) + 2) * width, width), nn.Dropout(dropout))
 
@@ -34,7 +36,9 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels: int, bottleneck: int = 3):
         super().__init__()
         self.shared = nn.Sequential(
-            nn.Conv2d(channels, bottleneck, 1, bias=False), nn.ReLU(inplace=True), nn.Conv2d(bottleneck, channels, 1, bias=False)
+            nn.Conv2d(channels, bottleneck, 1, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(bottleneck, channels, 1, bias=False),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +70,10 @@ class DeepLabV3Plus(nn.Module):
         self.aspp = AtrousSpatialPyramidPooling(backbone.high_channels, width)
         self.low = nn.Sequential(conv_norm(backbone.low_channels, 48), ChannelAttention(48), SpatialAttention())
         self.decoder = nn.Sequential(
-            conv_norm(width + 48, width, 3), nn.Dropout(0.5), conv_norm(width, width, 3), nn.Dropout(0.1),
+            conv_norm(width + 48, width, 3),
+            nn.Dropout(0.5),
+            conv_norm(width, width, 3),
+            nn.Dropout(0.1),
             nn.Conv2d(width, num_classes, 1),
         )
         self.pretrained, self.new = [self.backbone], [self.aspp, self.low, self.decoder]

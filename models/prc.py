@@ -9,8 +9,9 @@ class PixelRelationshipConstraint(nn.Module):
     """M = C A: every pixel's class evidence becomes the mean of the evidence of pixels that look alike.
 
     The affinity A (N,N), N = h*w, is the cosine similarity of projected features [image ; features], clamped to
-    [0.01, 0.999], cut below `gamma` and normalised so that each column sums to one. Gradients flow through A. The affinity
-    is computed in float32 whatever the precision around it, because its threshold must not depend on rounding to bf16.
+    [0.01, 0.999], cut below `gamma` and normalised so that each column sums to one. Gradients flow through A. The
+    affinity is computed in float32 whatever the precision around it, because its threshold must not depend on rounding
+    to bf16.
 
     feature_channels: D of the backbone's last stage; gamma: 0 to 0.999, affinities below it become 0 (above 0.999 even
     the diagonal would vanish: ValueError); iterations: how often A is applied, 0 switches PRC off.

@@ -24,7 +24,9 @@ def grey(image):
 def coded(height, width, block=8):
     """An image of blocks whose grey value tells the class: 40 + 50 x class of 4."""
     rng = np.random.default_rng(height * 100 + width)
-    label = rng.integers(0, 4, (-(-height // block), -(-width // block))).repeat(block, 0).repeat(block, 1)[:height, :width]
+    label = (
+        rng.integers(0, 4, (-(-height // block), -(-width // block))).repeat(block, 0).repeat(block, 1)[:height, :width]
+    )
     image = np.repeat((40 + 50 * label)[..., None], 3, 2).astype(np.uint8)
     return to_tensor(image), torch.from_numpy(label.astype(np.uint8))
 
@@ -50,6 +52,7 @@ def test_the_label_follows_the_image(seed, rows, columns, patch):
     # inside a block, away from the blur at its outline, the grey value must be that of the label
     largest, smallest = (F.max_pool2d(sign * ids.float()[None], 9, 1, 4)[0] for sign in (1, -1))
     inner = (largest == -smallest) & ~outside
+    inner[:4], inner[-4:], inner[:, :4], inner[:, -4:] = False, False, False, False  # what was cut off blurs in here
     assert ((grey(found) - (40.0 + 50.0 * ids))[inner].abs() < 4).all()
 
 
@@ -81,13 +84,18 @@ def test_scale_range_and_place():
 def test_flips_about_half_the_time():
     image, label = coded(32, 32)
     label[:, :16], label[:, 16:] = 0, 1
-    flipped = [int(augment(np.random.default_rng(seed), image, label, 32, scale=(1, 1))[1][0, 0]) for seed in range(400)]
+    flipped = [
+        int(augment(np.random.default_rng(seed), image, label, 32, scale=(1, 1))[1][0, 0]) for seed in range(400)
+    ]
     assert 160 < sum(flipped) < 240
 
 
 def test_full_size_is_the_image_itself():
     image, label = coded(32, 32)
-    found = {tuple(augment(np.random.default_rng(seed), image, label, 32, scale=(1, 1))[1].flatten().tolist()) for seed in range(20)}
+    found = {
+        tuple(augment(np.random.default_rng(seed), image, label, 32, scale=(1, 1))[1].flatten().tolist())
+        for seed in range(20)
+    }
     assert found == {tuple(label.flatten().tolist()), tuple(label.flip(-1).flatten().tolist())}
     found, none = augment(np.random.default_rng(0), image, None, 32, scale=(1, 1))
     assert none is None and any(torch.equal(found, normalise(image.flip(-1) if flip else image)) for flip in (0, 1))

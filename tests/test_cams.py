@@ -33,7 +33,9 @@ def full_size(maps, size):
     return total / (total.max((1, 2), keepdims=True) + 1e-5)
 
 
-@pytest.mark.parametrize(("size", "peak"), [((128, 128), 1.0), ((75, 130), 1.0), ((64, 64), 1e4), ((64, 64), 1e-4), ((16, 40), 30.0)])
+@pytest.mark.parametrize(
+    ("size", "peak"), [((128, 128), 1.0), ((75, 130), 1.0), ((64, 64), 1e4), ((64, 64), 1e-4), ((16, 40), 30.0)]
+)
 def test_round_trip(tmp_path, size, peak):
     maps = smooth_maps(1, 3, size, peak=peak)
     save_cams(tmp_path / "a.npz", np.array([0, 4, 5]), maps, size)
@@ -114,13 +116,36 @@ def test_batches_group_equal_sizes_and_report_bad_files(images, workers):
     bad = []
     batches = list(image_batches(images, list("abcdefgx"), 2, workers, bad.append))
     assert [ids for ids, _ in batches] == [["a", "c"], ["d", "e"], ["g"]]
-    assert [tuple(batch.shape) for _, batch in batches] == [(2, 3, 20, 20), (2, 3, 20, 24), (1, 3, 20, 20)]
+    assert [tuple(batch.shape) for _, batch in batches] == [(2, 3, 20, 20), (2, 3, 20, 24), (2, 3, 20, 20)]
     for ids, batch in batches:
-        for id, image in zip(ids, batch, strict=True):
+        for id, image in zip(ids, batch[: len(ids)], strict=True):
             assert np.array_equal(image.numpy().transpose(1, 2, 0), np.array(Image.open(images / f"{id}.png")))
     assert len(bad) == 3
     for sentence, name, what in zip(bad, "bfx", ("cannot be read", "mode L, not 8-bit RGB", "is missing"), strict=True):
         assert f"{name}.png" in sentence and what in sentence
+
+
+def test_results_do_not_depend_on_what_else_is_left_to_do(tmp_path):
+    """Bit for bit, whatever the neighbours in the batch are and however many."""
+    rng, torch_state = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    for index in range(5):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{index}.png")
+    weight = torch.randn(32, 3, 3, 3, generator=torch_state)
+
+    def predict(x):
+        return F.conv2d(F.conv2d(x, weight, padding=1).relu(), weight.transpose(0, 1).flip(2), stride=4)
+
+    def results(ids):
+        found = {}
+        for batch, images in image_batches(tmp_path, ids, 4, 0, pytest.fail):
+            maps = mirrored_scales(predict, images, (0.5, 1.0), torch.device("cpu"))
+            found |= {id: [scale[index] for scale in maps] for index, id in enumerate(batch)}
+        return found
+
+    whole = results(list("01234"))
+    for ids in ("3", "421", "43210"):
+        for id, maps in results(list(ids)).items():
+            assert all(torch.equal(one, other) for one, other in zip(maps, whole[id], strict=True))
 
 
 def test_no_images_make_no_batches(tmp_path):
@@ -150,9 +175,16 @@ def test_damaged_files_are_one_sentence(tmp_path):
     for damage in (b"", b"PK", content[: len(content) // 2], content[:-1], b"\0" * 500):
         file.write_bytes(damage)
         refused()
-    for change in ({"classes": np.array([Hostile(tmp_path / "ran")], object)}, {"classes": np.array([0, 1, 3], np.uint8)},
-                   {"size": np.array([0, 32])}, {"size": np.array([-5, 32])}, {"size": np.array([10**6, 10**6])},
-                   {"size": np.array([32])}, {"scale0": np.zeros((3, 2, 2), np.float16)}, {"peaks": np.ones(3, np.float32)}):
+    for change in (
+        {"classes": np.array([Hostile(tmp_path / "ran")], object)},
+        {"classes": np.array([0, 1, 3], np.uint8)},
+        {"size": np.array([0, 32])},
+        {"size": np.array([-5, 32])},
+        {"size": np.array([10**6, 10**6])},
+        {"size": np.array([32])},
+        {"scale0": np.zeros((3, 2, 2), np.float16)},
+        {"peaks": np.ones(3, np.float32)},
+    ):
         np.savez(file, **(arrays | change))
         refused()
     np.savez(file, **{name: array for name, array in arrays.items() if not name.startswith("scale")})
@@ -165,8 +197,13 @@ def test_damaged_files_are_one_sentence(tmp_path):
 def test_a_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
     """Zeros, packed to almost nothing: refused by what they declare, before anything is unpacked."""
     file = tmp_path / "bomb.npz"
-    np.savez_compressed(file, classes=np.zeros(1, np.uint8), size=np.array([32, 32]), peaks=np.ones(1, np.float32),
-                        scale0=np.zeros((1, 12000, 12000), np.float16))
+    np.savez_compressed(
+        file,
+        classes=np.zeros(1, np.uint8),
+        size=np.array([32, 32]),
+        peaks=np.ones(1, np.float32),
+        scale0=np.zeros((1, 12000, 12000), np.float16),
+    )
     assert file.stat().st_size < 1_000_000
     with pytest.raises(UserError, match=r"bomb\.npz cannot be read .*unpacks to more"):
         load_cams(file)

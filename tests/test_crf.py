@@ -13,8 +13,16 @@ from tools.crf import dense_crf, permutohedral_lattice
 MODES = ("lattice", "exact")
 
 
-def brute_force(probabilities, image, iterations=10, gaussian_sigma=1.0, gaussian_weight=3.0, bilateral_sigma_xy=67.0,
-                bilateral_sigma_rgb=3.0, bilateral_weight=4.0):
+def brute_force(
+    probabilities,
+    image,
+    iterations=10,
+    gaussian_sigma=1.0,
+    gaussian_weight=3.0,
+    bilateral_sigma_xy=67.0,
+    bilateral_sigma_rgb=3.0,
+    bilateral_weight=4.0,
+):
     classes, height, width = probabilities.shape
     row, column = (axis.ravel().astype(float) for axis in np.mgrid[:height, :width])
     colours = image.reshape(-1, 3).T.astype(float)
@@ -30,8 +38,9 @@ def brute_force(probabilities, image, iterations=10, gaussian_sigma=1.0, gaussia
         return dense
 
     coupling = kernel([row / gaussian_sigma, column / gaussian_sigma], gaussian_weight)
-    coupling += kernel([row / bilateral_sigma_xy, column / bilateral_sigma_xy, *(colours / bilateral_sigma_rgb)],
-                       bilateral_weight)
+    coupling += kernel(
+        [row / bilateral_sigma_xy, column / bilateral_sigma_xy, *(colours / bilateral_sigma_rgb)], bilateral_weight
+    )
     unary = -np.log(np.clip(probabilities.astype(float), 1e-5, 1)).reshape(classes, -1)
 
     def normalised(logits):
@@ -58,7 +67,7 @@ def real_crops(shared_data, count, size=64, seed=0):
     for file in rng.choice(files, count, replace=False):
         image = cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
         top, left = rng.integers(0, np.array(image.shape[:2]) - size + 1)
-        yield image[top:top + size, left:left + size], smooth_maps(rng, 4, size)
+        yield image[top : top + size, left : left + size], smooth_maps(rng, 4, size)
 
 
 def agreement(a, b):
@@ -93,14 +102,23 @@ def test_lattice_is_close_to_brute_force_on_real_crops(shared_data):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(0, 4),
-       st.floats(0.3, 12), st.floats(0.5, 90), st.floats(1, 90))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 4),
+    st.floats(0.3, 12),
+    st.floats(0.5, 90),
+    st.floats(1, 90),
+)
 def test_exact_equals_brute_force_at_any_size_and_sigma(seed, classes, height, width, iterations, sigma, xy, rgb):
     rng = np.random.default_rng(seed)
     p, image = rng.random((classes, height, width)), rng.integers(0, 256, (height, width, 3), np.uint8)
     constants = dict(iterations=iterations, gaussian_sigma=sigma, bilateral_sigma_xy=xy, bilateral_sigma_rgb=rgb)
-    np.testing.assert_allclose(dense_crf(p, image, mode="exact", **constants), brute_force(p, image, **constants),
-                               atol=1e-4)
+    np.testing.assert_allclose(
+        dense_crf(p, image, mode="exact", **constants), brute_force(p, image, **constants), atol=1e-4
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -187,22 +205,25 @@ def test_the_device_does_not_matter(mode):
 GOOD = dict(probabilities=np.full((2, 4, 5), 0.5), image=np.zeros((4, 5, 3), np.uint8))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(probabilities=np.ones((2, 5, 4))), r"\(K, 4, 5\)"),
-    (dict(probabilities=np.ones((4, 5))), r"\(K, 4, 5\)"),
-    (dict(probabilities=np.ones((0, 4, 5))), r"\(K, 4, 5\)"),
-    (dict(probabilities=np.ones((2, 4, 5), np.uint8)), "floating"),
-    (dict(probabilities=np.full((2, 4, 5), np.nan)), "finite"),
-    (dict(image=np.zeros((4, 5, 3), np.float32)), "uint8"),
-    (dict(image=np.zeros((4, 5), np.uint8)), "uint8"),
-    (dict(image=np.zeros((0, 5, 3), np.uint8)), "uint8"),
-    (dict(iterations=-1), "iterations"),
-    (dict(gaussian_sigma=0.0), "gaussian_sigma"),
-    (dict(bilateral_sigma_rgb=float("nan")), "bilateral_sigma_rgb"),
-    (dict(bilateral_weight=-1.0), "bilateral_weight"),
-    (dict(mode="fast"), "lattice"),
-    (dict(image=np.arange(60, dtype=np.uint8).reshape(4, 5, 3) * 4, bilateral_sigma_rgb=1e-4), "too small"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(probabilities=np.ones((2, 5, 4))), r"\(K, 4, 5\)"),
+        (dict(probabilities=np.ones((4, 5))), r"\(K, 4, 5\)"),
+        (dict(probabilities=np.ones((0, 4, 5))), r"\(K, 4, 5\)"),
+        (dict(probabilities=np.ones((2, 4, 5), np.uint8)), "floating"),
+        (dict(probabilities=np.full((2, 4, 5), np.nan)), "finite"),
+        (dict(image=np.zeros((4, 5, 3), np.float32)), "uint8"),
+        (dict(image=np.zeros((4, 5), np.uint8)), "uint8"),
+        (dict(image=np.zeros((0, 5, 3), np.uint8)), "uint8"),
+        (dict(iterations=-1), "iterations"),
+        (dict(gaussian_sigma=0.0), "gaussian_sigma"),
+        (dict(bilateral_sigma_rgb=float("nan")), "bilateral_sigma_rgb"),
+        (dict(bilateral_weight=-1.0), "bilateral_weight"),
+        (dict(mode="fast"), "lattice"),
+        (dict(image=np.arange(60, dtype=np.uint8).reshape(4, 5, 3) * 4, bilateral_sigma_rgb=1e-4), "too small"),
+    ],
+)
 def test_bad_input_is_named(change, message):
     with pytest.raises(ValueError, match=message):
         dense_crf(**GOOD | change)

@@ -24,8 +24,9 @@ def default_scenes(tmp_path_factory):
     decode = ColourDecoder(dataset.colours, dataset.ignore_colours)
     scenes, unknown = {}, {}
     for area in dataset.scenes["train"] + dataset.scenes["test"]:
-        image, truth = (tifffile.imread(root / f"datasets/demo/raw/{folder}/top_mosaic_09cm_area{area}.tif")
-                        for folder in FOLDERS)
+        image, truth = (
+            tifffile.imread(root / f"datasets/demo/raw/{folder}/top_mosaic_09cm_area{area}.tif") for folder in FOLDERS
+        )
         assert image.shape == truth.shape == (1024, 1024, 3) and image.dtype == truth.dtype == np.uint8
         scenes[area] = image, decode(truth, unknown)
     assert not unknown
@@ -34,8 +35,12 @@ def default_scenes(tmp_path_factory):
 
 def tiles_with_class(scenes, areas, tile: int = 128) -> np.ndarray:
     """(tiles, 6) bool: the image-level labels of the whole tiles of some scenes."""
-    tiles = [ids[row:row + tile, column:column + tile] for _, ids in (scenes[area] for area in areas)
-             for row in range(0, len(ids), tile) for column in range(0, len(ids), tile)]
+    tiles = [
+        ids[row : row + tile, column : column + tile]
+        for _, ids in (scenes[area] for area in areas)
+        for row in range(0, len(ids), tile)
+        for column in range(0, len(ids), tile)
+    ]
     return np.array([np.isin(np.arange(6), ids) for ids in tiles])
 
 
@@ -127,13 +132,16 @@ def test_runs_from_both_folders_continues_and_refuses_other_settings(tmp_path, r
     assert images[0].read_bytes() != before[0]
 
 
-@pytest.mark.parametrize("constants, sentence", [
-    ({"size": 100}, "size is 100"),
-    ({"seed": -1}, "seed is -1"),
-    ({"dataset": "isaid"}, "16 classes"),
-    ({"dataset": "none"}, "lists no scenes"),
-    ({"dataset": "nowhere"}, "nowhere"),
-])
+@pytest.mark.parametrize(
+    "constants, sentence",
+    [
+        ({"size": 100}, "size is 100"),
+        ({"seed": -1}, "seed is -1"),
+        ({"dataset": "isaid"}, "16 classes"),
+        ({"dataset": "none"}, "lists no scenes"),
+        ({"dataset": "nowhere"}, "nowhere"),
+    ],
+)
 def test_bad_constants_are_named(tmp_path, constants, sentence):
     folder = tmp_path / "datasets" / "none"
     folder.mkdir(parents=True)

@@ -30,15 +30,29 @@ miou = 11.11
 share_of_supervised = 22.22
 supervised = 33.33
 """
-STAGES = {"pseudo_labels": "train", "refined_pseudo_labels": "train", "segmentation": "test",
-          "refined_segmentation": "test"}
+STAGES = {
+    "pseudo_labels": "train",
+    "refined_pseudo_labels": "train",
+    "segmentation": "test",
+    "refined_segmentation": "test",
+}
 
 
 def account(folder, split, **notes):
     folder.mkdir(parents=True, exist_ok=True)
     constants = {"split": split, "seed": 3, "backbone": "resnet18", "protocol": "clean"}
-    (folder / "run.json").write_text(json.dumps({"constants": constants, "notes": notes, "started": folder.name,
-                                                 "finished": True, "seconds": 1.5, "device": "cpu"}))
+    (folder / "run.json").write_text(
+        json.dumps(
+            {
+                "constants": constants,
+                "notes": notes,
+                "started": folder.name,
+                "finished": True,
+                "seconds": 1.5,
+                "device": "cpu",
+            }
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +86,8 @@ def made(tmp_path_factory):
     account(experiments / "run" / "classifier", "train")
     (experiments / "run" / "classifier" / "log.jsonl").write_text(
         '{"epoch": 1, "step": 9, "loss": 2.5, "lr": 0.1}\n{"epoch": 2, "step": 18, "loss": NaN, "lr": 0.05}\n'
-        '{"epoch": 3, "step": 27, "loss": 0.5, "classification": 0.25, "lr": 0.0}\n{"epoch": 4, "lo')
+        '{"epoch": 3, "step": 27, "loss": 0.5, "classification": 0.25, "lr": 0.0}\n{"epoch": 4, "lo'
+    )
     return root
 
 
@@ -87,13 +102,18 @@ def scores_of(root, experiment="run"):
 
 
 def iou_of(root, folder, split, ids="abcde", left_out=(3,)):
-    pairs = [(load_label(root / f"datasets/tiny/{split}/labels/{id}.png", 4), load_label(folder / f"{id}.png", 4))
-             for id in ids]
+    pairs = [
+        (load_label(root / f"datasets/tiny/{split}/labels/{id}.png", 4), load_label(folder / f"{id}.png", 4))
+        for id in ids
+    ]
     truth, prediction = (np.concatenate([pair[side].ravel() for pair in pairs]) for side in (0, 1))
     counted = (truth != 255) & ~np.isin(truth, left_out)
     truth, prediction = truth[counted], prediction[counted]
-    return [((truth == k) & (prediction == k)).sum() / ((truth == k) | (prediction == k)).sum()
-            for k in range(4) if k not in left_out]
+    return [
+        ((truth == k) & (prediction == k)).sum() / ((truth == k) | (prediction == k)).sum()
+        for k in range(4)
+        if k not in left_out
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +143,15 @@ def test_scores_of_every_stage(evaluated):
 def test_files_of_scores(evaluated):
     folder = evaluated[0] / "experiments/tiny/run/scores"
     assert {path.name for path in folder.iterdir()} == {
-        "scores.json", "scores.csv", "scores.md", "report.html", "confusion_train.png", "confusion_test.png",
-        "contact_sheet_train.png", "contact_sheet_test.png"}
+        "scores.json",
+        "scores.csv",
+        "scores.md",
+        "report.html",
+        "confusion_train.png",
+        "confusion_test.png",
+        "contact_sheet_train.png",
+        "contact_sheet_test.png",
+    }
     with open(folder / "scores.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert float(rows[3][f"iou_{EVIL}"]) == scores_of(evaluated[0])["stages"][3]["iou"][1]
@@ -151,8 +178,17 @@ def test_report_is_one_safe_file(evaluated):
     sources = re.findall(r'src="([^"]{0,30})', page)
     assert sources and all(re.match("data:image/(png|jpeg);base64,", source) for source in sources)
     assert all('alt="' in tag for tag in re.findall(r"<img [^>]*>", page))
-    for words in ("A stand-in was used: made masks", "CAM of road", "regions", "best, train split", "worst, test split",
-                  "classifier: loss", "classifier: classification", "prefers-color-scheme: dark", "@media print"):
+    for words in (
+        "A stand-in was used: made masks",
+        "CAM of road",
+        "regions",
+        "best, train split",
+        "worst, test split",
+        "classifier: loss",
+        "classifier: classification",
+        "prefers-color-scheme: dark",
+        "@media print",
+    ):
         assert words in page, words
     assert "classifier: lr" not in page and "nan" not in " ".join(re.findall(r'points="([^"]*)"', page))
 
@@ -167,9 +203,20 @@ def test_report_in_a_browser(evaluated, tmp_path):
       document.title = "probe " + o.style.opacity + " " + (o.src === b[1].firstChild.src);</script>"""
     (tmp_path / "page.html").write_text(page.replace("</body>", probe + "</body>"))
     result = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom",
-         f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'page.html'}"],
-        capture_output=True, text=True, timeout=120)
+        [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--dump-dom",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            f"file://{tmp_path / 'page.html'}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "CONSOLE" not in result.stderr
     assert re.search(r"<title>probe 0\.25 true</title>", result.stdout)
 
@@ -181,8 +228,9 @@ def test_bad_files_are_reported_and_the_good_ones_scored(root, run_script):
     save_label(folder / "c.png", np.zeros((32, 30), np.uint8), COLOURS)
     (root / "experiments/tiny/run/cams/d.npz").write_bytes(b"PK")
     (root / "datasets/tiny/test/sam_masks/e.npz").write_bytes(b"none")
-    result = run_script("evaluate_miou.py", "--dataset", "tiny", "--experiment", "run", "--root", root, "--workers", 0,
-                        fails=True)
+    result = run_script(
+        "evaluate_miou.py", "--dataset", "tiny", "--experiment", "run", "--root", root, "--workers", 0, fails=True
+    )
     assert result.returncode == 1 and "5 files could not be scored" in result.stderr
     for name in ("segmentation/a.png", "segmentation/b.png", "segmentation/c", "cams/d.npz", "sam_masks/e.npz"):
         assert name in result.stderr
@@ -208,22 +256,44 @@ def test_several_processes_give_the_same_counts(made, monkeypatch):
 
 def test_chosen_stages_released_protocol_and_no_train_truth(root, run_script):
     shutil.rmtree(root / "datasets/tiny/train/labels")
-    result = run_script("evaluate_miou.py", "--dataset", "tiny", "--experiment", "run", "--root", root, "--workers", 0,
-                        "--stages", "segmentation", "pseudo_labels", "--protocol", "released", "--samples", 0)
+    result = run_script(
+        "evaluate_miou.py",
+        "--dataset",
+        "tiny",
+        "--experiment",
+        "run",
+        "--root",
+        root,
+        "--workers",
+        0,
+        "--stages",
+        "segmentation",
+        "pseudo_labels",
+        "--protocol",
+        "released",
+        "--samples",
+        0,
+    )
     assert "so the train split is not scored" in result.stdout and "Released protocol" in result.stdout
     rows = scores_of(root)["stages"]
     assert [f"{row['experiment']}/{row['stage']}" for row in rows] == ["run/segmentation", "supervised/segmentation"]
-    truth, label = (np.stack([load_label(folder / f"{id}.png", 4) for id in "abcde"]) for folder in
-                    (root / "datasets/tiny/test/labels", root / "experiments/tiny/run/segmentation"))
+    truth, label = (
+        np.stack([load_label(folder / f"{id}.png", 4) for id in "abcde"])
+        for folder in (root / "datasets/tiny/test/labels", root / "experiments/tiny/run/segmentation")
+    )
     counted = (truth < 3) & (label < 3)
     assert rows[0]["overall_accuracy"] == pytest.approx((truth == label)[counted].mean())
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--experiment", "other"], "experiments/tiny/other is missing"),
-    (["--experiment", "run", "--stages", "classifier"], 'stages holds "classifier"'),
-    (["--experiment", "run", "--stages", "cams_test"], "cams_test is missing: run step 2"),
-    (["--experiment", "../run"], 'experiment is "../run"')])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--experiment", "other"], "experiments/tiny/other is missing"),
+        (["--experiment", "run", "--stages", "classifier"], 'stages holds "classifier"'),
+        (["--experiment", "run", "--stages", "cams_test"], "cams_test is missing: run step 2"),
+        (["--experiment", "../run"], 'experiment is "../run"'),
+    ],
+)
 def test_error_messages(made, run_script, arguments, words):
     result = run_script("evaluate_miou.py", "--dataset", "tiny", "--root", made, *arguments, fails=True)
     assert words in result.stderr.replace("\n", " ") and len(result.stderr.strip().splitlines()) == 1
@@ -231,13 +301,21 @@ def test_error_messages(made, run_script, arguments, words):
 
 def test_the_papers_figures_stand_at_the_last_stage_and_the_bound():
     row = {"title": "segmentation", "split": "test", "is_bound": False, "partial": False, "images": 1} | dict.fromkeys(
-        ("miou", "miou_all_classes", "mean_f1", "overall_accuracy", "kappa", "share_of_supervised"), 0.5)
-    summary = {"classes": ["a"], "paper": {"miou": 40.96, "share_of_supervised": 65.66, "supervised": 62.38},
-               "stages": [row | {"split": "train"}, row, dict(row), row | {"is_bound": True}]}
+        ("miou", "miou_all_classes", "mean_f1", "overall_accuracy", "kappa", "share_of_supervised"), 0.5
+    )
+    summary = {
+        "classes": ["a"],
+        "paper": {"miou": 40.96, "share_of_supervised": 65.66, "supervised": 62.38},
+        "stages": [row | {"split": "train"}, row, dict(row), row | {"is_bound": True}],
+    }
     titles, rows = report.table(summary)
     first = titles.index("paper: mIoU")
     assert [cells[first : first + 2] for cells in rows] == [
-        ["not published"] * 2, ["not published"] * 2, ["40.96", "65.66"], ["62.38 (implied)", "100"]]
+        ["not published"] * 2,
+        ["not published"] * 2,
+        ["40.96", "65.66"],
+        ["62.38 (implied)", "100"],
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 4, 9])

@@ -98,16 +98,21 @@ def small_dataset(tmp_path):
     """Two patches of 16 px with label maps in <root>/source, SAM masks for the first only."""
     folder = tmp_path / "datasets" / "tiny"
     folder.mkdir(parents=True)
-    (folder / "dataset.toml").write_text('patch_size = 16\nclasses = [{name = "a", colour = [1, 0, 0]}, '
-                                         '{name = "b", colour = [0, 1, 0]}, {name = "c", colour = [0, 0, 1]}]\n')
+    (folder / "dataset.toml").write_text(
+        'patch_size = 16\nclasses = [{name = "a", colour = [1, 0, 0]}, '
+        '{name = "b", colour = [0, 1, 0]}, {name = "c", colour = [0, 0, 1]}]\n'
+    )
     dataset = load_dataset("tiny", tmp_path)
     rng = np.random.default_rng(0)
     dataset.images("train").mkdir(parents=True)
     for id in ("p", "q"):
         (dataset.images("train") / f"{id}.png").touch()
         save_label(tmp_path / "source" / f"{id}.png", rng.integers(0, 3, (16, 16)).astype(np.uint8), dataset.colours)
-    write_image_labels(dataset.image_labels_file("train"), dataset.classes,
-                       {"p": np.array([1, 0, 1], bool), "q": np.array([0, 1, 0], bool)})
+    write_image_labels(
+        dataset.image_labels_file("train"),
+        dataset.classes,
+        {"p": np.array([1, 0, 1], bool), "q": np.array([0, 1, 0], bool)},
+    )
     masks = pack_masks(rng.random((5, 16, 16)) < 0.4)
     save_masks(dataset.sam_masks("train") / "p.npz", masks)
     return dataset, tmp_path, masks
@@ -136,8 +141,14 @@ def test_masks_may_be_read_late():
     calls = []
     dense = np.ones((1, 4, 4), bool)
     packed = pack_masks(dense)
-    late = Masks((4, 4), lambda: calls.append(1) or packed.bits, packed.areas, packed.boxes, packed.predicted_iou,
-                 packed.stability)
+    late = Masks(
+        (4, 4),
+        lambda: calls.append(1) or packed.bits,
+        packed.areas,
+        packed.boxes,
+        packed.predicted_iou,
+        packed.stability,
+    )
     assert len(late) == 1 and not calls
     np.testing.assert_array_equal(late.unpack(), dense)
     assert len(late.bits) and calls == [1]

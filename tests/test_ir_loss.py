@@ -42,7 +42,9 @@ def double(*tensors):
     return [tensor.detach().double().numpy() for tensor in tensors]
 
 
-@pytest.mark.parametrize(("tiles", "size"), [(1, (6, 8)), (4, (6, 8)), (4, (7, 5)), (9, (6, 9)), (9, (7, 8)), (4, (2, 2)), (1, (1, 1))])
+@pytest.mark.parametrize(
+    ("tiles", "size"), [(1, (6, 8)), (4, (6, 8)), (4, (7, 5)), (9, (6, 9)), (9, (7, 8)), (4, (2, 2)), (1, (1, 1))]
+)
 def test_equals_the_formula(tiles, size):
     arrays = inputs(size=size)
     expected = reference(*double(*arrays), tiles)
@@ -52,12 +54,18 @@ def test_equals_the_formula(tiles, size):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 999), tiles=st.sampled_from([1, 4, 9]), height=st.integers(3, 8), width=st.integers(3, 8),
-       scale=st.sampled_from([1e-3, 1.0, 1e4]))
+@given(
+    seed=st.integers(0, 999),
+    tiles=st.sampled_from([1, 4, 9]),
+    height=st.integers(3, 8),
+    width=st.integers(3, 8),
+    scale=st.sampled_from([1e-3, 1.0, 1e4]),
+)
 def test_equals_the_formula_for_any_range(seed, tiles, height, width, scale):
     cam, image, label = inputs(seed, size=(height, width))
     assert float(image_reconstruction_loss(cam * scale, image, label, tiles)) == pytest.approx(
-        reference(*double(cam * scale, image, label), tiles), rel=3e-6)
+        reference(*double(cam * scale, image, label), tiles), rel=3e-6
+    )
 
 
 def test_tiles_must_be_a_square_that_fits():
@@ -70,7 +78,7 @@ def test_tiles_must_be_a_square_that_fits():
 
 
 def test_a_class_may_look_different_in_each_tile():
-    """Left half red, right half green, one class everywhere: one colour cannot paint that, a colour for each tile can."""
+    """Half red, half green, one class everywhere: one colour cannot paint that, a colour for each tile can."""
     cam, label = torch.ones(1, 1, 4, 4), torch.ones(1, 1)
     image = torch.zeros(1, 3, 4, 4)
     image[:, 0, :, :2], image[:, 1, :, 2:] = 1, 1
@@ -99,9 +107,11 @@ def test_absent_classes_have_no_say():
 
 
 def test_zeros_give_no_nan():
-    for cam, image, label in ((torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 9, 9), torch.ones(2, 3)),
-                              (-torch.ones(2, 3, 4, 4), torch.randn(2, 3, 9, 9), torch.ones(2, 3)),
-                              (torch.randn(2, 3, 4, 4), torch.full((2, 3, 9, 9), 0.4), torch.zeros(2, 3))):
+    for cam, image, label in (
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 9, 9), torch.ones(2, 3)),
+        (-torch.ones(2, 3, 4, 4), torch.randn(2, 3, 9, 9), torch.ones(2, 3)),
+        (torch.randn(2, 3, 4, 4), torch.full((2, 3, 9, 9), 0.4), torch.zeros(2, 3)),
+    ):
         cam.requires_grad_()
         loss = image_reconstruction_loss(cam, image, label)
         loss.backward()
@@ -124,7 +134,9 @@ def test_mixed_precision_does_not_reach_it():
 def test_gradients_by_finite_differences(tiles):
     cam, image, label = inputs(batch=1, classes=2, size=(3, 4), image=(5, 7), dtype=torch.float64)
     label[:] = True
-    assert torch.autograd.gradcheck(lambda cam: image_reconstruction_loss(cam, image, label, tiles), (cam.requires_grad_(),))
+    assert torch.autograd.gradcheck(
+        lambda cam: image_reconstruction_loss(cam, image, label, tiles), (cam.requires_grad_(),)
+    )
 
 
 def test_the_image_is_a_target_without_gradient():

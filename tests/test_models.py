@@ -13,8 +13,13 @@ from models.classifier import Classifier
 from models.deeplab import AtrousSpatialPyramidPooling, ChannelAttention, DeepLabV3Plus, SpatialAttention
 from tools.training import parameter_groups
 
-CHANNELS = {"resnet18": (64, 128, 512), "resnet34": (64, 128, 512), "resnet50": (256, 512, 2048), "resnet101": (256, 512, 2048),
-            "mobilenet_v2": (24, 32, 1280)}
+CHANNELS = {
+    "resnet18": (64, 128, 512),
+    "resnet34": (64, 128, 512),
+    "resnet50": (256, 512, 2048),
+    "resnet101": (256, 512, 2048),
+    "mobilenet_v2": (24, 32, 1280),
+}
 
 
 def norms(module):
@@ -27,8 +32,10 @@ def test_backbones_have_output_stride_16_without_dilation(name):
     with torch.inference_mode():
         for height, width in ((64, 96), (50, 33)):
             shapes = [tuple(features.shape) for features in backbone(torch.zeros(1, 3, height, width))]
-            assert shapes == [(1, channels, -(-height // stride), -(-width // stride))
-                              for channels, stride in zip(CHANNELS[name], (4, 8, 16), strict=True)]
+            assert shapes == [
+                (1, channels, -(-height // stride), -(-width // stride))
+                for channels, stride in zip(CHANNELS[name], (4, 8, 16), strict=True)
+            ]
     assert (backbone.low_channels, backbone.high_channels) == CHANNELS[name][::2]
     convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
     assert {module.dilation for module in convolutions} == {(1, 1)}
@@ -60,8 +67,13 @@ def resnet18_file(tmp_path_factory):
 
     file = tmp_path_factory.mktemp("weights") / "resnet18.pth"
     torch.manual_seed(3)
-    torch.save({key: value.half() if value.is_floating_point() else value for key, value in models.resnet18().state_dict().items()},
-               file)
+    torch.save(
+        {
+            key: value.half() if value.is_floating_point() else value
+            for key, value in models.resnet18().state_dict().items()
+        },
+        file,
+    )
     return file
 
 
@@ -95,12 +107,20 @@ class Hostile:
 
 
 def test_bad_weights_files_are_refused_in_one_sentence(resnet18_file, tmp_path):
-    bad = {"truncated": resnet18_file.read_bytes()[:5000], "empty": b"", "text": b"this is no checkpoint",
-           "pickle": pickle.dumps(Hostile(tmp_path / "ran"))}
+    bad = {
+        "truncated": resnet18_file.read_bytes()[:5000],
+        "empty": b"",
+        "text": b"this is no checkpoint",
+        "pickle": pickle.dumps(Hostile(tmp_path / "ran")),
+    }
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-    for name, content in {"list": [1, 2], "numbers": {"conv1.weight": 3}, "tensor": torch.zeros(3),
-                          "hostile": {"state_dict": Hostile(tmp_path / "ran")}}.items():
+    for name, content in {
+        "list": [1, 2],
+        "numbers": {"conv1.weight": 3},
+        "tensor": torch.zeros(3),
+        "hostile": {"state_dict": Hostile(tmp_path / "ran")},
+    }.items():
         torch.save(content, tmp_path / name)
         bad[name] = content
     for name in [*bad, "missing", "."]:
@@ -122,7 +142,7 @@ def test_no_bytes_end_in_a_traceback(content, tmp_path_factory):
     file = tmp_path_factory.mktemp("bytes") / "weights.pth"
     for prefix in (b"", b"\x80\x02"):  # the second is how a pickle starts
         file.write_bytes(prefix + content)
-        with pytest.raises(ValueError, match="cannot be read|does not fit"):
+        with pytest.raises(ValueError, match=r"cannot be read|does not fit"):
             Backbone("resnet18", str(file))
 
 
@@ -137,8 +157,11 @@ def test_what_the_classifier_trains(train_all):
     (logits.square().sum() + maps.square().sum()).backward()
     for stage in (model.backbone.low, model.backbone.mid):
         assert all((parameter.grad is not None) == train_all for parameter in stage.parameters())
-    assert all(parameter.grad is not None for module in (model.backbone.high, model.classifier, model.prc)
-               for parameter in module.parameters())
+    assert all(
+        parameter.grad is not None
+        for module in (model.backbone.high, model.classifier, model.prc)
+        for parameter in module.parameters()
+    )
     assert all(not torch.equal(norm.running_mean, old) for norm, old in zip(norms(model.backbone), before, strict=True))
 
 
@@ -178,11 +201,18 @@ def test_parts_of_the_segmenter():
     dilations = [branch[0].dilation[0] for branch in model.aspp.branches]
     assert dilations == [1, 6, 12, 18]
     assert all(branch[0].out_channels == 256 for branch in [*model.aspp.branches, model.aspp.pooling])
-    rates = [module.p for part in (model.aspp, model.low, model.decoder) for module in part.modules() if isinstance(module, nn.Dropout)]
+    rates = [
+        module.p
+        for part in (model.aspp, model.low, model.decoder)
+        for module in part.modules()
+        if isinstance(module, nn.Dropout)
+    ]
     assert rates == [0.5, 0.5, 0.1]
     new = [module for part in model.new for module in part.modules()]
     groups = [module for module in new if isinstance(module, nn.GroupNorm)]
-    assert len(groups) == 9 and {module.num_groups for module in groups} == {4}  # 4 + 1 + 1 in ASPP, 1 low, 2 in the decoder
+    assert len(groups) == 9 and {module.num_groups for module in groups} == {
+        4
+    }  # 4 + 1 + 1 in ASPP, 1 low, 2 in the decoder
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in new)
     attention = model.low[1].shared
     assert (attention[0].in_channels, attention[0].out_channels, attention[2].out_channels) == (48, 3, 48)
@@ -195,7 +225,10 @@ def test_attention_by_hand():
     x = torch.randn(2, 6, 5, 4)
     channel, spatial = ChannelAttention(6), SpatialAttention()
     down, up = (layer.weight[:, :, 0, 0] for layer in (channel.shared[0], channel.shared[2]))
-    weights = [torch.sigmoid(sum(up @ (down @ pooled).relu() for pooled in (image.mean((1, 2)), image.amax((1, 2))))) for image in x]
+    weights = [
+        torch.sigmoid(sum(up @ (down @ pooled).relu() for pooled in (image.mean((1, 2)), image.amax((1, 2)))))
+        for image in x
+    ]
     assert torch.allclose(channel(x), x * torch.stack(weights)[:, :, None, None], atol=1e-6)
     pooled = torch.stack([x.mean(1), x.amax(1)], 1)
     assert torch.allclose(spatial(x), x * torch.sigmoid(spatial.convolution(pooled)), atol=1e-6)
@@ -234,7 +267,9 @@ def test_statistics_stay_frozen_on_several_gpus():
 
 def build(kind):
     backbone = Backbone("resnet18", "none")
-    return DeepLabV3Plus(backbone, 3, width=8) if kind == "deeplab" else Classifier(backbone, 3, train_all=kind == "all")
+    return (
+        DeepLabV3Plus(backbone, 3, width=8) if kind == "deeplab" else Classifier(backbone, 3, train_all=kind == "all")
+    )
 
 
 @pytest.mark.parametrize("kind", ["classifier", "all", "deeplab"])
@@ -252,4 +287,6 @@ def test_parameter_groups(kind):
         assert group["lr"] == pytest.approx(0.1 * (1 if pretrained else 10) * (2 if bias else 1)), name
         assert group["weight_decay"] == (0 if bias else 1e-4), name
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    assert bool(frozen) == (kind == "classifier") and all(name.startswith(("backbone.low", "backbone.mid")) for name in frozen)
+    assert bool(frozen) == (kind == "classifier") and all(
+        name.startswith(("backbone.low", "backbone.mid")) for name in frozen
+    )

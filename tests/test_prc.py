@@ -30,7 +30,9 @@ def reference(weight, cam, features, image, gamma, iterations):
         affinity = reference_affinity(weight, features[b], image[b], gamma)
         maps = cam[b].reshape(len(cam[b]), -1)
         for _ in range(iterations):
-            maps = np.array([[sum(row[i] * affinity[i, j] for i in range(len(row))) for j in range(len(row))] for row in maps])
+            maps = np.array(
+                [[sum(row[i] * affinity[i, j] for i in range(len(row))) for j in range(len(row))] for row in maps]
+            )
         result[b] = maps.reshape(cam[b].shape)
     return result
 
@@ -52,8 +54,18 @@ def double(*tensors):
     return [tensor.detach().double().numpy() for tensor in tensors]
 
 
-@pytest.mark.parametrize(("gamma", "iterations", "size"), [(0.7, 1, (4, 5)), (0.6, 2, (4, 5)), (0.9, 1, (3, 3)), (0, 1, (1, 4)),
-                                                          (0.999, 1, (4, 5)), (0.7, 0, (4, 5)), (0.5, 3, (1, 1))])
+@pytest.mark.parametrize(
+    ("gamma", "iterations", "size"),
+    [
+        (0.7, 1, (4, 5)),
+        (0.6, 2, (4, 5)),
+        (0.9, 1, (3, 3)),
+        (0, 1, (1, 4)),
+        (0.999, 1, (4, 5)),
+        (0.7, 0, (4, 5)),
+        (0.5, 3, (1, 1)),
+    ],
+)
 def test_equals_the_formula(gamma, iterations, size):
     prc = module(gamma, iterations)
     arrays = inputs(size=size)
@@ -90,7 +102,7 @@ def test_limits_of_gamma():
     everything = module(0).affinity(features, image)
     assert (everything > 0).all()
     for wrong in (0.9991, 1.0, -0.1, float("nan")):
-        with pytest.raises(ValueError, match="gamma is .* between 0 and 0.999"):
+        with pytest.raises(ValueError, match=r"gamma is .* between 0 and 0.999"):
             PixelRelationshipConstraint(6, wrong)
     with pytest.raises(ValueError, match="iterations is -1"):
         PixelRelationshipConstraint(6, 0.7, -1)
@@ -100,7 +112,9 @@ def test_no_iteration_is_no_constraint():
     cam, features, image = inputs()
     prc = module(iterations=0)
     assert torch.equal(prc(cam, features, image), cam)
-    assert not any(parameter.requires_grad for parameter in prc.parameters())  # a process group would wait for its gradient
+    assert not any(
+        parameter.requires_grad for parameter in prc.parameters()
+    )  # a process group would wait for its gradient
 
 
 def test_equal_pixels_share_their_evidence():
@@ -134,8 +148,10 @@ def test_mixed_precision_does_not_reach_it():
 
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_gradients_by_finite_differences(iterations):
-    cam, features, image = (tensor.requires_grad_() for tensor in inputs(batch=1, classes=2, depth=3, size=(2, 3), image=(5, 7),
-                                                                         dtype=torch.float64))
+    cam, features, image = (
+        tensor.requires_grad_()
+        for tensor in inputs(batch=1, classes=2, depth=3, size=(2, 3), image=(5, 7), dtype=torch.float64)
+    )
     prc = module(0.7, iterations, 3, torch.float64)
     weight = prc.projection.weight
 

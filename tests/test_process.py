@@ -125,11 +125,21 @@ def break_small(how: str, folder: Path) -> None:
         Image.new("RGB", (16, 16)).save(image.with_name("extra.jpg"))
 
 
-@pytest.mark.parametrize("how, part", [
-    ("no label", "p1.png has no label map"), ("no image", "p1.png has no image"), ("size", "but its image has 17 x 16"),
-    ("grey", "mode L, not 8-bit RGB"), ("ignored", "p1.png is 255 (ignore) everywhere"), ("id", "holds the class id 3"),
-    ("colours", "not a map of class ids"), ("short", "p1.png cannot be read"), ("empty", "p1.png cannot be read"),
-    ("jpg", "extra.jpg is no png")])
+@pytest.mark.parametrize(
+    "how, part",
+    [
+        ("no label", "p1.png has no label map"),
+        ("no image", "p1.png has no image"),
+        ("size", "but its image has 17 x 16"),
+        ("grey", "mode L, not 8-bit RGB"),
+        ("ignored", "p1.png is 255 (ignore) everywhere"),
+        ("id", "holds the class id 3"),
+        ("colours", "not a map of class ids"),
+        ("short", "p1.png cannot be read"),
+        ("empty", "p1.png cannot be read"),
+        ("jpg", "extra.jpg is no png"),
+    ],
+)
 def test_wrong_files_are_listed(tmp_path, run_script, how, part):
     folder = small(tmp_path)
     break_small(how, folder)

@@ -15,7 +15,8 @@ K = 4
 
 def pixels(values=(*range(K), 255), size=40):
     return st.lists(st.tuples(st.sampled_from(values), st.sampled_from(values)), max_size=size).map(
-        lambda pairs: np.array(pairs, np.uint8).reshape(-1, 2).T)
+        lambda pairs: np.array(pairs, np.uint8).reshape(-1, 2).T
+    )
 
 
 def matrix_of(pairs, num_classes=K):
@@ -26,8 +27,11 @@ def matrix_of(pairs, num_classes=K):
 
 def by_loops(truth, prediction, left_out, protocol):
     """The definitions, pixel by pixel and class by class, in Python numbers."""
-    counted = [(t, p) for t, p in zip(truth.tolist(), prediction.tolist(), strict=True)
-               if t != 255 and t not in left_out and not (protocol == "released" and p in left_out)]
+    counted = [
+        (t, p)
+        for t, p in zip(truth.tolist(), prediction.tolist(), strict=True)
+        if t != 255 and t not in left_out and not (protocol == "released" and p in left_out)
+    ]
     found = {name: [math.nan] * K for name in ("iou", "f1", "precision", "recall")} | {"support": [0] * K}
     for k in range(K):
         hit = sum(t == k and p == k for t, p in counted)
@@ -125,9 +129,17 @@ def test_chunks_do_not_change_the_counts(monkeypatch):
     assert np.array_equal(matrix_of([array.T for array in pairs]).counts, whole)  # not contiguous
 
 
-@pytest.mark.parametrize(("truth", "prediction", "words"), [
-    ([0, 1], [0], "shape"), ([0, 4], [0, 1], "truth holds the id 4"), ([0, 1], [0, 9], "prediction holds the id 9"),
-    ([0, -1], [0, 1], "truth must hold"), ([0, 1], [0, 300], "prediction must hold"), ([0.0], [0], "truth must hold")])
+@pytest.mark.parametrize(
+    ("truth", "prediction", "words"),
+    [
+        ([0, 1], [0], "shape"),
+        ([0, 4], [0, 1], "truth holds the id 4"),
+        ([0, 1], [0, 9], "prediction holds the id 9"),
+        ([0, -1], [0, 1], "truth must hold"),
+        ([0, 1], [0, 300], "prediction must hold"),
+        ([0.0], [0], "truth must hold"),
+    ],
+)
 def test_wrong_arrays_are_refused_and_add_nothing(truth, prediction, words):
     matrix = ConfusionMatrix(K)
     with pytest.raises(ValueError, match=words):

@@ -25,8 +25,13 @@ def normalise(image: Tensor) -> Tensor:
     return (image.float() / 255 - mean) / std
 
 
-def augment(rng: np.random.Generator, image: Tensor, label: Tensor | None, patch_size: int,
-            scale: tuple[float, float] = (0.5, 1.5)) -> tuple[Tensor, Tensor | None]:
+def augment(
+    rng: np.random.Generator,
+    image: Tensor,
+    label: Tensor | None,
+    patch_size: int,
+    scale: tuple[float, float] = (0.5, 1.5),
+) -> tuple[Tensor, Tensor | None]:
     """Random scale (bicubic), horizontal flip, normalisation, and crop or placement on zeros.
 
     image (3,H,W) uint8, label (H,W) uint8 or None -> image (3,S,S) float32, label (S,S) with 255 where there is no
@@ -65,11 +70,19 @@ class TrainingPatches(TorchDataset):
     """Patches of a training, indexed by (epoch, patch) so that the same seed gives the same crops in any worker.
 
     `images` is the folder of <id>.png; `targets` either the image-level labels, id -> (K,) bool, or the folder of label
-    maps <id>.png, which are cropped along with the image. Items: image (3,S,S) float32, target (K,) float32 or (S,S) int64.
+    maps <id>.png, which are cropped along with the image. Items: image (3,S,S) float32, target (K,) float32 or (S,S)
+    int64.
     """
 
-    def __init__(self, ids: list[str], images: Path, targets: dict[str, np.ndarray] | Path, num_classes: int,
-                 patch_size: int, seed: int):
+    def __init__(
+        self,
+        ids: list[str],
+        images: Path,
+        targets: dict[str, np.ndarray] | Path,
+        num_classes: int,
+        patch_size: int,
+        seed: int,
+    ):
         self.ids, self.images, self.targets, self.num_classes = ids, images, targets, num_classes
         self.patch_size, self.seed = patch_size, seed
 
@@ -85,7 +98,9 @@ class TrainingPatches(TorchDataset):
             return augment(rng, image, None, self.patch_size)[0], torch.from_numpy(self.targets[id]).float()
         label = torch.from_numpy(load_label(self.targets / f"{id}.png", self.num_classes))
         if label.shape != image.shape[1:]:
-            raise UserError(f"{self.targets / id}.png has {label.shape[1]} x {label.shape[0]} pixels, its image "
-                            f"{image.shape[2]} x {image.shape[1]}")
+            raise UserError(
+                f"{self.targets / id}.png has {label.shape[1]} x {label.shape[0]} pixels, its image "
+                f"{image.shape[2]} x {image.shape[1]}"
+            )
         image, label = augment(rng, image, label, self.patch_size)
         return image, label.long()

@@ -37,25 +37,36 @@ class _Images(torch.utils.data.Dataset):
             return id, None, str(error)
 
 
-def image_batches(folder: Path, ids: Sequence[str], images_at_once: int, workers: int,
-                  bad: Callable[[str], None]) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield (ids, images (B,3,H,W) uint8) of neighbours of equal size; sentences on unreadable files go to `bad`."""
+def image_batches(
+    folder: Path, ids: Sequence[str], images_at_once: int, workers: int, bad: Callable[[str], None]
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield (ids, images (B,3,H,W) uint8) of neighbours of equal size; sentences on unreadable files go to `bad`.
+
+    B is `images_at_once` always, and images after the last id are to be ignored: sums in floating point depend on the
+    size of a batch, and an image must get the same result whatever else is left to do, in any number of processes.
+    """
     group: list[tuple[str, Tensor]] = []
+
+    def batch() -> tuple[list[str], Tensor]:
+        images = [image for _, image in group]
+        return [id for id, _ in group], torch.stack(images + images[:1] * (images_at_once - len(images)))
+
     for id, image, sentence in DataLoader(_Images(folder, ids), batch_size=None, num_workers=workers):
         if image is None:
             bad(sentence)
             continue
         if group and (len(group) == images_at_once or group[0][1].shape != image.shape):
-            yield [id for id, _ in group], torch.stack([image for _, image in group])
+            yield batch()
             group = []
         group.append((id, image))
     if group:
-        yield [id for id, _ in group], torch.stack([image for _, image in group])
+        yield batch()
 
 
 @torch.inference_mode()
-def mirrored_scales(predict: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float],
-                    device: torch.device) -> list[Tensor]:
+def mirrored_scales(
+    predict: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float], device: torch.device
+) -> list[Tensor]:
     """For each scale `predict` of the images plus the un-mirrored `predict` of their mirrors: (B,K,h,w) float32 each.
 
     images (B,3,H,W) uint8; `predict` maps normalised (2B,3,H',W') to (2B,K,h',w'), image and mirror in one batch.
@@ -73,20 +84,28 @@ def mirrored_scales(predict: Callable[[Tensor], Tensor], images: Tensor, scales:
 
 
 def save_cams(path: Path, classes: np.ndarray, maps: Sequence[np.ndarray], size: tuple[int, int]) -> None:
-    """Store the maps of each scale at feature size: everything that the full-size maps are made of, in a fraction of the disk.
+    """Store the maps of each scale at feature size: all that the full-size maps are made of, in a fraction of the disk.
 
-    classes (k,) ids of the classes present, ascending; maps: for each scale (k,h,w), not negative; size: (H,W) of the image.
-    Values go to float16 as shares of the class's maximum, which is kept in float32, so nothing over- or underflows.
+    classes (k,) ids of the classes present, ascending; maps: for each scale (k,h,w), not negative; size: (H,W) of the
+    image. Values go to float16 as shares of the class's maximum, which is kept in float32, so nothing overflows.
     """
     peaks = np.max([scale.max((1, 2)) for scale in maps], axis=0).astype(np.float32)
     shares = [(scale / np.maximum(peaks, 1e-30)[:, None, None]).astype(np.float16) for scale in maps]
     with write_whole(path) as temporary:
-        np.savez_compressed(temporary, classes=classes.astype(np.uint8), size=np.array(size, np.int32), peaks=peaks,
-                            **{f"scale{index}": scale for index, scale in enumerate(shares)})
+        np.savez_compressed(
+            temporary,
+            classes=classes.astype(np.uint8),
+            size=np.array(size, np.int32),
+            peaks=peaks,
+            **{f"scale{index}": scale for index, scale in enumerate(shares)},
+        )
 
 
 def fuse_scales(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """(k,h,w) of each scale -> (k,H,W): upsampled to the size rounded up to the output stride, summed, cut, over their maximum."""
+    """Class maps (k,h,w) of each scale -> (k,H,W) in 0..1.
+
+    Upsampled to the size rounded up to the output stride, summed, cut to the image, divided by each map's maximum.
+    """
     padded = [-(-length // OUTPUT_STRIDE) * OUTPUT_STRIDE for length in size]
     total = sum(F.interpolate(scale[None], padded, mode="bilinear", align_corners=False)[0] for scale in maps)
     total = total[:, : size[0], : size[1]]
@@ -113,5 +132,7 @@ def load_cams(path: Path) -> tuple[np.ndarray, np.ndarray]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run python infer_classification.py again, it makes what lacks") from None
     except Exception as error:  # zip, npy and shape errors have no common class
-        raise UserError(f"{path} cannot be read as class activation maps ({error}): delete it and run python "
-                        "infer_classification.py again") from None
+        raise UserError(
+            f"{path} cannot be read as class activation maps ({error}): delete it and run python "
+            "infer_classification.py again"
+        ) from None

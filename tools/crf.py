@@ -22,25 +22,43 @@ PROBABILITY_FLOOR = 1e-5  # the unary of the usual densecrf helper: -log of the 
 Filter = Callable[[torch.Tensor], torch.Tensor]  # (N, K) -> (N, K): each column summed over all pixels with a kernel
 
 
-def dense_crf(probabilities: np.ndarray, image: np.ndarray, iterations: int = 10,
-              gaussian_sigma: float = 1.0, gaussian_weight: float = 3.0,
-              bilateral_sigma_xy: float = 67.0, bilateral_sigma_rgb: float = 3.0, bilateral_weight: float = 4.0,
-              mode: str = "lattice", device: str | torch.device = "cpu") -> np.ndarray:
+def dense_crf(
+    probabilities: np.ndarray,
+    image: np.ndarray,
+    iterations: int = 10,
+    gaussian_sigma: float = 1.0,
+    gaussian_weight: float = 3.0,
+    bilateral_sigma_xy: float = 67.0,
+    bilateral_sigma_rgb: float = 3.0,
+    bilateral_weight: float = 4.0,
+    mode: str = "lattice",
+    device: str | torch.device = "cpu",
+) -> np.ndarray:
     """Class probabilities (K, H, W) of the image (H, W, 3) uint8 -> mean-field marginals (K, H, W) float32.
 
     The probabilities need not sum to one: the unary is -log p, p clipped to [1e-5, 1]. Potts compatibility. Sigmas are
     standard deviations, in pixels and in colour values 0..255. A weight of 0 leaves its kernel out.
     mode: "lattice" | "exact". device: any torch device; on the CPU the lattice runs through scipy.sparse.
     ValueError where shapes, types or values do not fit."""
-    return DenseCRF(image, gaussian_sigma, gaussian_weight, bilateral_sigma_xy, bilateral_sigma_rgb, bilateral_weight,
-                    mode, device)(probabilities, iterations)
+    return DenseCRF(
+        image, gaussian_sigma, gaussian_weight, bilateral_sigma_xy, bilateral_sigma_rgb, bilateral_weight, mode, device
+    )(probabilities, iterations)
 
 
 class DenseCRF:
     """The two kernels of one image, built once; call it with class probabilities. Arguments: see dense_crf."""
 
-    def __init__(self, image: np.ndarray, gaussian_sigma: float, gaussian_weight: float, bilateral_sigma_xy: float,
-                 bilateral_sigma_rgb: float, bilateral_weight: float, mode: str, device: str | torch.device):
+    def __init__(
+        self,
+        image: np.ndarray,
+        gaussian_sigma: float,
+        gaussian_weight: float,
+        bilateral_sigma_xy: float,
+        bilateral_sigma_rgb: float,
+        bilateral_weight: float,
+        mode: str,
+        device: str | torch.device,
+    ):
         image = np.asarray(image)
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
             raise ValueError(f"the image must be uint8 of shape (H, W, 3), not {image.dtype} {image.shape}")
@@ -69,8 +87,10 @@ class DenseCRF:
         """Probabilities (K, H, W), floating -> marginals (K, H, W) float32. No iteration: softmax of -unary."""
         probabilities = np.asarray(probabilities)
         if probabilities.ndim != 3 or probabilities.shape[1:] != self.shape or len(probabilities) == 0:
-            raise ValueError(f"the probabilities must be of shape (K, {self.shape[0]}, {self.shape[1]}) as the image, "
-                             f"not {probabilities.shape}")
+            raise ValueError(
+                f"the probabilities must be of shape (K, {self.shape[0]}, {self.shape[1]}) as the image, "
+                f"not {probabilities.shape}"
+            )
         if probabilities.dtype.kind != "f" or not np.isfinite(probabilities).all():
             raise ValueError("the probabilities must be finite floating-point numbers")
         if iterations < 0:
@@ -133,7 +153,7 @@ def exact_filter(image: np.ndarray, sigma_xy: float, sigma_rgb: float, device: t
         try:
             for i, row in enumerate(parts):
                 for column in parts[i:]:
-                    kernel = memory[:row.stop - row.start, :column.stop - column.start]
+                    kernel = memory[: row.stop - row.start, : column.stop - column.start]
                     torch.mm(xy[row], xy_other[column].T, out=kernel)
                     kernel.addmm_(rgb[row], rgb_other[column].T, beta=1 / sigma_xy**2, alpha=1 / sigma_rgb**2)
                     kernel.clamp_(min=-80).exp_()  # e^-80 is nothing; what underflows is 30 times slower on some CPUs
@@ -175,8 +195,9 @@ def _product(matrix, device: torch.device) -> Filter:
     if device.type == "cpu":
         return lambda values: torch.from_numpy(matrix @ values.numpy())
     matrix = matrix.tocoo()
-    moved = torch.sparse_coo_tensor(np.stack(matrix.coords), matrix.data, matrix.shape, device=device,
-                                    check_invariants=False).coalesce()
+    moved = torch.sparse_coo_tensor(
+        np.stack(matrix.coords), matrix.data, matrix.shape, device=device, check_invariants=False
+    ).coalesce()
     return lambda values: moved @ values
 
 

@@ -1,6 +1,7 @@
 """What a data set is: its description (dataset.toml), its patches on disk and their image-level labels."""
 
 import csv
+import io
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -12,7 +13,18 @@ from tools.command import UserError
 from tools.folders import ROOT, write_whole
 
 SPLITS = ("train", "test")
-KEYS = {"base", "title", "patch_size", "stride", "classes", "ignore_colours", "left_out_of_mean", "scenes", "rules", "paper"}
+KEYS = {
+    "base",
+    "title",
+    "patch_size",
+    "stride",
+    "classes",
+    "ignore_colours",
+    "left_out_of_mean",
+    "scenes",
+    "rules",
+    "paper",
+}
 
 
 @dataclass(frozen=True)
@@ -57,10 +69,12 @@ class Dataset:
         """The patches of a split, sorted; raises `UserError` when there are none."""
         if split not in SPLITS:
             raise UserError(f'split is "{split}", but it must be one of {", ".join(SPLITS)}')
-        ids = sorted(path.stem for path in self.images(split).glob("*.png"))
+        ids = sorted(path.stem for path in self.images(split).glob("[!.]*.png"))  # hidden files are no images
         if not ids:
-            raise UserError(f"{self.images(split)} holds no png images: cut the scenes into patches with the data set's "
-                            "script in datasetsprocess first")
+            raise UserError(
+                f"{self.images(split)} holds no png images: cut the scenes into patches with the data set's "
+                "script in datasetsprocess first"
+            )
         return ids
 
     def image_labels(self, split: str) -> dict[str, np.ndarray]:
@@ -73,8 +87,6 @@ def load_dataset(name: str, root: Path = ROOT) -> Dataset:
 
     `base = "<other>"` takes every line not given from another description.
     """
-    if not re.fullmatch(r"[\w-]+", name):
-        raise UserError(f'dataset is "{name}", but a data set\'s name holds only letters, digits, "_" and "-"')
     description = _read_description(name, Path(root), ())
     path = _description_file(name, Path(root))
     missing = {"patch_size", "classes"} - description.keys()
@@ -94,6 +106,9 @@ def _description_file(name: str, root: Path) -> Path:
 
 
 def _read_description(name: str, root: Path, seen: tuple[str, ...]) -> dict:
+    if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
+        what = f"base of {seen[-1]}" if seen else "dataset"
+        raise UserError(f'{what} is "{name}", but a data set\'s name holds only letters, digits, "_" and "-"')
     path = _description_file(name, root)
     if name in seen:
         raise UserError(f"{path}: base leads back to itself ({' -> '.join([*seen, name])})")
@@ -114,14 +129,34 @@ def _read_description(name: str, root: Path, seen: tuple[str, ...]) -> dict:
 
 def _build(name: str, path: Path, folder: Path, description: dict) -> Dataset:
     entries = description["classes"]
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and entry.keys() == {"name", "colour"} for entry in entries):
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and entry.keys() == {"name", "colour"} for entry in entries
+    ):
         raise UserError(f'{path}: classes must be a list of {{name = "...", colour = [r, g, b]}}')
     names = tuple(str(entry["name"]) for entry in entries)
     if not 1 <= len(names) <= 250:
         raise UserError(f"{path} has {len(names)} classes, but 1 to 250 are possible")
+    for entry in names:  # it must come back unchanged from a column of image_labels.csv
+        if entry != entry.strip() or entry in ("", "id") or not entry.isprintable():
+            raise UserError(
+                f'{path}: the class "{entry}" needs another name: not id, without spaces at its ends and line breaks'
+            )
+    for what, kind, called in (
+        ("ignore_colours", list, "list"),
+        ("left_out_of_mean", list, "list"),
+        ("scenes", dict, "table"),
+        ("rules", dict, "table"),
+        ("paper", dict, "table"),
+    ):
+        if not isinstance(description.get(what, kind()), kind):
+            raise UserError(f"{path}: {what} is {description[what]}, but it must be a {called}")
     ignore_colours = description.get("ignore_colours", [])
-    for what, colour in [(entry["name"], entry["colour"]) for entry in entries] + [("ignore", c) for c in ignore_colours]:
-        if not (isinstance(colour, list) and len(colour) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in colour)):
+    for what, colour in [(entry["name"], entry["colour"]) for entry in entries] + [
+        ("ignore", c) for c in ignore_colours
+    ]:
+        if not (
+            isinstance(colour, list) and len(colour) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in colour)
+        ):
             raise UserError(f"{path}: the colour of {what} is {colour}, not three whole numbers from 0 to 255")
     colours = [tuple(entry["colour"]) for entry in entries]
     every = colours + [tuple(colour) for colour in ignore_colours]
@@ -132,7 +167,7 @@ def _build(name: str, path: Path, folder: Path, description: dict) -> Dataset:
     for what, number in (("patch_size", patch_size), ("stride", stride)):
         if not isinstance(number, int) or number < 16:
             raise UserError(f"{path}: {what} is {number}, but it must be a whole number of at least 16 pixels")
-    left_out = tuple(description.get("left_out_of_mean", []))
+    left_out = tuple(map(str, description.get("left_out_of_mean", [])))
     if not set(left_out) < set(names):
         raise UserError(f"{path}: left_out_of_mean names {', '.join(left_out)}, but the classes are {', '.join(names)}")
     return Dataset(
@@ -167,23 +202,29 @@ def read_image_labels(path: Path, classes: tuple[str, ...], ids: list[str]) -> d
     twice, has no image or is missing, and an image without any class.
     """
     if not path.exists():
-        raise UserError(f"{path} is missing: run python datasetsprocess/process.py, or write it by hand (docs/own_data.md)")
+        raise UserError(
+            f"{path} is missing: run python datasetsprocess/process.py, or write it by hand (docs/own_data.md)"
+        )
     try:
-        rows = list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines()))
+        rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a csv text file in UTF-8 ({error})") from None
     header = [cell.strip() for cell in rows[0]] if rows else []
     if sorted(header[1:]) != sorted(classes) or header[:1] != ["id"]:
-        raise UserError(f"{path} must begin with the line id,{','.join(classes)}, but begins with "
-                        f"{','.join(header)[:200] or 'nothing'}")
+        raise UserError(
+            f"{path} must begin with the line id,{','.join(classes)}, but begins with "
+            f"{','.join(header)[:200] or 'nothing'}"
+        )
     columns = [header.index(name) for name in classes]
     wanted, labels = set(ids), {}
     for number, row in enumerate(rows[1:], start=2):
         if not row:
             continue
         if len(row) != len(header) or any(row[column].strip() not in ("0", "1") for column in columns):
-            raise UserError(f"{path}, line {number}: expected an id and {len(classes)} values 0 or 1, found {','.join(row)[:200]}")
-        id = row[0].strip()
+            raise UserError(
+                f"{path}, line {number}: expected an id and {len(classes)} values 0 or 1, found {','.join(row)[:200]}"
+            )
+        id = row[0] if row[0] in wanted else row[0].strip()
         if id in labels:
             raise UserError(f"{path}, line {number}: {id} is given a second time")
         if id not in wanted:

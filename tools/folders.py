@@ -20,10 +20,29 @@ from tqdm import tqdm
 from tools.command import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-# Constants that change where or how fast a step runs, not what it makes: they may differ between a run and its continuation.
-NOT_SETTINGS = {"root", "overwrite", "workers", "images_at_once", "samples", "download", "points_per_batch", "coloured_maps", "missing_scenes"}
-PACKAGES = ("torch", "torchvision", "accelerate", "segment-anything", "numpy", "scipy", "opencv-python-headless",
-            "scikit-image", "pillow")
+# Constants that change where or how fast a step runs, not what it makes: they may differ when a run is continued.
+NOT_SETTINGS = {
+    "root",
+    "overwrite",
+    "workers",
+    "images_at_once",
+    "samples",
+    "download",
+    "points_per_batch",
+    "coloured_maps",
+    "missing_scenes",
+}
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "accelerate",
+    "segment-anything",
+    "numpy",
+    "scipy",
+    "opencv-python-headless",
+    "scikit-image",
+    "pillow",
+)
 MADE_BY = {  # step folder -> the step that makes it
     "classifier": "step 1, python train_classification.py",
     "cams": "step 2, python infer_classification.py",
@@ -34,6 +53,17 @@ MADE_BY = {  # step folder -> the step that makes it
     "refined_segmentation": "step 7, python generate_refined_seg.py",
     "sam_masks": "step 9, python PRC_SAM/get_se_map.py",
 }
+
+
+def process_state():
+    """Accelerate's `PartialState`: which of how many processes this is, and its device.
+
+    Told that there is no GPU, processes on CPUs share the work too; left alone, each would do all of it.
+    """
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 @contextmanager
@@ -56,7 +86,9 @@ def write_json(path: Path, content: dict) -> None:
 
 def experiment_folder(root: Path, dataset: str, experiment: str) -> Path:
     """<root>/experiments/<dataset>/<experiment>; raises `UserError` for a name that would leave that folder."""
-    if not experiment or not all(part.isalnum() for part in experiment.replace("-", "_").replace(".", "_").split("_") if part):
+    if not experiment or not all(
+        part.isalnum() for part in experiment.replace("-", "_").replace(".", "_").split("_") if part
+    ):
         raise UserError(f'experiment is "{experiment}", but its name may hold only letters, digits, "_", "-" and "."')
     if set(experiment) <= {"."}:
         raise UserError(f'experiment is "{experiment}", which is no name for a folder')
@@ -74,7 +106,7 @@ def require(folder: Path) -> dict:
     if not folder.is_dir():
         raise UserError(f"{folder} is missing: run {maker}")
     try:
-        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        run = _read_account(folder / "run.json")
     except FileNotFoundError:
         raise UserError(f"{folder} has no run.json: run {maker} --overwrite") from None
     except ValueError:
@@ -94,8 +126,17 @@ class StepFolder:
     Several processes (accelerate) may open the same folder: the main one writes run.json.
     """
 
-    def __init__(self, folder: Path, constants, inputs: dict[str, dict] | None = None, notes: dict | None = None,
-                 device: str = "cpu", process: int = 0, processes: int = 1, settings: dict | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        constants,
+        inputs: dict[str, dict] | None = None,
+        notes: dict | None = None,
+        device: str = "cpu",
+        process: int = 0,
+        processes: int = 1,
+        settings: dict | None = None,
+    ):
         self.folder, self.process, self.processes = Path(folder), process, processes
         self.failures: list[str] = []
         self._start = time.time()
@@ -119,23 +160,29 @@ class StepFolder:
             self.run["notes"] = run.get("notes", {}) | self.run["notes"]
         if process == 0:
             self._open(getattr(constants, "overwrite", False))
+        if processes > 1:  # nobody writes before the main process has emptied, refused or made the folder
+            process_state().wait_for_everyone()
 
     def _open(self, overwrite: bool) -> None:
         file = self.folder / "run.json"
         if overwrite and self.folder.exists():
             if any(self.folder.iterdir()) and not file.exists():
-                raise UserError(f"{self.folder} was not made by a step (it has no run.json), so --overwrite leaves it "
-                                "alone: move it away")
+                raise UserError(
+                    f"{self.folder} was not made by a step (it has no run.json), so --overwrite leaves it "
+                    "alone: move it away"
+                )
             shutil.rmtree(self.folder)
         if file.exists():
             try:
-                before = json.loads(file.read_text(encoding="utf-8"))
+                before = _read_account(file)
             except ValueError:
                 raise UserError(f"{file} is damaged: --overwrite starts {self.folder} anew") from None
             self._refuse_other_settings(before)
             self.run["started"], self.run["seconds"] = before["started"], before["seconds"]
         elif self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} is not empty but has no run.json, so nobody knows how it was made: move it away")
+            raise UserError(
+                f"{self.folder} is not empty but has no run.json, so nobody knows how it was made: move it away"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.rglob(".*.tmp*"):
             leftover.unlink(missing_ok=True)
@@ -144,14 +191,21 @@ class StepFolder:
     def _refuse_other_settings(self, before: dict) -> None:
         def differences(kind: str, skip: set[str]) -> list[str]:
             old, new = before.get(kind, {}), self.run[kind]
-            return [f"{key}: {old.get(key)} there, {new.get(key)} now"
-                    for key in sorted((old.keys() | new.keys()) - skip) if old.get(key) != new.get(key)]
+            return [
+                f"{key}: {old.get(key)} there, {new.get(key)} now"
+                for key in sorted((old.keys() | new.keys()) - skip)
+                if old.get(key) != new.get(key)
+            ]
 
-        other = differences("constants", NOT_SETTINGS) + [f"made from another run of {line}" for line in differences("inputs", set())]
+        other = differences("constants", NOT_SETTINGS) + [
+            f"made from another run of {line}" for line in differences("inputs", set())
+        ]
         if other:
             elsewhere = ", or choose another --experiment" if "experiment" in self.run["constants"] else ""
-            raise UserError(f"{self.folder} was made with other settings ({'; '.join(other)}): --overwrite starts it "
-                            f"anew{elsewhere}")
+            raise UserError(
+                f"{self.folder} was made with other settings ({'; '.join(other)}): --overwrite starts it "
+                f"anew{elsewhere}"
+            )
 
     def pending(self, ids: Sequence[str], suffix: str) -> list[str]:
         """This process's share of the ids whose file <folder>/<id><suffix> is not there yet."""
@@ -161,9 +215,17 @@ class StepFolder:
         """Keep the sentence of one bad file; `close` reports them all after the good ones are done."""
         self.failures.append(str(error))
 
-    def each(self, work: Callable[[str], None], ids: Sequence[str], workers: int = 0, description: str = "",
-             unit: str = "image") -> None:
-        """Call `work(id)` for each id, in `workers` processes (0: in this one), with progress; bad files are kept for the end.
+    def each(
+        self,
+        work: Callable[[str], None],
+        ids: Sequence[str],
+        workers: int = 0,
+        description: str = "",
+        unit: str = "image",
+    ) -> None:
+        """Call `work(id)` for each id, in `workers` processes (0: in this one), with progress.
+
+        Bad files (`UserError`) are kept for the end.
 
         `work` must be picklable when there are workers: a module-level function or a `functools.partial` of one.
         """
@@ -189,10 +251,19 @@ class StepFolder:
         if sentence:
             self.failures.append(sentence)
 
+    def join(self) -> None:
+        """Wait until all processes are done; their failures come together in the main one, which reports them."""
+        if self.processes > 1:
+            from accelerate.utils import gather_object
+
+            failures = gather_object(self.failures)
+            self.failures = failures if self.process == 0 else []
+
     def close(self, suffix: str, **results) -> None:
         """Write run.json with the count of files and the time; raise `UserError` with the list if files failed."""
         self.run["seconds"] = round(self.run["seconds"] + time.time() - self._start, 1)
-        self.run["files"] = sum(1 for _ in self.folder.glob(f"*{suffix}"))
+        made = self.folder.glob(f"*{suffix}")
+        self.run["files"] = sum(path.stem != "contact_sheet" and path.name[0] != "." for path in made)
         self.run["finished"] = not self.failures
         self.run |= results
         if self.process == 0:
@@ -200,8 +271,18 @@ class StepFolder:
         if self.failures:
             shown = "\n  ".join(self.failures[:20])
             more = f"\n  and {len(self.failures) - 20} more" if len(self.failures) > 20 else ""
-            raise UserError(f"{len(self.failures)} files could not be done; all others are finished. Mend or remove these "
-                            f"and run the same command again:\n  {shown}{more}")
+            raise UserError(
+                f"{len(self.failures)} files could not be done; all others are finished. Mend or remove these "
+                f"and run the same command again:\n  {shown}{more}"
+            )
+
+
+def _read_account(file: Path) -> dict:
+    """The content of a run.json; ValueError when it is none."""
+    run = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(run, dict) or not {"constants", "started", "seconds"} <= run.keys():
+        raise ValueError("not the account of a step")
+    return run
 
 
 def _attempt(work: Callable[[str], None], id: str) -> str | None:
@@ -234,8 +315,14 @@ def _versions() -> dict[str, str]:
 
 def _commit() -> str:
     try:
-        answer = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True,
-                                text=True, timeout=10, check=True)
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
         return answer.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"

@@ -81,8 +81,10 @@ def load_label(path: Path, num_classes: int) -> np.ndarray:
         raise UserError(f"{path} cannot be read as an image ({error})") from None
     wrong = (ids >= num_classes) & (ids != IGNORE)
     if wrong.any():
-        raise UserError(f"{path} holds the class id {ids[wrong][0]}, but there are {num_classes} classes (0 to "
-                        f"{num_classes - 1}, and 255 for ignore)")
+        raise UserError(
+            f"{path} holds the class id {ids[wrong][0]}, but there are {num_classes} classes (0 to "
+            f"{num_classes - 1}, and 255 for ignore)"
+        )
     return ids
 
 

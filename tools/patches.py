@@ -49,8 +49,10 @@ class Scene:
         tiles = whole_tiles(*self.ids.shape, self.dataset.patch_size, self.dataset.stride)
         if not tiles:
             height, width = self.ids.shape
-            raise UserError(f"{self.image.path} has {width} x {height} pixels, too few for one patch of "
-                            f"{self.dataset.patch_size}: leave the scene out, or set a smaller patch_size")
+            raise UserError(
+                f"{self.image.path} has {width} x {height} pixels, too few for one patch of "
+                f"{self.dataset.patch_size}: leave the scene out, or set a smaller patch_size"
+            )
         return tiles
 
     def random(self, *place: int) -> np.random.Generator:
@@ -68,8 +70,11 @@ def whole_tiles(height: int, width: int, patch: int, stride: int) -> list[tuple[
     return [(row, column) for row in range(rows) for column in range(columns)]
 
 
-def four_versions(image: np.ndarray, ids: np.ndarray, random: np.random.Generator,
-                  ) -> list[tuple[np.ndarray, np.ndarray]]:
+def four_versions(
+    image: np.ndarray,
+    ids: np.ndarray,
+    random: np.random.Generator,
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """A square patch as it is, flipped vertically, flipped horizontally, and turned by 90, 180 or 270 degrees."""
     turns = int(random.integers(1, 4))
     ways = (lambda a: a, np.flipud, np.fliplr, lambda a: np.rot90(a, turns))
@@ -85,8 +90,12 @@ class Source:
     truth: Path
 
 
-def find_sources(raw: Path, scenes: dict[str, list[str]], places: dict[str, tuple[str, str]], missing_scenes: str,
-                 ) -> dict[str, list[Source]]:
+def find_sources(
+    raw: Path,
+    scenes: dict[str, list[str]],
+    places: dict[str, tuple[str, str]],
+    missing_scenes: str,
+) -> dict[str, list[Source]]:
     """The files of every scene: split -> sources.
 
     `places` gives the paths of image and truth below `raw` for each split, without suffix and with {} for the scene.
@@ -96,8 +105,10 @@ def find_sources(raw: Path, scenes: dict[str, list[str]], places: dict[str, tupl
     check(raw.is_dir(), f"{raw} is missing: unpack the archives there as the top of this script says, or set --raw")
     names = [name for split in SPLITS for name in scenes.get(split, [])]
     for name in names:
-        check(re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
-              f'the scene "{name}" needs another name: only letters, digits, "_" and "-" are possible')
+        check(
+            re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
+            f'the scene "{name}" needs another name: only letters, digits, "_" and "-" are possible',
+        )
         check(names.count(name) == 1, f"the scene {name} is listed twice: a scene belongs to one split")
     found: dict[str, list[Source]] = {split: [] for split in SPLITS}
     missing = []
@@ -109,8 +120,10 @@ def find_sources(raw: Path, scenes: dict[str, list[str]], places: dict[str, tupl
             missing += [place for place, path in paths.items() if not path]
     shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
     if missing and (missing_scenes == "stop" or not any(found.values())):
-        raise UserError(f"{raw} lacks {shown} ({' or '.join(SUFFIXES)}): unpack the whole archives as the top of this "
-                        "script says, or cut the scenes that are there with --missing-scenes skip")
+        raise UserError(
+            f"{raw} lacks {shown} ({' or '.join(SUFFIXES)}): unpack the whole archives as the top of this "
+            "script says, or cut the scenes that are there with --missing-scenes skip"
+        )
     if missing:
         print(f"not in {raw}, so their scenes are skipped: {shown}")
     return found
@@ -126,14 +139,19 @@ def _find(stem: Path) -> Path | None:
 def rule_of(dataset: Dataset, *keys: str) -> list:
     """The values of the data set's [rules]; raises `UserError` for one that is not there."""
     missing = [key for key in keys if key not in dataset.rules]
-    check(not missing, f'the [rules] in the dataset.toml of "{dataset.name}" lack {", ".join(missing)}: take them from '
-                       "the description that comes with the project, or leave [rules] out and set base")
+    check(
+        not missing,
+        f'the [rules] in the dataset.toml of "{dataset.name}" lack {", ".join(missing)}: take them from '
+        "the description that comes with the project, or leave [rules] out and set base",
+    )
     return [dataset.rules[key] for key in keys]
 
 
 def class_id(dataset: Dataset, name: str) -> int:
-    check(name in dataset.classes, f'the [rules] of "{dataset.name}" name the class {name}, but the classes are '
-                                   f"{', '.join(dataset.classes)}")
+    check(
+        name in dataset.classes,
+        f'the [rules] of "{dataset.name}" name the class {name}, but the classes are {", ".join(dataset.classes)}',
+    )
     return dataset.classes.index(name)
 
 
@@ -150,16 +168,23 @@ def split_scenes(constants, dataset: Dataset, sources: dict[str, list[Source]], 
         if not sources[split]:
             print(f"{split}: no scenes, so no patches")
             continue
-        settings = {"patch_size": dataset.patch_size, "stride": dataset.stride, "classes": list(dataset.classes),
-                    "colours": dataset.colours.tolist(), "ignore_colours": dataset.ignore_colours.tolist(),
-                    "rules": dataset.rules, "scenes": dataset.scenes.get(split, [])}
+        settings = {
+            "patch_size": dataset.patch_size,
+            "stride": dataset.stride,
+            "classes": list(dataset.classes),
+            "colours": dataset.colours.tolist(),
+            "ignore_colours": dataset.ignore_colours.tolist(),
+            "rules": dataset.rules,
+            "scenes": dataset.scenes.get(split, []),
+        }
         folders[split] = StepFolder(dataset.folder / split, constants, settings=settings)
     failures, total = [], 0
     for split, folder in folders.items():
         done = {path.stem for path in (folder.folder / "scenes").glob("*.json")}
         _remove_begun(folder.folder, done)
-        work = partial(_cut, rule=rule, split=split, dataset=dataset, seed=constants.seed,
-                       unknown=constants.unknown_colours)
+        work = partial(
+            _cut, rule=rule, split=split, dataset=dataset, seed=constants.seed, unknown=constants.unknown_colours
+        )
         todo = [source for source in sources[split] if source.scene not in done]
         folder.each(work, todo, constants.workers, f"{split} scenes", unit="scene")
         try:
@@ -188,8 +213,10 @@ def _cut(source: Source, rule: Rule, split: str, dataset: Dataset, seed: int, un
     """Write the patches of one scene, then scenes/<scene>.json, which says that they are all there."""
     with Raster(source.image) as image, Raster(source.truth) as truth:
         if image.shape != truth.shape:
-            raise UserError(f"{source.image} has {image.shape[1]} x {image.shape[0]} pixels but {source.truth} has "
-                            f"{truth.shape[1]} x {truth.shape[0]}: they must be the same scene at the same size")
+            raise UserError(
+                f"{source.image} has {image.shape[1]} x {image.shape[0]} pixels but {source.truth} has "
+                f"{truth.shape[1]} x {truth.shape[0]}: they must be the same scene at the same size"
+            )
         ids, colours = read_truth(truth, dataset)
         truth.close()  # a TIFF in one strip is held whole: not this one and the image at the same time
         if colours and unknown == "stop":
@@ -223,14 +250,17 @@ def _describe(truth: Path, colours: dict) -> str:
     shown = ", ".join(f"{colour} in {colours[colour]} pixels" for colour in most[:5])
     if len(most) > 5:
         shown += f" and {len(most) - 5} more colours in {sum(colours[colour] for colour in most[5:])} pixels"
-    return (f"{truth} holds colours that are no class: {shown}. Mend the file, leave the scene out of [scenes] in a "
-            "dataset.toml of your own, or make these pixels 255 (ignored) with --unknown-colours ignore --overwrite")
+    return (
+        f"{truth} holds colours that are no class: {shown}. Mend the file, leave the scene out of [scenes] in a "
+        "dataset.toml of your own, or make these pixels 255 (ignored) with --unknown-colours ignore --overwrite"
+    )
 
 
 def save_image(path: Path, rgb: np.ndarray) -> None:
     """Write (H,W,3) uint8 as PNG. Filter and strategy suit photographs: far faster than Pillow, files no larger."""
-    png = imagecodecs.png_encode(np.ascontiguousarray(rgb), level=1, strategy=imagecodecs.PNG.STRATEGY.RLE,
-                                 filter=imagecodecs.PNG.FILTER.AVG)
+    png = imagecodecs.png_encode(
+        np.ascontiguousarray(rgb), level=1, strategy=imagecodecs.PNG.STRATEGY.RLE, filter=imagecodecs.PNG.FILTER.AVG
+    )
     with write_whole(path) as temporary:
         temporary.write_bytes(png)
 
@@ -248,8 +278,12 @@ def _account(folder: StepFolder, split: str) -> None:
 def _picture(dataset: Dataset, split: str) -> None:
     from tools.pictures import colourise, contact_sheet, sample_ids  # only here: the workers need no fonts
 
-    rows = [[load_image(dataset.images(split) / f"{id}.png"),
-             colourise(load_label(dataset.labels(split) / f"{id}.png", dataset.num_classes), dataset.colours)]
-            for id in sample_ids(dataset.ids(split), 6)]
+    rows = [
+        [
+            load_image(dataset.images(split) / f"{id}.png"),
+            colourise(load_label(dataset.labels(split) / f"{id}.png", dataset.num_classes), dataset.colours),
+        ]
+        for id in sample_ids(dataset.ids(split), 6)
+    ]
     legend = zip(dataset.classes, dataset.colours, strict=True)
     contact_sheet(dataset.folder / split / "contact_sheet.png", rows, ["image", "truth"], legend)

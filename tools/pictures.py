@@ -56,15 +56,20 @@ def regions(masks: np.ndarray, image: np.ndarray, alpha: float = 0.5) -> np.ndar
     return picture
 
 
-def contact_sheet(path: Path, rows: Sequence[Sequence[np.ndarray | None]], titles: Sequence[str],
-                  legend: Iterable[tuple[str, Sequence[int]]] = ()) -> None:
+def contact_sheet(
+    path: Path,
+    rows: Sequence[Sequence[np.ndarray | None]],
+    titles: Sequence[str],
+    legend: Iterable[tuple[str, Sequence[int]]] = (),
+) -> None:
     """Write one PNG: a grid of pictures under column titles, with a strip of class names and colours below.
 
     `rows` hold (H,W,3) uint8 pictures, None for an empty cell. Small patches are enlarged by a whole factor, so that
     single pixels stay visible; large ones are reduced to 256 px. `legend` gives (name, (r, g, b)) for each class.
     """
-    cells = [[None if picture is None else Image.fromarray(np.ascontiguousarray(picture)) for picture in row]
-             for row in rows]
+    cells = [
+        [None if picture is None else Image.fromarray(np.ascontiguousarray(picture)) for picture in row] for row in rows
+    ]
     side = max((max(cell.size) for row in cells for cell in row if cell), default=CELL)
     cells = [[cell and _fit(cell, side) for cell in row] for row in cells]
     width = max((cell.width for row in cells for cell in row if cell), default=CELL)
@@ -123,7 +128,9 @@ def step_sheet(folder: Path, dataset: Dataset, split: str, columns: dict[str, Pa
         for load in (
             lambda id=id: load_image(dataset.images(split) / f"{id}.png"),
             *(
-                lambda id=id, source=source: colourise(load_label(source / f"{id}.png", dataset.num_classes), dataset.colours)
+                lambda id=id, source=source: colourise(
+                    load_label(source / f"{id}.png", dataset.num_classes), dataset.colours
+                )
                 for source in columns.values()
             ),
         ):
@@ -132,7 +139,9 @@ def step_sheet(folder: Path, dataset: Dataset, split: str, columns: dict[str, Pa
             except UserError:
                 cells.append(None)
         rows.append(cells)
-    contact_sheet(folder / "contact_sheet.png", rows, ["image", *columns], zip(dataset.classes, dataset.colours, strict=True))
+    contact_sheet(
+        folder / "contact_sheet.png", rows, ["image", *columns], zip(dataset.classes, dataset.colours, strict=True)
+    )
 
 
 def _blend(below: np.ndarray, above: np.ndarray, weight) -> np.ndarray:

@@ -67,13 +67,17 @@ class Raster:
 
     def _check(self, height: int, width: int, channels: int, bits: int) -> None:
         if height * width > MAX_PIXELS:
-            raise UserError(f"{self.path} has {width} x {height} pixels, more than the {MAX_PIXELS:,} of the largest "
-                            "scene that is read: cut it into parts")
+            raise UserError(
+                f"{self.path} has {width} x {height} pixels, more than the {MAX_PIXELS:,} of the largest "
+                "scene that is read: cut it into parts"
+            )
         if channels != 3 or bits != 8:
             found = f"{channels} channel{'s' * (channels != 1)} of {bits} bits"
-            raise UserError(f"{self.path} has {found}, but three of 8 bits are expected: choose channels with "
-                            "gdal_translate -b 1 -b 2 -b 3 (-b 1 three times for a grey image), scale to 8 bits with "
-                            "-ot Byte -scale; a truth must be colour-coded")
+            raise UserError(
+                f"{self.path} has {found}, but three of 8 bits are expected: choose channels with "
+                "gdal_translate -b 1 -b 2 -b 3 (-b 1 three times for a grey image), scale to 8 bits with "
+                "-ot Byte -scale; a truth must be colour-coded"
+            )
 
     def _read_whole(self) -> np.ndarray:
         with Image.open(self.path) as image:

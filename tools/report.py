@@ -41,29 +41,59 @@ class Stage:
     partial: bool = False
 
 
-def summarise(dataset: Dataset, stages: list[Stage], runs: dict[str, dict], failures: list[str], experiment: str,
-              supervised: str, protocol: str) -> dict:
+def summarise(
+    dataset: Dataset,
+    stages: list[Stage],
+    runs: dict[str, dict],
+    failures: list[str],
+    experiment: str,
+    supervised: str,
+    protocol: str,
+) -> dict:
     """What scores.json holds: the scores of each stage as fractions (null: not defined), and what they rest on."""
     left_out = np.flatnonzero(~dataset.scored)
     rows = []
     for stage in stages:
         every, headline = stage.matrix.scores(), stage.matrix.scores(left_out, protocol)
-        row = {"experiment": stage.experiment, "stage": stage.name, "title": stage.title, "split": stage.split,
-               "images": len(stage.per_image), "partial": stage.partial, "is_bound": stage.experiment == supervised,
-               "miou_all_classes": every["miou"], "share_of_supervised": None}
+        row = {
+            "experiment": stage.experiment,
+            "stage": stage.name,
+            "title": stage.title,
+            "split": stage.split,
+            "images": len(stage.per_image),
+            "partial": stage.partial,
+            "is_bound": stage.experiment == supervised,
+            "miou_all_classes": every["miou"],
+            "share_of_supervised": None,
+        }
         rows.append(row | headline | {"all_classes": every, "confusion": stage.matrix.counts})
     for row in rows:
-        bounds = [other["miou"] for other in rows if other["is_bound"] and other["split"] == row["split"]
-                  and other["stage"].startswith("segmentation") and other["miou"] > 0]
+        bounds = [
+            other["miou"]
+            for other in rows
+            if other["is_bound"]
+            and other["split"] == row["split"]
+            and other["stage"].startswith("segmentation")
+            and other["miou"] > 0
+        ]
         row["share_of_supervised"] = row["miou"] / bounds[0] if bounds else None
     of_the_paper = bool(dataset.paper) and (ROOT / "datasetsprocess" / f"{dataset.name}.toml").exists()
     known = facts(runs)
-    return plain({
-        "dataset": dataset.name, "title": dataset.title, "experiment": experiment, "protocol": protocol,
-        "classes": dataset.classes, "left_out_of_mean": dataset.left_out_of_mean,
-        "paper": dataset.paper if of_the_paper else {}, "facts": known,
-        "warnings": warnings(known, protocol, sum(stage.partial for stage in stages)), "failures": failures,
-        "stages": rows})
+    return plain(
+        {
+            "dataset": dataset.name,
+            "title": dataset.title,
+            "experiment": experiment,
+            "protocol": protocol,
+            "classes": dataset.classes,
+            "left_out_of_mean": dataset.left_out_of_mean,
+            "paper": dataset.paper if of_the_paper else {},
+            "facts": known,
+            "warnings": warnings(known, protocol, sum(stage.partial for stage in stages)),
+            "failures": failures,
+            "stages": rows,
+        }
+    )
 
 
 def accounts(folder: Path, *more: Path) -> dict[str, dict]:
@@ -95,8 +125,10 @@ def warnings(facts: dict[str, list[str]], protocol: str, partial: int) -> list[s
     """What a reader must know before believing a figure."""
     found = [f"A stand-in was used: {text}." for text in facts.get("stand in", [])]
     if protocol == "released" or "released" in facts.get(FACTS["protocol"], []):
-        found.append("Released protocol: pixel truth was used where a weakly supervised method has none, or pixels "
-                     "predicted as a left-out class were dropped. The clean protocol is the fair one.")
+        found.append(
+            "Released protocol: pixel truth was used where a weakly supervised method has none, or pixels "
+            "predicted as a left-out class were dropped. The clean protocol is the fair one."
+        )
     if partial:
         found.append(f"Partial scores: {partial} of the label folders lack images or hold damaged ones.")
     return found
@@ -118,8 +150,19 @@ def percent(value: float | None) -> str:
 
 def table(summary: dict) -> tuple[list[str], list[list[str]]]:
     """The main table: column titles, and one row of texts for each stage; the paper's figures stand at the last."""
-    titles = ["stage", "split", "mIoU", f"mIoU, all {len(summary['classes'])} classes", "mean F1",
-              "overall accuracy", "kappa", "share of supervised", "paper: mIoU", "paper: share", "images"]
+    titles = [
+        "stage",
+        "split",
+        "mIoU",
+        f"mIoU, all {len(summary['classes'])} classes",
+        "mean F1",
+        "overall accuracy",
+        "kappa",
+        "share of supervised",
+        "paper: mIoU",
+        "paper: share",
+        "images",
+    ]
     own = [row for row in summary["stages"] if row["split"] == "test" and not row["is_bound"]]
     rows = []
     for row in summary["stages"]:
@@ -128,9 +171,25 @@ def table(summary: dict) -> tuple[list[str], list[list[str]]]:
             paper = (f"{summary['paper']['miou']:.2f}", f"{summary['paper']['share_of_supervised']:.2f}")
         elif row["is_bound"] and row["split"] == "test" and summary["paper"]:
             paper = (f"{summary['paper']['supervised']:.2f} (implied)", "100")
-        rows.append([row["title"] + (" (partial)" if row["partial"] else ""), row["split"],
-                     *(percent(row[key]) for key in ("miou", "miou_all_classes", "mean_f1", "overall_accuracy", "kappa",
-                                                     "share_of_supervised")), *paper, str(row["images"])])
+        rows.append(
+            [
+                row["title"] + (" (partial)" if row["partial"] else ""),
+                row["split"],
+                *(
+                    percent(row[key])
+                    for key in (
+                        "miou",
+                        "miou_all_classes",
+                        "mean_f1",
+                        "overall_accuracy",
+                        "kappa",
+                        "share_of_supervised",
+                    )
+                ),
+                *paper,
+                str(row["images"]),
+            ]
+        )
     return titles, rows
 
 
@@ -149,8 +208,12 @@ def lines(summary: dict) -> list[str]:
     scored = len(summary["classes"]) - len(summary["left_out_of_mean"])
     left_out = f"; left out: {', '.join(summary['left_out_of_mean'])}" if summary["left_out_of_mean"] else ""
     made = "; ".join(f"{title}: {', '.join(values)}" for title, values in summary["facts"].items())
-    return [f"Protocol of the scores: {summary['protocol']}. mIoU and mean F1 over {scored} classes{left_out}. All in "
-            "per cent.", f"Made with {made}." if made else "How it was made is not recorded.", *summary["warnings"]]
+    return [
+        f"Protocol of the scores: {summary['protocol']}. mIoU and mean F1 over {scored} classes{left_out}. All in "
+        "per cent.",
+        f"Made with {made}." if made else "How it was made is not recorded.",
+        *summary["warnings"],
+    ]
 
 
 def markdown(summary: dict) -> str:
@@ -165,8 +228,19 @@ def markdown(summary: dict) -> str:
 
 def write_csv(path: Path, summary: dict) -> None:
     """One row for each stage, fractions from 0 to 1; an undefined score is empty."""
-    single = ("experiment", "stage", "split", "images", "partial", "miou", "miou_all_classes", "mean_f1",
-              "overall_accuracy", "kappa", "share_of_supervised")
+    single = (
+        "experiment",
+        "stage",
+        "split",
+        "images",
+        "partial",
+        "miou",
+        "miou_all_classes",
+        "mean_f1",
+        "overall_accuracy",
+        "kappa",
+        "share_of_supervised",
+    )
     several = ("iou", "f1", "precision", "recall", "support")
     with write_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -187,8 +261,13 @@ def choose(scores: dict[str, float], n: int) -> list[tuple[str, str]]:
 
 def sample(id: str, split: str, kind: str, score: float, pictures: dict[str, np.ndarray]) -> dict:
     """One patch for the page: its pictures title -> (H,W,3) uint8 as data URIs."""
-    return {"id": id, "split": split, "kind": kind, "score": percent(score),
-            "panels": [{"title": title, "source": data_uri(picture)} for title, picture in pictures.items()]}
+    return {
+        "id": id,
+        "split": split,
+        "kind": kind,
+        "score": percent(score),
+        "panels": [{"title": title, "source": data_uri(picture)} for title, picture in pictures.items()],
+    }
 
 
 def data_uri(picture: np.ndarray) -> str:
@@ -215,31 +294,52 @@ def curves(folder: Path) -> list[dict]:
             except ValueError:  # the line that was being written when the run was stopped
                 continue
             epochs += [entry] if isinstance(entry, dict) else []
-        names = dict.fromkeys(name for entry in epochs for name, value in entry.items()
-                              if name not in NOT_CURVES and isinstance(value, int | float))
+        names = dict.fromkeys(
+            name
+            for entry in epochs
+            for name, value in entry.items()
+            if name not in NOT_CURVES and isinstance(value, int | float)
+        )
         for name in names:
-            points = [(entry.get("epoch", number), entry[name]) for number, entry in enumerate(epochs, 1)
-                      if isinstance(entry.get(name), int | float) and math.isfinite(entry[name])]
+            points = [
+                (entry.get("epoch", number), entry[name])
+                for number, entry in enumerate(epochs, 1)
+                if isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
+            ]
             if points:
                 low, high = min(value for _, value in points), max(value for _, value in points)
                 found.append({"training": file.parent.name, "name": name, "points": points, "low": low, "high": high})
     return found
 
 
-def write_report(path: Path, dataset: Dataset, summary: dict, runs: dict[str, dict], curves: list[dict],
-                 samples: list[dict]) -> None:
+def write_report(
+    path: Path, dataset: Dataset, summary: dict, runs: dict[str, dict], curves: list[dict], samples: list[dict]
+) -> None:
     """Write report.html; samples beyond `MOST_BYTES` are left out, the last ones first."""
     size, kept = 0, []
     for each in samples:
         size += sum(len(panel["source"]) for panel in each["panels"])
         kept += [each] if size <= MOST_BYTES else []
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-                              lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
     environment.filters["percent"] = percent
     last = {row["split"]: row for row in summary["stages"] if row["experiment"] == summary["experiment"]}
     page = environment.get_template("report.html.j2").render(
-        summary=summary, table=table(summary), per_class=per_class(summary), lines=lines(summary), runs=runs,
-        curves=curves, samples=kept, left_out=len(samples) - len(kept), confusions=list(last.values()),
-        legend=[(name, colour.tolist()) for name, colour in zip(dataset.classes, dataset.colours, strict=True)])
+        summary=summary,
+        table=table(summary),
+        per_class=per_class(summary),
+        lines=lines(summary),
+        runs=runs,
+        curves=curves,
+        samples=kept,
+        left_out=len(samples) - len(kept),
+        confusions=list(last.values()),
+        legend=[(name, colour.tolist()) for name, colour in zip(dataset.classes, dataset.colours, strict=True)],
+    )
     with write_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -40,15 +40,19 @@ class ConfusionMatrix:
         for name, seen in (("truth", pairs.sum(axis=1)), ("prediction", pairs.sum(axis=0))):
             seen[known] = 0
             if seen.any():
-                raise ValueError(f"the {name} holds the id {seen.nonzero()[0][0]}, but there are {self.num_classes} "
-                                 f"classes and {self.ignore} for ignore")
+                raise ValueError(
+                    f"the {name} holds the id {seen.nonzero()[0][0]}, but there are {self.num_classes} "
+                    f"classes and {self.ignore} for ignore"
+                )
         self.counts += pairs[: self.num_classes, known]
 
     def merge(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
         """Add the counts of another matrix of the same classes to this one."""
         if (self.num_classes, self.ignore) != (other.num_classes, other.ignore):
-            raise ValueError(f"cannot add counts of {other.num_classes} classes (ignore {other.ignore}) to counts of "
-                             f"{self.num_classes} (ignore {self.ignore})")
+            raise ValueError(
+                f"cannot add counts of {other.num_classes} classes (ignore {other.ignore}) to counts of "
+                f"{self.num_classes} (ignore {self.ignore})"
+            )
         self.counts += other.counts
         return self
 
@@ -100,8 +104,10 @@ def _bytes(ids: np.ndarray, name: str) -> np.ndarray:
     if ids.dtype == np.uint8:
         return ids
     if ids.dtype.kind not in "iub" or (ids.size and not 0 <= ids.min() <= ids.max() <= 255):
-        raise ValueError(f"the {name} must hold whole numbers from 0 to 255, but is {ids.dtype}"
-                         + (f" from {ids.min()} to {ids.max()}" if ids.size else ""))
+        raise ValueError(
+            f"the {name} must hold whole numbers from 0 to 255, but is {ids.dtype}"
+            + (f" from {ids.min()} to {ids.max()}" if ids.size else "")
+        )
     return ids.astype(np.uint8)
 
 

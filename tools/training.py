@@ -19,14 +19,16 @@ from tools.folders import StepFolder, write_whole
 
 
 def make_accelerator(precision: str = "auto") -> Accelerator:
-    """Accelerate's device and processes. precision: "auto" is bf16 where a GPU has it and fp32 elsewhere."""
+    """Accelerate's device and processes. "auto" is bf16 where GPU or CPU (AMX) compute in it, and fp32 elsewhere."""
     if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "fp32"
+        on_gpu = torch.cuda.is_available()
+        fast = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu.get_capabilities().get("amx_tile", False)
+        precision = "bf16" if fast else "fp32"
     return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
-    """SGD groups of the recipe: pretrained weights lr, their biases x2, new weights x10, new biases x20; decay on weights.
+    """SGD groups of the recipe: pretrained weights lr, biases x2, new weights x10, new biases x20; decay on weights.
 
     BatchNorm's scale is a weight and its shift a bias.
     """
@@ -36,8 +38,13 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
         for bias in (False, True):
             parameters = [parameter for name, parameter in named if name.endswith("bias") == bias]
             if parameters:
-                groups.append({"params": parameters, "lr": lr * factor * (2 if bias else 1),
-                               "weight_decay": 0.0 if bias else weight_decay})
+                groups.append(
+                    {
+                        "params": parameters,
+                        "lr": lr * factor * (2 if bias else 1),
+                        "weight_decay": 0.0 if bias else weight_decay,
+                    }
+                )
     return groups
 
 
@@ -74,7 +81,9 @@ class EpochBatches(Sampler):
         return self.size // self.batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)).tolist()
+        order = torch.randperm(
+            self.size, generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        ).tolist()
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             batch = order[start : start + self.batch_size]
             yield [(self.epoch, index) for index in batch[self.process :: self.processes]]
@@ -95,7 +104,9 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict:
         raise UserError(f"{path} is missing: run the training again") from None
     except Exception as error:  # torch has no common class for damaged and hostile files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason[:120]}): train again with --overwrite") from None
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({reason[:120]}): train again with --overwrite"
+        ) from None
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:  # the last two where it is no state dict at all
@@ -104,9 +115,15 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict:
     return checkpoint
 
 
-def train(model: nn.Module, patches: TrainingPatches, compute_loss: Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]],
-          constants, folder: StepFolder, accelerator: Accelerator,
-          select: Callable[[nn.Module], float] | None = None) -> None:
+def train(
+    model: nn.Module,
+    patches: TrainingPatches,
+    compute_loss: Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]],
+    constants,
+    folder: StepFolder,
+    accelerator: Accelerator,
+    select: Callable[[nn.Module], float] | None = None,
+) -> None:
     """Train `model` for constants.epochs with the paper's recipe and leave model.pt, log.jsonl and TensorBoard files.
 
     compute_loss(model, images, targets) -> {"loss": total, ...parts} of scalars. After each epoch the state goes to
@@ -114,13 +131,25 @@ def train(model: nn.Module, patches: TrainingPatches, compute_loss: Callable[[nn
     epoch's; with it the epoch of the highest `select(model)`.
     """
     device, main = accelerator.device, accelerator.is_main_process
-    sampler = EpochBatches(len(patches), constants.batch_size, constants.seed, accelerator.process_index, accelerator.num_processes)
-    # Workers see the epoch through the sampler's (epoch, index), so they may live through all epochs. The loader draws its
-    # workers' seeds, which nothing uses, from a generator of its own: drawn from dropout's they would change the training.
-    loader = DataLoader(patches, batch_sampler=sampler, num_workers=constants.workers, pin_memory=device.type == "cuda",
-                        persistent_workers=constants.workers > 0, generator=torch.Generator())
-    optimiser = torch.optim.SGD(parameter_groups(model, constants.lr, constants.weight_decay), lr=constants.lr,
-                                momentum=constants.momentum, nesterov=constants.momentum > 0)
+    sampler = EpochBatches(
+        len(patches), constants.batch_size, constants.seed, accelerator.process_index, accelerator.num_processes
+    )
+    # Workers see the epoch through the sampler's (epoch, index), so they may live through all epochs. The loader draws
+    # its workers' seeds, which nothing uses, from a generator of its own: from dropout's they would change the training.
+    loader = DataLoader(
+        patches,
+        batch_sampler=sampler,
+        num_workers=constants.workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=constants.workers > 0,
+        generator=torch.Generator(),
+    )
+    optimiser = torch.optim.SGD(
+        parameter_groups(model, constants.lr, constants.weight_decay),
+        lr=constants.lr,
+        momentum=constants.momentum,
+        nesterov=constants.momentum > 0,
+    )
     base_rates = [group["lr"] for group in optimiser.param_groups]
     steps = constants.epochs * len(sampler)
     checkpoint_file, first, best = folder.folder / "checkpoint.pt", 0, -math.inf
@@ -163,10 +192,17 @@ def train(model: nn.Module, patches: TrainingPatches, compute_loss: Callable[[nn
         means = {name: float(accelerator.reduce(value, "mean")) / len(sampler) for name, value in sums.items()}
         seconds = time.perf_counter() - start
         if not math.isfinite(means["loss"]):
-            raise UserError(f"the loss became {means['loss']} in epoch {epoch + 1}: lower lr ({constants.lr}); the state after "
-                            f"epoch {epoch} is kept in {checkpoint_file}")
-        row = {"epoch": epoch + 1, "step": (epoch + 1) * len(sampler), **means, "lr": optimiser.param_groups[0]["lr"],
-               "images_per_second": round(len(sampler) * constants.batch_size / seconds, 2)}
+            raise UserError(
+                f"the loss became {means['loss']} in epoch {epoch + 1}: lower lr ({constants.lr}); the state after "
+                f"epoch {epoch} is kept in {checkpoint_file}"
+            )
+        row = {
+            "epoch": epoch + 1,
+            "step": (epoch + 1) * len(sampler),
+            **means,
+            "lr": optimiser.param_groups[0]["lr"],
+            "images_per_second": round(len(sampler) * constants.batch_size / seconds, 2),
+        }
         if select:
             row["train_miou"] = select(raw)
         if main:

@@ -1,0 +1,75 @@
+"""Checkpoints: whole or not at all, fitting or refused, and no file runs code."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tools.command import UserError
+from tools.training import load_checkpoint, save_checkpoint
+
+
+def net(classes=2):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, classes, 1))
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    file = tmp_path / "model.pt"
+    save_checkpoint(file, net(), epoch=3)
+    other = net()
+    assert load_checkpoint(file, other)["epoch"] == 3
+    state = torch.load(file, weights_only=True)["model"]
+    assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
+    with pytest.raises(UserError, match=r"model\.pt was made for another backbone or number of classes"):
+        load_checkpoint(file, nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"another backbone or number of classes .*size mismatch"):
+        load_checkpoint(file, net(5))
+    with pytest.raises(UserError, match="is missing: run the training again"):
+        load_checkpoint(tmp_path / "none.pt", net())
+    content = file.read_bytes()
+    for damage in (b"", content[:1000], content[:-400], b"PK\3\4", b"\x80\x02", b"text"):
+        file.write_bytes(damage)
+        with pytest.raises(UserError, match=r"model\.pt cannot be read as a checkpoint .*--overwrite"):
+            load_checkpoint(file, net())
+    for wrong in (
+        [1, 2],
+        {"weights": {}},
+        {"model": 3},
+        {"model": [1]},
+        {"model": {"a": 1}},
+        {"model": {1: torch.zeros(1)}},
+    ):
+        torch.save(wrong, file)
+        with pytest.raises(UserError, match=r"model\.pt (cannot be read|was made for another)"):
+            load_checkpoint(file, net())
+
+
+class Hostile:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (str(self.target), "w")
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    torch.save({"model": net().state_dict(), "epoch": Hostile(tmp_path / "ran")}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=r"model\.pt cannot be read as a checkpoint"):
+        load_checkpoint(tmp_path / "model.pt", net())
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    file = tmp_path / "checkpoint.pt"
+    save_checkpoint(file, net(), epoch=1)
+    before = file.read_bytes()
+
+    def full(content, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(file, net(), epoch=2)
+    assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
