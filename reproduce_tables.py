@@ -290,7 +290,8 @@ def caption(constants: Constants, dataset: Dataset) -> str:
     return (
         f"Protocol: {constants.protocol}. CAM, CRF and IOS columns on the train split, segmentation on the test split. "
         f"Seeds: {', '.join(map(str, constants.seeds))}. Classifier: {step1.backbone}, weights "
-        f"{Path(step1.weights).name}, {step1.epochs} epochs; segmenter: {step5.backbone}, {step5.epochs} epochs.{stand_in}"
+        f"{Path(step1.weights).name}, {step1.epochs} epochs; segmenter: {step5.backbone}, {step5.epochs} epochs."
+        + stand_in
     )
 
 

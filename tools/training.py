@@ -22,9 +22,10 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
     """Accelerate's device and processes. "auto" is bf16 where GPU or CPU (AMX) compute in it, and fp32 elsewhere."""
     if precision == "auto":
         on_gpu = torch.cuda.is_available()
-        fast = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu.get_capabilities().get("amx_tile", False)
+        fast = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu.get_capabilities().get("amx_tile")
         precision = "bf16" if fast else "fp32"
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    # told that there is no GPU, processes on CPUs share the work too; left alone, each would do all of it
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not torch.cuda.is_available())
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
@@ -135,7 +136,7 @@ def train(
         len(patches), constants.batch_size, constants.seed, accelerator.process_index, accelerator.num_processes
     )
     # Workers see the epoch through the sampler's (epoch, index), so they may live through all epochs. The loader draws
-    # its workers' seeds, which nothing uses, from a generator of its own: from dropout's they would change the training.
+    # its workers' seeds, which nothing uses, from a generator of its own: dropout's would be changed by them.
     loader = DataLoader(
         patches,
         batch_sampler=sampler,
