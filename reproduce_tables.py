@@ -51,6 +51,7 @@ class Constants:
     classification: train_classification.Constants = field(default_factory=train_classification.Constants)
     segmentation: train_segmentation.Constants = field(default_factory=train_segmentation.Constants)
     pseudo: make_pseudo_labels.Constants = field(default_factory=make_pseudo_labels.Constants)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 where GPU or CPU (AMX) compute in it, else fp32
     workers: int = 4  # processes that read and write
     images_at_once: int = 8  # patches of one batch of the inference steps
     root: Path = ROOT  # folder that holds datasets/ and experiments/
@@ -90,7 +91,7 @@ STAGES = {  # stage -> column
 }
 
 
-SHARED = ("dataset", "experiment", "split", "protocol", "seed", "labels", "workers", "root", "overwrite")
+SHARED = ("dataset", "experiment", "split", "protocol", "seed", "labels", "precision", "workers", "root", "overwrite")
 
 
 def check_constants(constants: Constants) -> None:
@@ -122,6 +123,7 @@ class Runner:
             "seed": self.seed,
             "root": self.constants.root,
             "protocol": self.constants.protocol,
+            "precision": self.constants.precision,
             "workers": self.constants.workers,
             "images_at_once": self.constants.images_at_once,
             **changes,

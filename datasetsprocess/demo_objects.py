@@ -1,6 +1,6 @@
 """What the demo's synthetic scenes are painted with: a canvas, materials, streets, buildings, trees, cars and the rest.
 
-Lengths are in pixels of about 20 cm, so that a car (9 x 18) fits the demo's patches as it does Vaihingen's.
+Lengths are in pixels of about 15 cm: a car is 13 x 28 of them, a patch of 128 pixels shows part of a street.
 """
 
 from dataclasses import dataclass, field
@@ -18,12 +18,12 @@ MATERIALS = {
     "paving": ((150, 142, 136), (128, 116, 108), 0.08),
     "gravel": ((146, 130, 116), (138, 108, 98), 0.10),
     "marking": ((205, 205, 205), (175, 175, 175), 0.04),
-    "tiles": ((160, 118, 86), (138, 96, 76), 0.07),
-    "slate": ((78, 80, 90), (98, 92, 94), 0.06),
-    "sheet": ((138, 136, 138), (122, 118, 116), 0.04),
-    "membrane": ((196, 192, 188), (170, 162, 154), 0.04),
+    "tiles": ((182, 112, 66), (160, 94, 60), 0.07),
+    "slate": ((62, 70, 92), (80, 84, 100), 0.06),
+    "sheet": ((112, 128, 156), (104, 116, 138), 0.04),
+    "membrane": ((214, 210, 204), (190, 182, 172), 0.04),
     "mossy": ((132, 98, 92), (142, 92, 86), 0.10),
-    "roof gravel": ((118, 108, 104), (126, 96, 90), 0.09),
+    "roof gravel": ((132, 104, 116), (126, 92, 98), 0.09),
     "lawn": ((166, 82, 82), (144, 106, 96), 0.07),
     "meadow": ((150, 92, 88), (136, 114, 100), 0.10),
     "soil": ((136, 118, 102), (150, 110, 98), 0.08),
@@ -165,7 +165,7 @@ def draw_roads(canvas: Canvas, cuts, half_width: float, pavement: float) -> list
 
     for material, width in (("paving", half_width + pavement), ("marking", half_width + 1), ("asphalt", half_width)):
         canvas.cover(strokes(lines, 2 * width), IMSURF, material)
-    if half_width > 13:
+    if half_width > 17:
         dashes = [
             np.stack([point, point + 9 * ahead])
             for line in lines
@@ -182,13 +182,13 @@ def draw_building(canvas: Canvas, centre, angle: float, half, height: float, pit
     mask = (np.abs(along) <= a) & (np.abs(across) <= b)
     canvas.paint(window, mask, BUILDING, material, height + pitch * (b - np.abs(across)), fade=0.2)
     if pitch:
-        canvas.colour[window][mask & (np.mod(across, 4) < 1.4)] *= 0.88  # courses of the covering
+        canvas.colour[window][mask & (np.mod(across, 4) < 1.4)] *= 0.8  # courses of the covering
         count, largest = rng.integers(1, 3), 3  # chimneys
     else:
         rim = mask & ((np.abs(along) > a - 2.5) | (np.abs(across) > b - 2.5))
         canvas.height[window][rim] += 2
         canvas.colour[window][rim] *= rng.uniform(0.9, 1.2)
-        canvas.colour[window][mask & (np.mod(along, 11) < 1.3)] *= canvas.choose([0.8, 1.15])  # seams of the sheets
+        canvas.colour[window][mask & (np.mod(along, 11) < 1.3)] *= canvas.choose([0.7, 1.25])  # seams of the sheets
         count, largest = int(rng.uniform(0.6, 1.2) * a * b / 400), 6  # vents and skylights
     for x, y in rng.uniform(-0.8, 0.8, (count, 2)) * half:
         p, q = rng.uniform(largest / 2, largest, 2)
@@ -217,12 +217,12 @@ def draw_grove(canvas: Canvas, where, spacing: float, radii=(7, 17), share: floa
 
 
 def draw_car(canvas: Canvas, centre, angle: float) -> None:
-    """Car of about 9 x 18 pixels with dark windows; hidden where something higher stands."""
+    """Car of about 13 x 28 pixels with dark windows; hidden where something higher stands."""
     rng = canvas.rng
-    a, b = rng.normal(9, 0.7), rng.normal(4.3, 0.25)
-    window, along, across = canvas.frame(centre, angle + rng.normal(0, 0.04), 12)
+    a, b = rng.normal(14, 1), rng.normal(6.6, 0.35)
+    window, along, across = canvas.frame(centre, angle + rng.normal(0, 0.04), 18)
     body = ((np.abs(along) / a) ** 4 + (np.abs(across) / b) ** 4 < 1) & (canvas.height[window] < 2)
-    glass = body & (np.abs(across) < b - 0.9) & (np.abs(along + 1.5) > 2.6) & (np.abs(along + 0.8) < 5.2)
+    glass = body & (np.abs(across) < b - 1.3) & (np.abs(along + 2.1) > 3.7) & (np.abs(along + 1.1) < 7.4)
     canvas.paint(window, body, CAR, canvas.choose(CAR_PAINTS), 5)
     canvas.paint(window, glass, CAR, "glass", 6)
 
@@ -231,10 +231,10 @@ def draw_traffic(canvas: Canvas, line: np.ndarray, half_width: float, density: f
     """Moving and parked cars, and on some streets rows of trees, along a centre line (n, 2)."""
     rng = canvas.rng
     trees = rng.random() < 0.2
-    for point, (dx, dy) in zip(*stations(line, 26, 20), strict=True):
+    for point, (dx, dy) in zip(*stations(line, 36, 24), strict=True):
         for side in np.array([(dy, -dx), (-dy, dx)]):
             if rng.random() < density:
-                offset = half_width * 0.45 if rng.random() < 0.4 else half_width - 5
+                offset = half_width * 0.45 if rng.random() < 0.4 else half_width - 7
                 draw_car(canvas, point + offset * side, np.arctan2(dy, dx))
             if trees and rng.random() < 0.5:
                 draw_tree(canvas, point + (half_width + 7) * side, rng.uniform(6, 10), "broadleaf")
@@ -244,11 +244,11 @@ def draw_car_park(canvas: Canvas, box, full: float) -> None:
     """Rows of stalls with white lines, a share `full` of them taken."""
     u0, v0, u1, v1 = box
     canvas.cover(box, IMSURF, ["asphalt", "asphalt", "paving"])
-    for v in np.arange(v0 + 14, v1 - 12, 34):
-        for u in np.arange(u0 + 10, u1 - 10, 13):
+    for v in np.arange(v0 + 20, v1 - 17, 48):
+        for u in np.arange(u0 + 12, u1 - 12, 18):
             centre, angle = canvas.place((u, v), np.pi / 2)
-            window, along, across = canvas.frame(centre, angle, 14)
-            line = (np.abs(along) < 11) & (np.abs(across - 6.5) < 0.8) & (canvas.ids[window] == IMSURF)
+            window, along, across = canvas.frame(centre, angle, 20)
+            line = (np.abs(along) < 16) & (np.abs(across - 9) < 0.8) & (canvas.ids[window] == IMSURF)
             canvas.paint(window, line, IMSURF, "marking")
             if canvas.rng.random() < full:
                 draw_car(canvas, centre, angle + np.pi * canvas.rng.integers(2))

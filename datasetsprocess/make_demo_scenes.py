@@ -123,7 +123,7 @@ def suburb(canvas: Canvas, box) -> None:
             side = 1 if row >= rows / 2 else -1
             drive, angle = canvas.place(middle + np.array([0.4 * w, side * h / 4]), np.pi / 2)
             window, along, across = canvas.frame(drive, angle, h / 2)
-            canvas.paint(window, (np.abs(along) < h / 3) & (np.abs(across) < 7), IMSURF, ["paving", "gravel"])
+            canvas.paint(window, (np.abs(along) < h / 3) & (np.abs(across) < 10), IMSURF, ["paving", "gravel"])
             if rng.random() < 0.6:
                 draw_car(canvas, drive, angle)
         centre, angle = canvas.place(middle + rng.uniform(-8, 8, 2), canvas.choose([0, np.pi / 2]))
@@ -191,7 +191,17 @@ def fields(canvas: Canvas, box) -> None:
         draw_grove(canvas, ground & ~canvas.inside(inset(box, 34)), 30, share=0.4)
 
 
-DISTRICTS = (town, suburb, industry, industry, park, wood, fields)  # dealt like cards, so that every scene has most
+DISTRICTS = (
+    town,
+    suburb,
+    suburb,
+    industry,
+    industry,
+    park,
+    wood,
+    fields,
+    fields,
+)  # dealt like cards, so that every scene has most
 
 
 # Light and sensor
@@ -200,7 +210,7 @@ DISTRICTS = (town, suburb, industry, industry, park, wood, fields)  # dealt like
 def light(canvas: Canvas) -> np.ndarray:
     """Reflectance to radiance (S, S, 3): sun on the slopes, cast shadows, bluish light of the sky everywhere."""
     rng, height = canvas.rng, canvas.height
-    azimuth, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0.9, 1.4)  # of the sun; slope: tangent of its elevation
+    azimuth, slope = rng.uniform(0, 2 * np.pi), rng.uniform(1.4, 2.0)  # of the sun; slope: tangent of its elevation
     sun = np.array([np.cos(azimuth), np.sin(azimuth)])
     dy, dx = np.gradient(cv2.GaussianBlur(height, (0, 0), 0.7))
     incidence = (1 - (dx * sun[0] + dy * sun[1]) / slope) / np.sqrt(1 + dx**2 + dy**2)  # 1 on level ground
@@ -239,8 +249,8 @@ def make_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
         streets += cuts
         for block in blocks:
             district(canvas, block)
-    roads = [(line, 12, canvas.choose([0, 0.1, 0.25])) for line in draw_roads(canvas, streets, 12, 5)]
-    roads += [(line, 17, canvas.choose([0, 0.1, 0.2])) for line in draw_roads(canvas, avenues, 17, 8)]
+    roads = [(line, 16, canvas.choose([0, 0.1, 0.25])) for line in draw_roads(canvas, streets, 16, 6)]
+    roads += [(line, 21, canvas.choose([0, 0.1, 0.2])) for line in draw_roads(canvas, avenues, 21, 8)]
     for road in roads:
         draw_traffic(canvas, *road)
     return sensor(rng, light(canvas)), canvas.ids

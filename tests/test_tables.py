@@ -1,0 +1,83 @@
+"""reproduce_tables.py on tiny data: rows, resuming, the oracle, the label-free background."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from make_pseudo_labels import thresholded_background
+from reproduce_tables import Constants, Row, check_constants, perfect_regions, rows_of, show
+from tools.command import UserError
+from train_classification import Constants as Classification
+
+TRAINING = [
+    *("--classification.backbone", "resnet18", "--classification.weights", "none", "--classification.train-all"),
+    *("--classification.epochs", 1, "--classification.batch-size", 4, "--classification.lr", 0.003),
+    *("--precision", "fp32", "--segmentation.width", 8),
+    *("--segmentation.backbone", "resnet18", "--segmentation.weights", "none", "--segmentation.no-freeze-norm"),
+    *("--segmentation.epochs", 1, "--segmentation.batch-size", 4, "--workers", 0, "--images-at-once", 4),
+]
+
+
+def read(file) -> dict[tuple[str, str], list[float]]:
+    with open(file, newline="") as lines:
+        return {(row[0], row[1]): [float(value) for value in row[2:]] for row in list(csv.reader(lines))[1:]}
+
+
+def test_tables_of_tiny_data(copy, run_script):
+    common = ["--dataset", "tiny", "--root", copy, *TRAINING]
+    first = run_script("reproduce_tables.py", "--table", "ablation", *common)
+    folder = copy / "experiments" / "tiny"
+    ablation = read(folder / "tables" / "ablation.csv")
+    assert {row for row, _ in ablation} >= {"CAM", "+ PRC", "+ IR", "+ PRC + IR"}
+    assert sum(column == "segmentation" for _, column in ablation) == 2  # the first row and the last
+    assert any("USES THE TRUTH" in row for row, _ in ablation)
+    assert all(0 <= value <= 100 for values in ablation.values() for value in values)
+    assert "felzenszwalb" in first.stdout and "clean" in first.stdout and "not published" in first.stdout
+    assert (folder / "tables" / "ablation.png").stat().st_size > 1000
+
+    model = folder / "tables-seed0" / "classifier" / "model.pt"
+    written = model.stat().st_mtime_ns
+    run_script("reproduce_tables.py", "--table", "tau", "--taus", 0.1, 0.9, *common)
+    assert model.stat().st_mtime_ns == written  # the row of the ablation serves this table too
+    tau = read(folder / "tables" / "tau.csv")
+    # tau 0.9 and 0.1 are what steps 4 and 7 used
+    assert tau["tau 0.9", "refined pseudo-labels"] == ablation["+ PRC + IR", "+ IOS"]
+    assert tau["tau 0.1", "refined segmentation"] == ablation["+ PRC + IR", "segmentation + IOS"]
+
+
+def test_every_table_has_rows_and_the_default_is_among_them():
+    for table in ("main", "ablation", "gamma", "lambda", "tiles", "tau"):
+        rows = rows_of(Constants(table=table))
+        assert rows and all(isinstance(row, Row) for row in rows)
+        defaults = Classification()
+        assert any(all(getattr(defaults, key) == value for key, value in row.changes.items()) for row in rows)
+
+
+def test_constants_that_the_tables_set_are_refused_in_the_parts():
+    with pytest.raises(UserError, match=r"classification\.seed"):
+        check_constants(Constants(classification=Classification(seed=3)))
+    with pytest.raises(UserError, match="seeds"):
+        check_constants(Constants(seeds=(1, 1)))
+
+
+def test_perfect_regions_are_the_components_of_each_class():
+    truth = np.array([[0, 0, 1], [1, 0, 1], [1, 255, 255]], np.uint8)
+    found = {tuple(map(tuple, np.argwhere(mask))) for mask in perfect_regions(truth, 3).unpack()}
+    assert found == {((0, 0), (0, 1), (1, 1)), ((0, 2), (1, 2)), ((1, 0), (2, 0))}
+    assert len(perfect_regions(np.full((2, 2), 255, np.uint8), 3)) == 0
+
+
+def test_spread_is_the_standard_deviation_over_seeds():
+    assert show([]) == "" and show([3.0]) == "3.00" and show([1.0, 3.0]) == "2.00 ± 1.41"
+
+
+def test_thresholded_background_is_one_value_between_the_other_classes():
+    maps = np.zeros((3, 4, 4), np.float32)
+    maps[0], maps[1, :2], maps[2, 2:] = 0.9, 0.8, 0.1
+    found = thresholded_background(np.array([0, 2, 5]), maps, 0)
+    assert (found[1:] == maps[1:]).all() and np.unique(found[0]).size == 1
+    assert 0.1 <= found[0, 0, 0] < 0.8  # the strong class beats it, the weak one does not
+    assert (found.argmax(0)[:2] == 1).all()
+    alone = thresholded_background(np.array([0]), maps[:1], 0)
+    assert (alone == maps[:1]).all()  # nothing but background: left as it is
