@@ -165,13 +165,12 @@ def draw_roads(canvas: Canvas, cuts, half_width: float, pavement: float) -> list
 
     for material, width in (("paving", half_width + pavement), ("marking", half_width + 1), ("asphalt", half_width)):
         canvas.cover(strokes(lines, 2 * width), IMSURF, material)
-    if half_width > 17:
-        dashes = [
-            np.stack([point, point + 9 * ahead])
-            for line in lines
-            for point, ahead in zip(*stations(line, 22, 12), strict=True)
-        ]
-        canvas.cover(strokes(dashes, 2), IMSURF, "marking")
+    dashes = [
+        np.stack([point, point + 9 * ahead])
+        for line in lines
+        for point, ahead in zip(*stations(line, 22, 12), strict=True)
+    ]
+    canvas.cover(strokes(dashes, 2), IMSURF, "marking")
     return lines
 
 
