@@ -6,8 +6,8 @@ RUN = $(VENV)/bin/python
 WORKERS ?= 2
 DEMO = --dataset demo
 SMALL = --backbone resnet18 --weights none
-CLASSIFIER = $(SMALL) --train-all --epochs 14 --lr 0.02 --momentum 0.9 --workers $(WORKERS)
-SEGMENTER = $(SMALL) --no-freeze-norm --width 64 --epochs 12 --lr 0.01 --momentum 0.9 --workers $(WORKERS)
+CLASSIFIER = $(SMALL) --train-all --epochs 20 --lr 0.003 --momentum 0.9 --workers 1
+SEGMENTER = $(SMALL) --no-freeze-norm --width 64 --epochs 12 --batch-size 8 --lr 0.003 --momentum 0.9 --workers 1
 
 .PHONY: demo demo-data demo-supervised demo-weak test test-long lint bench clean
 
