@@ -5,6 +5,8 @@ PYTHON ?= python3
 RUN = $(VENV)/bin/python
 WORKERS ?= 2
 DEMO = --dataset demo
+# of the paper's scales all but 0.5: a patch of 128 px would leave a feature map of 4 x 4
+SCALES = --scales 1.0 1.5 2.0
 SMALL = --backbone resnet18 --weights none
 CLASSIFIER = $(SMALL) --train-all --epochs 20 --lr 0.003 --momentum 0.9 --workers 1
 SEGMENTER = $(SMALL) --no-freeze-norm --width 64 --epochs 12 --batch-size 8 --lr 0.003 --momentum 0.9 --workers 1
@@ -28,16 +30,16 @@ demo-data: $(VENV)/.installed
 
 demo-weak: demo-data
 	$(RUN) train_classification.py $(DEMO) $(CLASSIFIER)
-	$(RUN) infer_classification.py $(DEMO) --workers $(WORKERS)
+	$(RUN) infer_classification.py $(DEMO) $(SCALES) --workers $(WORKERS)
 	$(RUN) make_pseudo_labels.py $(DEMO) --workers $(WORKERS)
 	$(RUN) generate_refined_pseudo.py $(DEMO) --workers $(WORKERS)
 	$(RUN) train_segmentation.py $(DEMO) $(SEGMENTER)
-	$(RUN) inference_segmentation.py $(DEMO) --workers $(WORKERS)
+	$(RUN) inference_segmentation.py $(DEMO) $(SCALES) --workers $(WORKERS)
 	$(RUN) generate_refined_seg.py $(DEMO) --workers $(WORKERS)
 
 demo-supervised: demo-data
 	$(RUN) train_segmentation.py $(DEMO) --experiment supervised --labels truth $(SEGMENTER)
-	$(RUN) inference_segmentation.py $(DEMO) --experiment supervised --workers $(WORKERS)
+	$(RUN) inference_segmentation.py $(DEMO) --experiment supervised $(SCALES) --workers $(WORKERS)
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest
