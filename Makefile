@@ -8,8 +8,8 @@ DEMO = --dataset demo
 # of the paper's scales all but 0.5: a patch of 128 px would leave a feature map of 4 x 4
 SCALES = --scales 1.0 1.5 2.0
 SMALL = --backbone resnet18 --weights none
-CLASSIFIER = $(SMALL) --train-all --epochs 20 --lr 0.003 --momentum 0.9 --workers 1
-SEGMENTER = $(SMALL) --no-freeze-norm --width 64 --epochs 12 --batch-size 8 --lr 0.003 --momentum 0.9 --workers 1
+CLASSIFIER = $(SMALL) --train-all --epochs 12 --lr 0.003 --momentum 0.9 --workers 1
+SEGMENTER = $(SMALL) --no-freeze-norm --width 64 --epochs 7 --batch-size 8 --lr 0.003 --momentum 0.9 --workers 1
 
 .PHONY: demo demo-data demo-supervised demo-weak test test-long lint bench clean
 
