@@ -22,9 +22,7 @@ class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
-    tau: float = (
-        0.9  # overlap of a mask and a class region, over the smaller of the two, from which the class is written
-    )
+    tau: float = 0.9  # a mask and a region that overlap by this share of the smaller one agree
     workers: int = 4  # processes; 0 works in this one
     samples: int = 8  # patches on the contact sheet
     root: Path = ROOT  # folder that holds datasets/ and experiments/

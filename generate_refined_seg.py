@@ -22,13 +22,9 @@ from tools.pictures import step_sheet
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    protocol: Literal["clean", "released"] = (
-        "clean"  # classes to write: clean: those of the prediction | released: those of the test truth
-    )
+    protocol: Literal["clean", "released"] = "clean"  # writes classes of the prediction | released: of the test truth
     split: Literal["train", "test"] = "test"  # test | train (to measure only)
-    tau: float = (
-        0.1  # overlap of a mask and a class region, over the smaller of the two, from which the class is written
-    )
+    tau: float = 0.1  # a mask and a region that overlap by this share of the smaller one agree
     workers: int = 4  # processes; 0 works in this one
     samples: int = 8  # patches on the contact sheet
     root: Path = ROOT  # folder that holds datasets/ and experiments/

@@ -28,9 +28,7 @@ from tools.training import load_checkpoint, make_accelerator
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    split: Literal["train", "test"] = (
-        "train"  # train (for the pseudo-labels) | test (to measure only; goes to cams_test)
-    )
+    split: Literal["train", "test"] = "train"  # for the pseudo-labels | test, to measure only: cams_test
     scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)  # each with its mirror
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as in step 1; PRC runs in fp32 always
     images_at_once: int = 8  # patches of one batch; lower it when the GPU's memory is short

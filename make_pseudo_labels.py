@@ -29,9 +29,7 @@ class Constants:
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
     crf_iterations: int = 10  # mean-field iterations; 0 takes the class of the highest CAM as it is
-    crf_mode: Literal["lattice", "exact"] = (
-        "lattice"  # lattice (fast, approximate) | exact (slow above 128 x 128 without a GPU)
-    )
+    crf_mode: Literal["lattice", "exact"] = "lattice"  # or exact: slow above 128 px without a GPU
     gaussian_sigma: float = 1.0  # pixels
     gaussian_weight: float = 3.0
     bilateral_sigma_xy: float = 67.0  # pixels

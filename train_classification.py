@@ -34,9 +34,7 @@ from tools.training import check_recipe, load_checkpoint, make_accelerator, trai
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    protocol: Literal["clean", "released"] = (
-        "clean"  # clean: the last epoch is kept | released: the best on the train split's pixel labels
-    )
+    protocol: Literal["clean", "released"] = "clean"  # keeps the last epoch | released: the best on train PIXEL labels
     backbone: Literal[NAMES] = "resnet50"
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
     train_all: bool = False  # let the first stages learn as well; needed when weights is none
@@ -46,15 +44,11 @@ class Constants:
     tiles: int = 4  # IR: parts with class colours of their own: 1, 4, 9, ...
     epochs: int = 20
     batch_size: int = 8  # over all processes together
-    lr: float = (
-        0.1  # of pretrained weights; their biases x2, new weights x10, new biases x20 (weights none: all are new)
-    )
+    lr: float = 0.1  # of pretrained weights; their biases x2, new weights x10, new biases x20
     momentum: float = 1e-4  # what the released optimiser receives (0.9 was intended)
     weight_decay: float = 1e-4  # on weights only
     seed: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = (
-        "auto"  # auto is bf16 where GPU or CPU (AMX) compute in it, fp32 elsewhere
-    )
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU (AMX) compute in it, else fp32
     workers: int = 4  # processes that read and augment images
     samples: int = 8  # patches on the contact sheet
     root: Path = ROOT  # folder that holds datasets/ and experiments/

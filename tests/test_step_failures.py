@@ -113,8 +113,8 @@ def test_messages_of_the_programs(finished, run_script):
     assert result.stderr.startswith('error: there is no data set "nothing": write ')
     result = run_script("train_classification.py", "--dataset", "tiny", "--root", finished, "--gama", "1", fails=True)
     assert result.returncode == 2 and "--gama" in result.stdout + result.stderr
-    shown = run_script("generate_refined_seg.py", "--help").stdout
-    assert "Step 7" in shown and "--tau" in shown and "overlap of a mask" in shown
+    shown = " ".join(run_script("generate_refined_seg.py", "--help").stdout.replace("│", " ").split())
+    assert "Step 7" in shown and "--tau" in shown and "overlap by this share" in shown
 
 
 def test_a_damaged_image_among_good_ones(finished, copy, run_script):

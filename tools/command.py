@@ -1,6 +1,7 @@
 """How every script starts and how it fails: constants from the command line, errors as one sentence."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -16,7 +17,8 @@ def run(main: Callable, constants: type, description: str) -> None:
 
     A `UserError` ends the program with its sentence and exit code 1; Ctrl-C with a hint and exit code 130.
     """
-    values = tyro.cli(constants, description=description)
+    paragraphs = re.sub(r"\n(?=Reads|Writes)", "\n\n", description)  # tyro joins the lines of a paragraph
+    values = tyro.cli(constants, description=paragraphs)
     try:
         main(values)
     except UserError as error:
