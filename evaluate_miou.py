@@ -10,7 +10,6 @@ Writes experiments/<dataset>/<experiment>/scores/: scores.json and scores.csv (f
 
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -27,7 +25,7 @@ from PRC_SAM.masks import load_masks
 from tools import report
 from tools.command import UserError, check, run
 from tools.dataset import SPLITS, Dataset, load_dataset
-from tools.folders import ROOT, experiment_folder, require, step_name, write_json, write_whole
+from tools.folders import ROOT, experiment_folder, one_thread, require, step_name, write_json, write_whole
 from tools.labels import IGNORE, load_image, load_label
 from tools.pictures import colourise, confusion_picture, contact_sheet, heat, regions, sample_ids
 from tools.report import Stage
@@ -195,17 +193,12 @@ def _mapping(workers: int) -> Iterator[Callable]:
         yield map
         return
     spawn = multiprocessing.get_context("spawn")  # forking a process that has used threads can hang
-    with ProcessPoolExecutor(workers, spawn, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers, spawn, initializer=one_thread) as pool:
         try:
             yield partial(pool.map, chunksize=4)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which load_maps imports later
-    cv2.setNumThreads(1)
 
 
 def write_files(

@@ -21,7 +21,7 @@ from models.classifier import Classifier
 from models.ir_loss import image_reconstruction_loss
 from tools.augment import TrainingPatches, to_tensor
 from tools.cams import OUTPUT_STRIDE, fuse_scales, image_batches, mirrored_scales
-from tools.command import UserError, check, run
+from tools.command import UserError, check, run, stop
 from tools.dataset import Dataset, load_dataset
 from tools.folders import ROOT, StepFolder, experiment_folder
 from tools.labels import load_image, load_label
@@ -69,10 +69,7 @@ def argmax_miou(model: nn.Module, dataset: Dataset, constants: Constants, device
     model.eval()
     matrix, present = ConfusionMatrix(dataset.num_classes), dataset.image_labels("train")
 
-    def unreadable(sentence: str) -> None:
-        raise UserError(sentence)
-
-    for ids, images in image_batches(dataset.images("train"), dataset.ids("train"), 8, constants.workers, unreadable):
+    for ids, images in image_batches(dataset.images("train"), dataset.ids("train"), 8, constants.workers, stop):
         maps = mirrored_scales(lambda x: model(x)[1].relu(), images, [1.0], device)[0]
         for id, map in zip(ids, maps[: len(ids)].cpu(), strict=True):
             classes = np.flatnonzero(present[id])

@@ -23,7 +23,7 @@ from models.backbone import NAMES, Backbone
 from models.deeplab import DeepLabV3Plus
 from tools.augment import TrainingPatches, to_tensor
 from tools.cams import image_batches, mirrored_scales
-from tools.command import UserError, check, run
+from tools.command import UserError, check, run, stop
 from tools.dataset import Dataset, load_dataset
 from tools.folders import ROOT, StepFolder, experiment_folder, require
 from tools.labels import IGNORE, load_image, load_label
@@ -66,10 +66,7 @@ def train_miou(model: nn.Module, dataset: Dataset, constants: Constants, device:
     model.eval()
     matrix = ConfusionMatrix(dataset.num_classes)
 
-    def unreadable(sentence: str) -> None:
-        raise UserError(sentence)
-
-    for ids, images in image_batches(dataset.images("train"), dataset.ids("train"), 8, constants.workers, unreadable):
+    for ids, images in image_batches(dataset.images("train"), dataset.ids("train"), 8, constants.workers, stop):
         predictions = mirrored_scales(model, images, [1.0], device)[0].argmax(1).byte().cpu().numpy()
         for id, prediction in zip(ids, predictions[: len(ids)], strict=True):
             matrix.update(load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes), prediction)

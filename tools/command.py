@@ -39,3 +39,8 @@ def check(condition: bool, sentence: str) -> None:
     """Raise `UserError(sentence)` unless the condition holds; for constants, before any work is done."""
     if not condition:
         raise UserError(sentence)
+
+
+def stop(sentence: str) -> None:
+    """Raise `UserError`, where a function is wanted that takes the sentence."""
+    raise UserError(sentence)

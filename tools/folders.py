@@ -237,7 +237,7 @@ class StepFolder:
                     bar.update()
                 return
             context = multiprocessing.get_context("spawn")  # forking a process that has used torch threads can hang
-            with ProcessPoolExecutor(min(workers, len(ids)), context, initializer=_one_thread) as pool:
+            with ProcessPoolExecutor(min(workers, len(ids)), context, initializer=one_thread) as pool:
                 futures = [pool.submit(_attempt, work, id) for id in ids]
                 try:
                     for future in as_completed(futures):
@@ -293,7 +293,7 @@ def _attempt(work: Callable[[str], None], id: str) -> str | None:
     return None
 
 
-def _one_thread() -> None:
+def one_thread() -> None:
     """Workers share the cores among themselves; threads inside each would only fight for them."""
     import cv2
 

@@ -23,6 +23,7 @@ RIGHT_WRONG = np.array([[235, 235, 235], [190, 60, 0]], np.uint8)  # apart in br
 SIDE = 256  # pixels of a picture in the page
 MOST_BYTES = 4_000_000  # of pictures in the page, so that it stays below 5 MB
 NOT_CURVES = {"epoch", "step", "steps", "lr", "learning_rate", "images_per_second", "seconds", "time"}
+MEASURES = ("miou", "miou_all_classes", "mean_f1", "overall_accuracy", "kappa", "share_of_supervised")
 FACTS = {"seed": "seed", "backbone": "backbone", "weights": "weights", "protocol": "protocol of the steps"}
 
 
@@ -175,17 +176,7 @@ def table(summary: dict) -> tuple[list[str], list[list[str]]]:
             [
                 row["title"] + (" (partial)" if row["partial"] else ""),
                 row["split"],
-                *(
-                    percent(row[key])
-                    for key in (
-                        "miou",
-                        "miou_all_classes",
-                        "mean_f1",
-                        "overall_accuracy",
-                        "kappa",
-                        "share_of_supervised",
-                    )
-                ),
+                *(percent(row[key]) for key in MEASURES),
                 *paper,
                 str(row["images"]),
             ]
@@ -234,12 +225,7 @@ def write_csv(path: Path, summary: dict) -> None:
         "split",
         "images",
         "partial",
-        "miou",
-        "miou_all_classes",
-        "mean_f1",
-        "overall_accuracy",
-        "kappa",
-        "share_of_supervised",
+        *MEASURES,
     )
     several = ("iou", "f1", "precision", "recall", "support")
     with write_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
