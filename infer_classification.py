@@ -30,6 +30,8 @@ class Constants:
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # for the pseudo-labels | test, to measure only: cams_test
     scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)  # each with its mirror
+    classifier: str = ""  # the experiment whose classifier is used; empty: this one
+    iterations: int | None = None  # PRC: how often the affinity is applied; None: as in training
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as in step 1; PRC runs in fp32 always
     images_at_once: int = 8  # patches of one batch; lower it when the GPU's memory is short
     workers: int = 4  # processes that read images
@@ -45,16 +47,20 @@ def main(constants: Constants) -> None:
     )
     check(constants.images_at_once > 0, f"images_at_once is {constants.images_at_once}, but it must be at least 1")
     check(constants.workers >= 0, f"workers is {constants.workers}, but it must be 0 or more")
+    check((constants.iterations or 0) >= 0, f"iterations is {constants.iterations}, but it cannot be negative")
     dataset = load_dataset(constants.dataset, constants.root)
     experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
-    trained = require(experiment / "classifier")
+    classifier = (
+        experiment_folder(constants.root, constants.dataset, constants.classifier or constants.experiment)
+        / "classifier"
+    )
+    trained = require(classifier)
     labels = dataset.image_labels(constants.split)
     ids = sorted(labels)
     settings = trained["constants"]
-    model = Classifier(
-        Backbone(settings["backbone"], "none"), dataset.num_classes, settings["gamma"], settings["iterations"]
-    )
-    load_checkpoint(experiment / "classifier" / "model.pt", model)
+    iterations = settings["iterations"] if constants.iterations is None else constants.iterations
+    model = Classifier(Backbone(settings["backbone"], "none"), dataset.num_classes, settings["gamma"], iterations)
+    load_checkpoint(classifier / "model.pt", model)
     accelerator = make_accelerator(constants.precision)
     model = model.to(accelerator.device).eval()
     folder = StepFolder(

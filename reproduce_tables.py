@@ -44,6 +44,7 @@ class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     seeds: tuple[int, ...] = (0,)  # with several, the table shows mean and standard deviation
     protocol: Literal["clean", "released"] = "clean"
+    segment: bool = True  # False leaves the segmentation columns of the ablation empty, and saves steps 5 to 7
     gammas: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the table gamma
     ir_weights: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4)  # of the table lambda
     tiles: tuple[int, ...] = (1, 4, 16)  # of the table tiles
@@ -70,10 +71,10 @@ def rows_of(constants: Constants) -> list[Row]:
     return {
         "main": [Row("PRC + IR + IOS", segment=True)],
         "ablation": [
-            Row("CAM", {"iterations": 0, "ir_weight": 0.0}, segment=True),
+            Row("CAM", {"iterations": 0, "ir_weight": 0.0}, segment=constants.segment),
             Row("+ PRC", {"ir_weight": 0.0}),
             Row("+ IR", {"iterations": 0}),
-            Row("+ PRC + IR", segment=True),
+            Row("+ PRC + IR", segment=constants.segment),
         ],
         "gamma": [Row(f"gamma {value:g}", {"gamma": value}) for value in constants.gammas],
         "lambda": [Row(f"lambda {value:g}", {"ir_weight": value}) for value in constants.ir_weights],
@@ -99,6 +100,10 @@ def check_constants(constants: Constants) -> None:
     check(
         len(set(constants.seeds)) == len(constants.seeds) > 0,
         f"seeds is {constants.seeds}, but needs different numbers",
+    )
+    check(
+        constants.segment or constants.table == "ablation",
+        f"segment is False, but only the ablation can do without segmentation, not the table {constants.table}",
     )
     for name in ("classification", "segmentation", "pseudo"):
         part = getattr(constants, name)
@@ -134,13 +139,25 @@ class Runner:
     def pseudo_labels(self, row: Row) -> str:
         """Steps 1 to 4 of a row -> its experiment. Rows whose changes are the defaults share the plain experiment."""
         base = self.constants.classification
-        changes = {key: value for key, value in row.changes.items() if getattr(base, key) != value}
-        experiment = "-".join(["tables", *(f"{key}{value:g}" for key, value in changes.items()), f"seed{self.seed}"])
-        self.step(train_classification, experiment, base, **changes)
-        self.step(infer_classification, experiment)
+        trained, applied = row.changes, {}
+        settings = {"ir_weight": base.ir_weight, "iterations": base.iterations, **row.changes}
+        if settings["ir_weight"] == 0 and settings["iterations"] > 0:
+            # The logits come from the raw maps, so without IR no gradient reaches PRC, nor anything through it: the
+            # classifier is the one trained without PRC, and PRC is put on its maps in step 2.
+            trained, applied = {"iterations": 0, **row.changes}, {"iterations": settings["iterations"]}
+        classifier = self.experiment(trained)
+        experiment = self.experiment(row.changes)
+        self.step(train_classification, classifier, base, **trained)
+        self.step(infer_classification, experiment, classifier=classifier if applied else "", **applied)
         self.step(make_pseudo_labels, experiment, self.constants.pseudo)
         self.step(generate_refined_pseudo, experiment)
         return experiment
+
+    def experiment(self, changes: dict) -> str:
+        """The name for settings that differ so from the defaults of step 1."""
+        base = self.constants.classification
+        parts = [f"{key}{value:g}" for key, value in changes.items() if getattr(base, key) != value]
+        return "-".join(["tables", *parts, f"seed{self.seed}"])
 
     def segmentation(self, experiment: str) -> None:
         """Steps 5 to 7."""

@@ -136,3 +136,25 @@ def test_other_constants_change_the_maps(finished, copy):
         classes, maps = load_cams(experiment(copy, "plain") / "cams" / f"{id}.npz")
         found = load_label(experiment(copy, "plain") / "pseudo_labels" / f"{id}.png", 3)
         assert np.array_equal(found, classes[maps.argmax(0)])
+
+
+def test_without_ir_the_classifier_does_not_depend_on_prc(copy):
+    """What the ablation relies on: one classifier serves the rows with and without PRC, PRC switched in step 2."""
+    step("train_classification", copy, experiment="with", ir_weight=0.0, epochs=2)
+    step("train_classification", copy, experiment="without", ir_weight=0.0, epochs=2, iterations=0)
+    states = [torch.load(experiment(copy, name) / "classifier" / "model.pt")["model"] for name in ("with", "without")]
+    learnt = [name for name in states[0] if not name.startswith("prc.")]
+    assert learnt and all(torch.equal(states[0][name], states[1][name]) for name in learnt)
+
+    step("infer_classification", copy, experiment="with")
+    step("infer_classification", copy, experiment="shared", classifier="without", iterations=1)
+    step("infer_classification", copy, experiment="without")
+    cams = {
+        name: load_cams(experiment(copy, name) / "cams" / f"{TRAIN[1]}.npz")[1]
+        for name in ("with", "shared", "without")
+    }
+    # weight decay alone moved the projection of one of them, and its length does not count
+    np.testing.assert_allclose(cams["with"], cams["shared"], atol=2e-3)
+    assert np.abs(cams["with"] - cams["without"]).max() > 0.01
+    with pytest.raises(UserError, match="iterations is -1"):
+        step("infer_classification", copy, experiment="shared", iterations=-1)

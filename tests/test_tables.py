@@ -31,6 +31,7 @@ def test_tables_of_tiny_data(copy, run_script):
     ablation = read(folder / "tables" / "ablation.csv")
     assert {row for row, _ in ablation} >= {"CAM", "+ PRC", "+ IR", "+ PRC + IR"}
     assert sum(column == "segmentation" for _, column in ablation) == 2  # the first row and the last
+    assert not (folder / "tables-ir_weight0-seed0" / "classifier").exists()  # without IR, PRC does not change training
     assert any("USES THE TRUTH" in row for row, _ in ablation)
     assert all(0 <= value <= 100 for values in ablation.values() for value in values)
     assert "felzenszwalb" in first.stdout and "clean" in first.stdout and "not published" in first.stdout
@@ -57,6 +58,8 @@ def test_every_table_has_rows_and_the_default_is_among_them():
 def test_constants_that_the_tables_set_are_refused_in_the_parts():
     with pytest.raises(UserError, match=r"classification\.seed"):
         check_constants(Constants(classification=Classification(seed=3)))
+    with pytest.raises(UserError, match="segment is False"):
+        check_constants(Constants(table="main", segment=False))
     with pytest.raises(UserError, match="seeds"):
         check_constants(Constants(seeds=(1, 1)))
 
