@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from skimage.filters import threshold_otsu
 
+from PRC_SAM.masks import load_masks
 from tools.cams import load_cams
 from tools.command import UserError, check, run
 from tools.crf import dense_crf
@@ -21,6 +22,7 @@ from tools.dataset import Dataset, load_dataset
 from tools.folders import ROOT, StepFolder, experiment_folder, process_state, require, step_name
 from tools.labels import load_image, save_label
 from tools.pictures import step_sheet
+from tools.report import refresh
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
+    cams: str = ""  # the experiment whose CAMs are used; empty: this one
     crf_iterations: int = 10  # mean-field iterations; 0 takes the class of the highest CAM as it is
     crf_mode: Literal["lattice", "exact"] = "lattice"  # or exact: slow above 128 px without a GPU
     gaussian_sigma: float = 1.0  # pixels
@@ -93,7 +96,8 @@ def main(constants: Constants) -> None:
         f'background is threshold, but the [rules] of "{dataset.name}" name no background class',
     )
     experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
-    cams = experiment / step_name("cams", constants.split, "train")
+    source = experiment_folder(constants.root, constants.dataset, constants.cams or constants.experiment)
+    cams = source / step_name("cams", constants.split, "train")
     made, ids, state = require(cams), dataset.ids(constants.split), process_state()
     exact_on_gpu = constants.crf_mode == "exact" and state.device.type == "cuda"
     device = str(state.device) if exact_on_gpu else "cpu"
@@ -114,6 +118,7 @@ def main(constants: Constants) -> None:
     if state.is_main_process:
         step_sheet(folder.folder, dataset, constants.split, {"pseudo-label": folder.folder}, constants.samples)
     folder.close(".png")
+    refresh(folder, dataset, load_masks)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ Rows that are there already are not run again; a stopped table continues with th
 trainings are set by --classification.<constant> and --segmentation.<constant>.
 """
 
-import csv
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -31,11 +29,13 @@ import train_classification
 import train_segmentation
 from PRC_SAM.ios import intersection_optimisation
 from PRC_SAM.masks import load_masks, pack_masks
+from tools.cams import load_cams
 from tools.command import check, run
 from tools.dataset import Dataset, load_dataset
-from tools.folders import ROOT, experiment_folder, require, write_whole
+from tools.folders import ROOT, experiment_folder, require
 from tools.labels import load_label
 from tools.scores import ConfusionMatrix
+from tools.tables import Lines, write_table
 
 
 @dataclass(frozen=True)
@@ -55,26 +55,34 @@ class Constants:
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 where GPU or CPU (AMX) compute in it, else fp32
     workers: int = 4  # processes that read and write
     images_at_once: int = 8  # patches of one batch of the inference steps
+    scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)  # of the inference steps
     root: Path = ROOT  # folder that holds datasets/ and experiments/
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what differs from the defaults of step 1, and whether a segmenter is trained as well."""
+    """One line of a table: what it changes in steps 1 and 3, and whether a segmenter is trained as well."""
 
     name: str
     changes: dict = field(default_factory=dict)
+    pseudo: dict = field(default_factory=dict)
     segment: bool = False
 
 
-def rows_of(constants: Constants) -> list[Row]:
+WHOLE = "+ PRC + IR"  # the ablation's row of the whole method
+
+
+def rows_of(constants: Constants, background: bool = False) -> list[Row]:
+    """The rows of a table; `background`: the data set has a background class."""
+    extension = [Row(f"{WHOLE}, background by threshold (extension)", pseudo={"background": "threshold"})]
     return {
         "main": [Row("PRC + IR + IOS", segment=True)],
         "ablation": [
             Row("CAM", {"iterations": 0, "ir_weight": 0.0}, segment=constants.segment),
             Row("+ PRC", {"ir_weight": 0.0}),
             Row("+ IR", {"iterations": 0}),
-            Row("+ PRC + IR", segment=constants.segment),
+            Row(WHOLE, segment=constants.segment),
+            *(extension if background else []),
         ],
         "gamma": [Row(f"gamma {value:g}", {"gamma": value}) for value in constants.gammas],
         "lambda": [Row(f"lambda {value:g}", {"ir_weight": value}) for value in constants.ir_weights],
@@ -131,6 +139,7 @@ class Runner:
             "precision": self.constants.precision,
             "workers": self.constants.workers,
             "images_at_once": self.constants.images_at_once,
+            "scales": self.constants.scales,
             **changes,
         }
         start = start or module.Constants()
@@ -145,18 +154,23 @@ class Runner:
             # The logits come from the raw maps, so without IR no gradient reaches PRC, nor anything through it: the
             # classifier is the one trained without PRC, and PRC is put on its maps in step 2.
             trained, applied = {"iterations": 0, **row.changes}, {"iterations": settings["iterations"]}
-        classifier = self.experiment(trained)
-        experiment = self.experiment(row.changes)
+        classifier, cams = self.experiment(trained), self.experiment(row.changes)
+        experiment = self.experiment(row.changes | row.pseudo)
         self.step(train_classification, classifier, base, **trained)
-        self.step(infer_classification, experiment, classifier=classifier if applied else "", **applied)
-        self.step(make_pseudo_labels, experiment, self.constants.pseudo)
+        self.step(infer_classification, cams, classifier="" if classifier == cams else classifier, **applied)
+        source = "" if cams == experiment else cams
+        self.step(make_pseudo_labels, experiment, self.constants.pseudo, cams=source, **row.pseudo)
         self.step(generate_refined_pseudo, experiment)
         return experiment
 
     def experiment(self, changes: dict) -> str:
-        """The name for settings that differ so from the defaults of step 1."""
-        base = self.constants.classification
-        parts = [f"{key}{value:g}" for key, value in changes.items() if getattr(base, key) != value]
+        """The name for settings that differ so from those given for steps 1 and 3."""
+        usual = vars(self.constants.pseudo) | vars(self.constants.classification)
+        parts = [
+            f"{key}{value}" if isinstance(value, str) else f"{key}{value:g}"
+            for key, value in changes.items()
+            if usual[key] != value
+        ]
         return "-".join(["tables", *parts, f"seed{self.seed}"])
 
     def segmentation(self, experiment: str) -> None:
@@ -191,22 +205,36 @@ class Runner:
     def headline(self, matrix: ConfusionMatrix) -> float:
         return 100 * matrix.scores(np.flatnonzero(~self.dataset.scored), self.constants.protocol)["miou"]
 
-    def ios(
-        self, experiment: str, stage: str, split: str, taus: tuple[float, ...], oracle: bool = False
-    ) -> list[float]:
+    def ios(self, experiment: str, stage: str, split: str, taus: tuple[float, ...], oracle=False) -> list[float]:
         """mIoU of a label folder after IOS with each tau; `oracle` takes the truth's connected components as masks."""
         matrices = [ConfusionMatrix(self.dataset.num_classes) for _ in taus]
         folder = experiment_folder(self.constants.root, self.dataset.name, experiment) / stage
-        labels, count = self.dataset.image_labels(split), self.dataset.num_classes
-        for id in tqdm(self.dataset.ids(split), f"IOS of {stage}", unit="image", disable=None):
+        count = self.dataset.num_classes
+        for id, present, truth in self.truths(split, f"IOS of {stage}"):
             label = load_label(folder / f"{id}.png", count)
-            truth = load_label(self.dataset.labels(split) / f"{id}.png", count)
             masks = perfect_regions(truth, count) if oracle else load_masks(self.dataset.sam_masks(split) / f"{id}.npz")
             from_image = split == "train" or self.constants.protocol == "released"
-            classes = np.flatnonzero(labels[id]) if from_image else np.unique(label)
+            classes = present if from_image else np.unique(label)
             for matrix, tau in zip(matrices, taus, strict=True):
                 matrix.update(truth, intersection_optimisation(label, masks, classes, tau))
         return [self.headline(matrix) for matrix in matrices]
+
+    def true_background(self, experiment: str, background: int) -> float:
+        """mIoU of the CAMs' argmax with the truth's background: how well the other classes are told apart."""
+        matrix = ConfusionMatrix(self.dataset.num_classes)
+        folder = experiment_folder(self.constants.root, self.dataset.name, experiment) / "cams"
+        for id, _, truth in self.truths("train", "CAMs on the true background"):
+            classes, maps = load_cams(folder / f"{id}.npz")
+            others = classes != background
+            found = classes[others][maps[others].argmax(0)] if others.any() else np.full(truth.shape, background)
+            matrix.update(truth, np.where(truth == background, background, found).astype(np.uint8))
+        return self.headline(matrix)
+
+    def truths(self, split: str, what: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Yield id, the classes of its image-level label, and its label map."""
+        labels, folder = self.dataset.image_labels(split), self.dataset.labels(split)
+        for id in tqdm(self.dataset.ids(split), what, unit="image", disable=None):
+            yield id, np.flatnonzero(labels[id]), load_label(folder / f"{id}.png", self.dataset.num_classes)
 
 
 def perfect_regions(truth: np.ndarray, num_classes: int):
@@ -222,15 +250,17 @@ def main(constants: Constants) -> None:
     for split in ("train", "test"):
         dataset.image_labels(split)
         require(dataset.sam_masks(split))
-    lines: dict[str, dict[str, list[float]]] = {}  # row -> column -> one value for each seed
+    background = dataset.rules.get("background")
+    lines: Lines = {}
 
     def put(row: str, column: str, value: float) -> None:
         lines.setdefault(row, {}).setdefault(column, []).append(value)
 
     for seed in constants.seeds:
         runner = Runner(constants, dataset, seed)
-        for row in rows_of(constants):
-            experiment = runner.pseudo_labels(row)
+        experiments, found = {}, {}
+        for row in rows_of(constants, background in dataset.classes):
+            experiments[row.name] = experiment = runner.pseudo_labels(row)
             if row.segment:
                 runner.segmentation(experiment)
             if constants.table == "tau":
@@ -241,18 +271,28 @@ def main(constants: Constants) -> None:
                 if stage in found and (row.segment or stage not in ("segmentation", "refined_segmentation")):
                     put(row.name, column, found[stage])
         if constants.table == "ablation":
-            oracle = "last row, IOS with perfect regions (USES THE TRUTH)"
+            oracle = f"{WHOLE}, {{}} (USES THE TRUTH)"
             tau = generate_refined_pseudo.Constants().tau
-            put(
-                oracle,
-                STAGES["refined_pseudo_labels"],
-                runner.ios(experiment, "pseudo_labels", "train", (tau,), True)[0],
-            )
+            (value,) = runner.ios(experiments[WHOLE], "pseudo_labels", "train", (tau,), oracle=True)
+            put(oracle.format("IOS with perfect regions"), STAGES["refined_pseudo_labels"], value)
+            if background in dataset.classes:
+                value = runner.true_background(experiments[WHOLE], dataset.classes.index(background))
+                put(oracle.format("the true background"), STAGES["cams"], value)
         if constants.table == "main":
             bound = runner.scores(runner.supervised())["segmentation"]
             put("fully supervised", STAGES["segmentation"], bound)
             put(row.name, "share of fully supervised", 100 * found["refined_segmentation"] / bound)
-    write_table(constants, dataset, lines)
+    paper = dataset.paper if constants.table == "main" else {}
+    published = {}
+    if "miou" in paper:
+        published = {
+            "PRC + IR + IOS": f"{paper['miou']} (share {paper['share_of_supervised']})",
+            "fully supervised": paper["supervised"],
+        }
+    folder = Path(constants.root) / "experiments" / dataset.name / "tables"
+    title = f"{constants.table}: {dataset.title}"
+    print(write_table(folder / constants.table, title, caption(constants, dataset), lines, constants.seeds, published))
+    print(f"written to {folder}")
 
 
 def sweep_tau(runner: Runner, experiment: str, put: Callable[[str, str, float], None]) -> None:
@@ -268,84 +308,17 @@ def sweep_tau(runner: Runner, experiment: str, put: Callable[[str, str, float], 
             put(f"tau {tau:g}", column, value)
 
 
-def write_table(constants: Constants, dataset: Dataset, lines: dict[str, dict[str, list[float]]]) -> None:
-    """Markdown (printed too), csv with every seed's value, and a figure."""
-    columns = list(dict.fromkeys(column for values in lines.values() for column in values))
-    published = {}
-    if constants.table == "main" and "miou" in dataset.paper:
-        published = {"PRC + IR + IOS": dataset.paper["miou"], "fully supervised": dataset.paper["supervised"]}
-    text = [
-        f"# {constants.table}: {dataset.title}",
-        "",
-        f"mIoU in per cent. {caption(constants, dataset)}",
-        "",
-        "| | " + " | ".join(columns) + " | paper |",
-        "|---" * (len(columns) + 2) + "|",
-    ]
-    for name, values in lines.items():
-        cells = [show(values.get(column, [])) for column in columns]
-        text.append(f"| {name} | " + " | ".join(cells) + f" | {published.get(name, 'not published')} |")
-    folder = Path(constants.root) / "experiments" / dataset.name / "tables"
-    with write_whole(folder / f"{constants.table}.md") as temporary:
-        temporary.write_text("\n".join(text) + "\n", encoding="utf-8")
-    with write_whole(folder / f"{constants.table}.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["row", "column", *(f"seed {seed}" for seed in constants.seeds)])
-        writer.writerows(
-            [name, column, *(f"{value:.3f}" for value in found)]
-            for name, values in lines.items()
-            for column, found in values.items()
-        )
-    draw(folder / f"{constants.table}.png", lines, columns, dataset)
-    print("\n".join(text))
-    print(f"\nwritten to {folder}")
-
-
 def caption(constants: Constants, dataset: Dataset) -> str:
     """What the numbers rest on: protocol, splits, seeds, backbone, stand-ins."""
     notes = require(dataset.sam_masks("train")).get("notes", {})
     stand_in = f" Stand-in: {notes['stand_in']}." if "stand_in" in notes else ""
     step1, step5 = constants.classification, constants.segmentation
     return (
-        f"Protocol: {constants.protocol}. CAM, CRF and IOS columns on the train split, segmentation on the test split. "
-        f"Seeds: {', '.join(map(str, constants.seeds))}. Classifier: {step1.backbone}, weights "
+        f"mIoU in per cent. Protocol: {constants.protocol}. CAM, CRF and IOS columns on the train split, segmentation "
+        f"on the test split. Seeds: {', '.join(map(str, constants.seeds))}. Classifier: {step1.backbone}, weights "
         f"{Path(step1.weights).name}, {step1.epochs} epochs; segmenter: {step5.backbone}, {step5.epochs} epochs."
         + stand_in
     )
-
-
-def show(values: list[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
-
-
-def draw(path: Path, lines: dict[str, dict[str, list[float]]], columns: list[str], dataset: Dataset) -> None:
-    """Grouped bars: one group for each row, one bar for each column, standard deviation as whiskers."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(6, 1.6 * len(lines)), 4), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(columns)
-    for index, column in enumerate(columns):
-        found = [values.get(column, []) for values in lines.values()]
-        means = [statistics.mean(v) if v else np.nan for v in found]
-        spread = [statistics.stdev(v) if len(v) > 1 else 0 for v in found]
-        axes.bar(
-            np.arange(len(found)) + index * width,
-            means,
-            width,
-            yerr=spread,
-            label=column,
-            hatch=["", "//", "..", "xx", "\\\\"][index % 5],
-        )
-    axes.set_xticks(np.arange(len(lines)) + 0.4 - width / 2, list(lines), rotation=20, ha="right", fontsize=8)
-    axes.set_ylabel("mIoU (%)")
-    axes.set_title(dataset.title)
-    axes.legend(fontsize=8)
-    with write_whole(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 
 from make_pseudo_labels import thresholded_background
-from reproduce_tables import Constants, Row, check_constants, perfect_regions, rows_of, show
+from reproduce_tables import Constants, Row, check_constants, perfect_regions, rows_of
+from tests.steps import TRAIN
+from tools.cams import load_cams
 from tools.command import UserError
+from tools.labels import load_label
+from tools.scores import ConfusionMatrix
+from tools.tables import show
 from train_classification import Constants as Classification
 
 TRAINING = [
@@ -47,12 +52,39 @@ def test_tables_of_tiny_data(copy, run_script):
     assert tau["tau 0.1", "refined segmentation"] == ablation["+ PRC + IR", "segmentation + IOS"]
 
 
+def test_background_rows_and_their_oracle(copy, run_script):
+    """Where there is a background class: the extension's row, and the classes told apart on the true background."""
+    toml = copy / "datasets" / "tiny" / "dataset.toml"
+    toml.write_text(toml.read_text() + '\n[rules]\nbackground = "ground"\n')
+    run_script(
+        "reproduce_tables.py", "--dataset", "tiny", "--root", copy, *TRAINING, "--table", "ablation", "--no-segment"
+    )
+    folder = copy / "experiments" / "tiny"
+    ablation = read(folder / "tables" / "ablation.csv")
+    assert not any(column.startswith("segmentation") for _, column in ablation)
+    assert ("+ PRC + IR, background by threshold (extension)", "+ CRF") in ablation
+    assert not (folder / "tables-backgroundthreshold-seed0" / "cams").exists()  # step 3 takes those of tables-seed0
+
+    oracle = ConfusionMatrix(3)
+    for id in TRAIN:
+        classes, maps = load_cams(folder / "tables-seed0" / "cams" / f"{id}.npz")
+        truth = load_label(copy / "datasets" / "tiny" / "train" / "labels" / f"{id}.png", 3)
+        expected = np.zeros_like(truth)
+        for y, x in np.argwhere(truth != 0):
+            expected[y, x] = max((k for k in classes if k), key=lambda k: maps[list(classes).index(k), y, x])
+        oracle.update(truth, expected)
+    (value,) = ablation["+ PRC + IR, the true background (USES THE TRUTH)", "CAM"]
+    assert value == pytest.approx(100 * oracle.scores()["miou"], abs=1e-3)
+
+
 def test_every_table_has_rows_and_the_default_is_among_them():
     for table in ("main", "ablation", "gamma", "lambda", "tiles", "tau"):
         rows = rows_of(Constants(table=table))
         assert rows and all(isinstance(row, Row) for row in rows)
         defaults = Classification()
         assert any(all(getattr(defaults, key) == value for key, value in row.changes.items()) for row in rows)
+    names = [row.name for row in rows_of(Constants(table="ablation"), background=True)]
+    assert len(names) == 5 and "extension" in names[-1]
 
 
 def test_constants_that_the_tables_set_are_refused_in_the_parts():
