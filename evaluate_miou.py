@@ -2,16 +2,14 @@
 
 Reads  experiments/<dataset>/<experiment>/{cams,pseudo_labels,...}/ and datasets/<dataset>/{train,test}/labels
 Writes experiments/<dataset>/<experiment>/scores/: scores.json and scores.csv (fractions from 0 to 1), scores.md (the
-       table, in per cent), confusion_<split>.png, contact_sheet_<split>.png and report.html; anew each time, and no
-       other step reads them
+       table, in per cent), confusion_<split>.png, contact_sheet_<split>.png, report.html and samples.json (the page's
+       pictures); anew each time. The other steps renew the page, but no result of theirs rests on anything here
 
     python evaluate_miou.py --dataset vaihingen
 """
 
 import json
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,14 +20,16 @@ import numpy as np
 from tqdm import tqdm
 
 from PRC_SAM.masks import load_masks
-from tools import report
 from tools.command import UserError, check, run
 from tools.dataset import SPLITS, Dataset, load_dataset
-from tools.folders import ROOT, experiment_folder, one_thread, require, step_name, write_json, write_whole
-from tools.labels import IGNORE, load_image, load_label
-from tools.pictures import colourise, confusion_picture, contact_sheet, heat, regions, sample_ids
-from tools.report import Stage
+from tools.folders import ROOT, experiment_folder, remove_leftovers, require, step_name, write_json, write_whole
+from tools.labels import load_label
+from tools.panels import choose, load_prediction, panels, sample
+from tools.pictures import confusion_picture, contact_sheet, sample_ids
+from tools.report import accounts, write_report
 from tools.scores import ConfusionMatrix
+from tools.summary import STAGES, Stage, markdown, summarise, write_csv
+from tools.workers import worker_pool
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,6 @@ class Constants:
     root: Path = ROOT  # folder that holds datasets/ and experiments/
 
 
-STAGES = {  # step folder -> (title, the split it is meant for), in the order of the steps
-    "cams": ("CAM", "train"),
-    "pseudo_labels": ("pseudo-label", "train"),
-    "refined_pseudo_labels": ("refined pseudo-label", "train"),
-    "segmentation": ("segmentation", "test"),
-    "refined_segmentation": ("refined segmentation", "test"),
-}
-
 PATCHES_A_PROCESS = 100  # for fewer, starting a process takes longer than scoring them here
 
 
@@ -65,12 +57,10 @@ def main(constants: Constants) -> None:
     for split in SPLITS:
         if here := [stage for stage in stages if stage.split == split]:
             failures += score(dataset, split, here, constants)
-    runs = report.accounts(folder, *(dataset.sam_masks(split) for split in SPLITS))
-    summary = report.summarise(
-        dataset, stages, runs, failures, constants.experiment, constants.supervised, constants.protocol
-    )
+    runs = accounts(folder, dataset)
+    summary = summarise(dataset, stages, runs, failures, constants.experiment, constants.supervised, constants.protocol)
     write_files(dataset, folder / "scores", stages, summary, runs, failures, constants)
-    print(report.markdown(summary))
+    print(markdown(summary))
     print(f"\nreport: {folder / 'scores' / 'report.html'}")
     if failures:
         shown = "\n  ".join(failures[:20] + [f"and {len(failures) - 20} more"] * (len(failures) > 20))
@@ -120,21 +110,6 @@ def _stage(dataset: Dataset, folder: Path, name: str, experiment: str, title: st
     )
 
 
-def load_prediction(folder: Path, id: str, num_classes: int) -> np.ndarray:
-    """(H,W) uint8 class ids of one image; of CAMs, the class whose map is the highest."""
-    if "cams" not in folder.name:
-        return load_label(folder / f"{id}.png", num_classes)
-    present, maps = load_maps(folder, id)
-    return present.astype(np.uint8)[maps.argmax(axis=0)]
-
-
-def load_maps(folder: Path, id: str) -> tuple[np.ndarray, np.ndarray]:
-    """Class ids (k,) and maps (k,H,W) in 0..1 of one image."""
-    from tools.cams import load_cams  # imports torch, which no other folder needs
-
-    return load_cams(folder / f"{id}.npz")
-
-
 def score_image(id: str, dataset: Dataset, split: str, folders: dict[str, Path]) -> tuple[dict, list[str]]:
     """One image against the truth: stage -> counts (K,K+1), and a sentence for each file that cannot be scored."""
     counts, failures = {}, []
@@ -181,6 +156,7 @@ def score(dataset: Dataset, split: str, stages: list[Stage], constants: Constant
                     matrix.counts += counts[key]
                     stage.matrix.merge(matrix)
                     stage.per_image[id] = matrix.scores(left_out, constants.protocol)["miou"]
+                    stage.present[id] = int(matrix.counts[dataset.scored].any(axis=1).sum())
                 else:
                     stage.partial = True
     return failures
@@ -192,13 +168,8 @@ def _mapping(workers: int) -> Iterator[Callable]:
     if workers < 2:
         yield map
         return
-    spawn = multiprocessing.get_context("spawn")  # forking a process that has used threads can hang
-    with ProcessPoolExecutor(workers, spawn, initializer=one_thread) as pool:
-        try:
-            yield partial(pool.map, chunksize=4)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with worker_pool(workers) as pool:
+        yield partial(pool.map, chunksize=4)
 
 
 def write_files(
@@ -211,11 +182,12 @@ def write_files(
     constants: Constants,
 ) -> None:
     """Everything in scores/; each file appears whole. Pictures that cannot be read are added to `failures`."""
+    remove_leftovers(folder)
     write_json(folder / "scores.json", summary)
     with write_whole(folder / "scores.md") as temporary:
-        temporary.write_text(report.markdown(summary) + "\n", encoding="utf-8")
-    report.write_csv(folder / "scores.csv", summary)
-    samples = []
+        temporary.write_text(markdown(summary) + "\n", encoding="utf-8")
+    write_csv(folder / "scores.csv", summary)
+    samples: dict[str, list[dict]] = {}
     for split in SPLITS:
         here = [stage for stage in stages if stage.split == split and stage.per_image]
         if not here:
@@ -225,7 +197,7 @@ def write_files(
             folder / f"confusion_{split}.png", last.matrix.counts, dataset.classes, f"{last.title}, {split} split"
         )
         scored = {id: last.per_image[id] for id in last.per_image if all(id in stage.per_image for stage in here)}
-        show = partial(panels, dataset, split, stages=here, last=last, failures=failures)
+        show = partial(_panels, failures, dataset, split, stages=here, load_masks=load_masks, last=last)
         rows = [row for id in sample_ids(sorted(scored), 8) if (row := show(id))]
         titles = max(map(list, rows), key=len, default=[])
         contact_sheet(
@@ -234,55 +206,23 @@ def write_files(
             titles,
             zip(dataset.classes, dataset.colours, strict=True),
         )
-        for kind, id in report.choose(scored, constants.samples):
-            if pictures := show(id, with_maps=True):
-                samples.append(report.sample(id, split, kind, scored[id], pictures))
-    report.write_report(folder / "report.html", dataset, summary, runs, report.curves(folder.parent), samples)
+        samples[split] = [
+            sample(id, split, kind, scored[id], pictures)
+            for kind, id in choose(scored, constants.samples, last.present)
+            if (pictures := show(id, with_maps=True))
+        ]
+    write_json(folder / "samples.json", samples)
+    write_report(folder.parent, dataset, summary, runs, [each for found in samples.values() for each in found])
 
 
-def panels(
-    dataset: Dataset,
-    split: str,
-    id: str,
-    stages: list[Stage],
-    last: Stage,
-    failures: list[str],
-    with_maps: bool = False,
-) -> dict[str, np.ndarray]:
-    """Title -> (H,W,3) picture of one patch: image, every stage, truth, errors of the last stage; {} if one is bad."""
+def _panels(failures: list[str], *arguments, **options) -> dict[str, np.ndarray]:
+    """`panels`; {} for a patch with a bad file, which is added to `failures`."""
     try:
-        return _panels(dataset, split, id, stages, last, with_maps)
+        return panels(*arguments, **options)
     except UserError as error:
         failures += [str(error)] * (str(error) not in failures)
         return {}
 
 
-def _panels(dataset: Dataset, split: str, id: str, stages: list[Stage], last: Stage, with_maps: bool) -> dict:
-    image = load_image(dataset.images(split) / f"{id}.png")
-    truth = load_label(dataset.labels(split) / f"{id}.png", dataset.num_classes)
-    if image.shape[:2] != truth.shape:
-        raise UserError(f"{dataset.images(split) / id}.png and its label map differ in size: cut the scenes again")
-    shown = {"image": image}
-    masks = dataset.sam_masks(split) / f"{id}.npz"
-    for stage in stages:
-        if with_maps and "cams" in stage.name:
-            for class_id, activation in zip(*load_maps(stage.folder, id), strict=True):
-                shown[f"CAM of {dataset.classes[class_id]}"] = heat(image, activation)
-        if "refined" in stage.name and "regions" not in shown and masks.exists():
-            found = load_masks(masks)
-            if found.size != truth.shape:
-                raise UserError(
-                    f"{masks} holds masks of another size than its image: run step 9, python "
-                    "PRC_SAM/get_se_map.py --overwrite"
-                )
-            shown["regions"] = regions(found.unpack(), image)
-        prediction = load_prediction(stage.folder, id, dataset.num_classes)
-        shown[stage.title] = colourise(prediction, dataset.colours)
-        if stage is last:
-            counted = (truth != IGNORE) & ~np.isin(truth, np.flatnonzero(~dataset.scored))
-            errors = np.select([~counted, prediction != truth], [IGNORE, 1], 0).astype(np.uint8)
-    return shown | {"truth": colourise(truth, dataset.colours), "errors": colourise(errors, report.RIGHT_WRONG)}
-
-
 if __name__ == "__main__":
-    run(main, Constants, __doc__)
+    run(main, Constants, __doc__, one_process=True)

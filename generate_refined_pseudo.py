@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from PRC_SAM.ios import refine_folder
+from PRC_SAM.masks import load_masks
 from tools.command import check, run
 from tools.dataset import load_dataset
 from tools.folders import ROOT, StepFolder, experiment_folder, process_state, require, step_name
 from tools.pictures import step_sheet
+from tools.report import refresh
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def main(constants: Constants) -> None:
             constants.samples,
         )
     folder.close(".png")
+    refresh(folder, dataset, load_masks)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from models.backbone import Backbone
 from models.classifier import Classifier
-from tools.cams import image_batches, load_cams, mirrored_scales, save_cams
+from PRC_SAM.masks import load_masks
+from tools.cams import image_batches, in_background, load_cams, mirrored_scales, save_cams
 from tools.command import UserError, check, run
 from tools.dataset import load_dataset
 from tools.folders import ROOT, StepFolder, experiment_folder, require, step_name
 from tools.labels import load_image
 from tools.pictures import contact_sheet, heat, sample_ids
+from tools.report import refresh
 from tools.training import load_checkpoint, make_accelerator
 
 
@@ -73,7 +74,7 @@ def main(constants: Constants) -> None:
     )
 
     pending = folder.pending(ids, ".npz")
-    with tqdm(total=len(pending), desc="CAMs", unit="image", disable=None) as bar:
+    with folder.progress(len(pending), "CAMs") as bar, in_background() as submit:
         batches = image_batches(
             dataset.images(constants.split), pending, constants.images_at_once, constants.workers, folder.fail
         )
@@ -83,9 +84,8 @@ def main(constants: Constants) -> None:
             maps = [scale.cpu().numpy() for scale in maps]
             for index, id in enumerate(batch):
                 classes = np.flatnonzero(labels[id])
-                save_cams(
-                    folder.folder / f"{id}.npz", classes, [scale[index, classes] for scale in maps], images.shape[-2:]
-                )
+                present = [scale[index, classes] for scale in maps]
+                submit(save_cams, folder.folder / f"{id}.npz", classes, present, images.shape[-2:])
             bar.update(len(batch))
 
     folder.join()
@@ -102,6 +102,7 @@ def main(constants: Constants) -> None:
             rows.append([image, *(heat(image, maps[k]) if k in maps else None for k in range(dataset.num_classes))])
         contact_sheet(folder.folder / "contact_sheet.png", rows, ["image", *dataset.classes])
     folder.close(".npz")
+    refresh(folder, dataset, load_masks)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ class Constants:
     crf_iterations: int = 10  # mean-field iterations; 0 takes the class of the highest CAM as it is
     crf_mode: Literal["lattice", "exact"] = "lattice"  # or exact: slow above 128 px without a GPU
     gaussian_sigma: float = 1.0  # pixels
-    gaussian_weight: float = 3.0
+    gaussian_weight: float = 3.0  # of the kernel of neighbours
     bilateral_sigma_xy: float = 67.0  # pixels
     bilateral_sigma_rgb: float = 3.0  # grey values
-    bilateral_weight: float = 4.0
+    bilateral_weight: float = 4.0  # of the kernel of neighbours of like colour
     background: Literal["cam", "threshold"] = "cam"  # threshold is an extension: thresholded_background
     workers: int = 4  # processes; 0 works in this one
     samples: int = 8  # patches on the contact sheet

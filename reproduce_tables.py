@@ -40,18 +40,18 @@ from tools.tables import Lines, write_table
 
 @dataclass(frozen=True)
 class Constants:
-    table: Literal["main", "ablation", "gamma", "lambda", "tiles", "tau"] = "main"
+    table: Literal["main", "ablation", "gamma", "lambda", "tiles", "tau"] = "main"  # which of the tables
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     seeds: tuple[int, ...] = (0,)  # with several, the table shows mean and standard deviation
-    protocol: Literal["clean", "released"] = "clean"
+    protocol: Literal["clean", "released"] = "clean"  # as in steps 1, 5, 7 and 8
     segment: bool = True  # False leaves the segmentation columns of the ablation empty, and saves steps 5 to 7
     gammas: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the table gamma
     ir_weights: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4)  # of the table lambda
     tiles: tuple[int, ...] = (1, 4, 16)  # of the table tiles
     taus: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95)  # of the table tau
-    classification: train_classification.Constants = field(default_factory=train_classification.Constants)
-    segmentation: train_segmentation.Constants = field(default_factory=train_segmentation.Constants)
-    pseudo: make_pseudo_labels.Constants = field(default_factory=make_pseudo_labels.Constants)
+    classification: train_classification.Constants = field(default_factory=train_classification.Constants)  # step 1
+    segmentation: train_segmentation.Constants = field(default_factory=train_segmentation.Constants)  # step 5
+    pseudo: make_pseudo_labels.Constants = field(default_factory=make_pseudo_labels.Constants)  # step 3
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto is bf16 where GPU or CPU (AMX) compute in it, else fp32
     workers: int = 4  # processes that read and write
     images_at_once: int = 8  # patches of one batch of the inference steps
@@ -313,12 +313,14 @@ def caption(constants: Constants, dataset: Dataset) -> str:
     notes = require(dataset.sam_masks("train")).get("notes", {})
     stand_in = f" Stand-in: {notes['stand_in']}." if "stand_in" in notes else ""
     step1, step5 = constants.classification, constants.segmentation
-    return (
-        f"mIoU in per cent. Protocol: {constants.protocol}. CAM, CRF and IOS columns on the train split, segmentation "
-        f"on the test split. Seeds: {', '.join(map(str, constants.seeds))}. Classifier: {step1.backbone}, weights "
-        f"{Path(step1.weights).name}, {step1.epochs} epochs; segmenter: {step5.backbone}, {step5.epochs} epochs."
-        + stand_in
+    text = (
+        f"mIoU in per cent. Protocol: {constants.protocol}. CAM, CRF and IOS columns on the train split. Seeds: "
+        f"{', '.join(map(str, constants.seeds))}. Classifier: {step1.backbone}, weights {Path(step1.weights).name}, "
+        f"{step1.epochs} epochs."
     )
+    if any(row.segment for row in rows_of(constants)):
+        text += f" Segmentation on the test split: {step5.backbone}, {step5.epochs} epochs."
+    return text + stand_in
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from models.backbone import NAMES, Backbone
 from models.classifier import Classifier
 from models.ir_loss import image_reconstruction_loss
+from PRC_SAM.masks import load_masks
 from tools.augment import TrainingPatches, to_tensor
 from tools.cams import OUTPUT_STRIDE, fuse_scales, image_batches, mirrored_scales
 from tools.command import UserError, check, run, stop
@@ -26,6 +27,7 @@ from tools.dataset import Dataset, load_dataset
 from tools.folders import ROOT, StepFolder, experiment_folder
 from tools.labels import load_image, load_label
 from tools.pictures import contact_sheet, heat, sample_ids
+from tools.report import refresh
 from tools.scores import ConfusionMatrix
 from tools.training import check_recipe, load_checkpoint, make_accelerator, train
 
@@ -35,20 +37,21 @@ class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     protocol: Literal["clean", "released"] = "clean"  # keeps the last epoch | released: the best on train PIXEL labels
-    backbone: Literal[NAMES] = "resnet50"
+    backbone: Literal[NAMES] = "resnet50"  # at output stride 16
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
     train_all: bool = False  # let the first stages learn as well; needed when weights is none
     gamma: float = 0.7  # PRC: affinities below this are cut, 0 to 0.999
     iterations: int = 1  # PRC: how often the affinity is applied; 0 switches PRC off
     ir_weight: float = 0.1  # weight lambda of the image reconstruction loss; 0 switches it off
     tiles: int = 4  # IR: parts with class colours of their own: 1, 4, 9, ...
-    epochs: int = 20
+    epochs: int = 20  # passes over the train split
     batch_size: int = 8  # over all processes together
     lr: float = 0.1  # of pretrained weights; their biases x2, new weights x10, new biases x20
     momentum: float = 1e-4  # what the released optimiser receives (0.9 was intended)
     weight_decay: float = 1e-4  # on weights only
-    seed: int = 0
+    seed: int = 0  # of new weights, augmentation and order
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU (AMX) compute in it, else fp32
+    compile: bool = False  # torch.compile the model: faster steps after minutes of preparation
     workers: int = 4  # processes that read and augment images
     samples: int = 8  # patches on the contact sheet
     root: Path = ROOT  # folder that holds datasets/ and experiments/
@@ -135,6 +138,7 @@ def main(constants: Constants) -> None:
             folder.folder / "contact_sheet.png", model.eval(), dataset, labels, sample_ids(ids, constants.samples)
         )
     folder.close(".pt")
+    refresh(folder, dataset, load_masks)
 
 
 def draw_sheet(path: Path, model: nn.Module, dataset: Dataset, labels: dict[str, np.ndarray], ids: list[str]) -> None:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import NAMES, Backbone
 from models.deeplab import DeepLabV3Plus
+from PRC_SAM.masks import load_masks
 from tools.augment import TrainingPatches, to_tensor
 from tools.cams import image_batches, mirrored_scales
 from tools.command import UserError, check, run, stop
@@ -28,6 +30,7 @@ from tools.dataset import Dataset, load_dataset
 from tools.folders import ROOT, StepFolder, experiment_folder, require
 from tools.labels import IGNORE, load_image, load_label
 from tools.pictures import colourise, contact_sheet, sample_ids
+from tools.report import refresh
 from tools.scores import ConfusionMatrix
 from tools.training import check_recipe, load_checkpoint, make_accelerator, train
 
@@ -38,17 +41,18 @@ class Constants:
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     protocol: Literal["clean", "released"] = "clean"  # keeps the last epoch | released: the best on train PIXEL labels
     labels: str = "refined_pseudo_labels"  # the step folder to learn from | truth (the fully supervised bound)
-    backbone: Literal[NAMES] = "resnet50"
+    backbone: Literal[NAMES] = "resnet50"  # at output stride 16
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
     freeze_norm: bool = True  # keep the backbone's BatchNorm statistics; must be False when weights is none
     width: int = 256  # channels of ASPP and decoder
-    epochs: int = 50
+    epochs: int = 50  # passes over the train split
     batch_size: int = 16  # over all processes together
     lr: float = 0.007  # of pretrained weights; their biases x2, new weights x10, new biases x20
     momentum: float = 1e-4  # what the released optimiser receives (0.9 was intended)
     weight_decay: float = 4e-5  # on weights only
-    seed: int = 0
+    seed: int = 0  # of new weights, augmentation and order
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU (AMX) compute in it, else fp32
+    compile: bool = False  # torch.compile the model: faster steps after minutes of preparation
     workers: int = 4  # processes that read and augment images
     samples: int = 8  # patches on the contact sheet
     root: Path = ROOT  # folder that holds datasets/ and experiments/
@@ -56,9 +60,12 @@ class Constants:
 
 
 def compute_loss(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy over all pixels that are not ignored; 0 for a batch that is ignored altogether."""
+    """Cross-entropy over all labelled pixels of a batch, in all processes; 0 where every pixel is ignored."""
     summed = F.cross_entropy(model(images).float(), labels, ignore_index=IGNORE, reduction="sum")
-    return {"loss": summed / (labels != IGNORE).sum().clamp_min(1)}
+    labelled = (labels != IGNORE).sum()
+    if torch.distributed.is_initialized():  # gradients will be averaged, but the parts differ in labelled pixels
+        labelled = reduce(labelled.float(), "mean")
+    return {"loss": summed / labelled.clamp_min(1)}
 
 
 def train_miou(model: nn.Module, dataset: Dataset, constants: Constants, device: torch.device) -> float:
@@ -147,6 +154,7 @@ def main(constants: Constants) -> None:
             zip(dataset.classes, dataset.colours, strict=True),
         )
     folder.close(".pt")
+    refresh(folder, dataset, load_masks)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """SAM models: the three official checkpoints by name, and files of other sizes that carry their own."""
 
 import hashlib
-import pickle
 import urllib.request
 from functools import partial
 from pathlib import Path
@@ -115,7 +114,7 @@ def _fetch(url: str, path: Path, sha256: str) -> None:
         with write_whole(path) as temporary:
             with urllib.request.urlopen(url, timeout=60) as answer, open(temporary, "wb") as file:
                 length = int(answer.headers.get("Content-Length") or 0)
-                bar = tqdm(total=length, unit="B", unit_scale=True, desc=path.name)
+                bar = tqdm(total=length, unit="B", unit_scale=True, desc=path.name, disable=None)
                 while block := answer.read(1 << 20):
                     file.write(block)
                     digest.update(block)
@@ -138,8 +137,9 @@ def load_sam(model: str, path: Path) -> Sam:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not a checkpoint of tensors ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # torch has no common class for damaged and hostile files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a checkpoint of tensors ({reason[:120]}): get it again") from None
     sizes = SIZES.get(model)
     if model == "custom":
         check(

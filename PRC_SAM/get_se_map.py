@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -170,8 +169,7 @@ def _sam_masks(
             return error
 
     writes: deque = deque()
-    bar = tqdm(total=len(ids), desc=title, unit="image", disable=None)
-    with bar, ThreadPoolExecutor(max(constants.workers, 1)) as pool:
+    with step.progress(len(ids), title) as bar, ThreadPoolExecutor(max(constants.workers, 1)) as pool:
         stream = _read_ahead(pool, read, ids, 2 * constants.images_at_once)
         while batch := list(islice(stream, constants.images_at_once)):
             good = [(id, *answer) for id, answer in batch if not isinstance(answer, UserError)]

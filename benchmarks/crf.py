@@ -9,14 +9,15 @@ Command: python benchmarks/crf.py, or with --image FILE on the centre of an imag
 
 import multiprocessing
 import sys
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 import tyro
+from measure import measured
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.crf import dense_crf
@@ -75,11 +76,6 @@ def plain(p: np.ndarray, image: np.ndarray, iterations: int) -> np.ndarray:
     return q.reshape(p.shape)
 
 
-def memory_mb(line: str) -> float:
-    """Of this process: line "VmRSS" for what it holds now, "VmHWM" for its peak. Linux only."""
-    return int(Path("/proc/self/status").read_text().split(line + ":")[1].split()[0]) / 1024
-
-
 def measure(way: str, size: int, classes: int, constants: Constants) -> tuple[float, float, np.ndarray]:
     """Fastest time in seconds, peak memory in MB (the device's if it is a GPU), labels (size, size)."""
     torch.set_num_threads(constants.threads)
@@ -88,19 +84,12 @@ def measure(way: str, size: int, classes: int, constants: Constants) -> tuple[fl
     small = np.ones((1, 8, 8), np.float32), image[:8, :8], constants.iterations
     for mode in () if way == "plain" else (way,):
         dense_crf(*small, mode=mode, device=constants.device)  # what a first call loads is no part of the cost
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before, seconds = memory_mb("VmRSS"), []
-    for _ in range(constants.repeats):
-        start = time.perf_counter()
-        if way == "plain":
-            q = plain(p, image, constants.iterations)
-        else:
-            q = dense_crf(p, image, constants.iterations, mode=way, device=constants.device)
-        seconds.append(time.perf_counter() - start)
-    memory = memory_mb("VmHWM") - before
-    if way != "plain" and torch.device(constants.device).type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**20
-    return min(seconds), memory, q.argmax(0)
+    if way == "plain":
+        q, seconds, memory = measured(lambda: plain(p, image, constants.iterations), constants.repeats)
+    else:
+        work = partial(dense_crf, p, image, constants.iterations, mode=way, device=constants.device)
+        q, seconds, memory = measured(work, constants.repeats, constants.device)
+    return seconds, memory, q.argmax(0)
 
 
 def main(constants: Constants) -> None:

@@ -9,13 +9,13 @@ random one. Reading the mask file is timed apart.
 
 import sys
 import tempfile
-import time
 import tracemalloc
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from measure import measured
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -50,7 +50,7 @@ def main(constants: Constants) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "masks.npz"
         save_masks(file, pack_masks(dense))
-        reading = best(lambda: load_masks(file).bits, 5)
+        reading = measured(lambda: load_masks(file).bits, 5)[1]
         print(f"mask file {file.stat().st_size / 1000:.1f} kB, read in {reading * 1e3:.2f} ms")
         packed = load_masks(file)
         packed.bits  # noqa: B018 (reads them)
@@ -61,7 +61,7 @@ def main(constants: Constants) -> None:
         ("masks as bool", lambda: intersection_optimisation(label, dense, classes, constants.tau), constants.repeats),
         ("masks as bits", lambda: intersection_optimisation(label, packed, classes, constants.tau), constants.repeats),
     ):
-        seconds[name] = best(work, repeats)
+        seconds[name] = measured(work, repeats)[1]
         tracemalloc.start()
         result = work()
         memory = tracemalloc.get_traced_memory()[1]
@@ -70,6 +70,16 @@ def main(constants: Constants) -> None:
             f"{name}  {seconds[name] * 1e3:8.2f} ms, ratio {seconds['literal loop'] / seconds[name]:6.1f}, "
             f"{memory / 1e6:6.1f} MB beside the input, equal to the loop: {np.array_equal(result, expected)}"
         )
+    growth(rng, constants)
+
+
+def growth(rng: np.random.Generator, constants: Constants) -> None:
+    """Masks as bits over pixels, classes and masks."""
+    for size, classes, count in ((256, 5, 100), (512, 5, 100), (1024, 5, 100), (512, 16, 100), (512, 5, 400)):
+        label = np.kron(rng.integers(0, classes, (8, 8)), np.ones((size // 8,) * 2)).astype(np.uint8)
+        packed = pack_masks(ellipses(rng, count, size))
+        work = partial(intersection_optimisation, label, packed, range(classes), constants.tau)
+        print(f"growth: {size} px, {classes} classes, {count} masks: {measured(work, 5)[1] * 1e3:.2f} ms")
 
 
 def literal(label: np.ndarray, masks: np.ndarray, classes: range, tau: float) -> np.ndarray:
@@ -102,16 +112,6 @@ def regions(constants: Constants) -> np.ndarray:
     check(image.shape[:2] == (constants.size,) * 2, f"{constants.image} is smaller than {constants.size} pixels")
     masks = felzenszwalb_masks(np.ascontiguousarray(image))
     return masks.chosen(np.argsort(-masks.areas)[: constants.masks]).unpack()
-
-
-def best(work: Callable, repeats: int) -> float:
-    """Seconds of the fastest run."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
 """Mask generation side by side with segment-anything's own generator: time, memory and agreement.
 
 Both get the same weights, images and settings; the stock generator takes one image at a time, as it must. Without a
-checkpoint a small Sam is trained first on synthetic shapes (a few minutes, on the CPU, the same every time), so that
-its masks are neither empty nor noise; model = "vit_h" with checkpoint = "random" times the official size instead, with
-the filters opened by pred_iou_thresh = 0 and stability_score_thresh = 0.
+checkpoint a small Sam is trained first on synthetic shapes (half a minute on the CPU, the same every time; longer with
+--steps 900), so that its masks are neither empty nor noise. model = "vit_h" with checkpoint = "random" times the
+official size instead, with the filters opened by pred_iou_thresh = 0 and stability_score_thresh = 0.
 
   OMP_NUM_THREADS=1 python benchmarks/sam_masks.py
   python benchmarks/sam_masks.py --model vit_h --checkpoint random --precision bf16 --size 512   # on a GPU
 """
 
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from measure import measured
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import Sam
 from torch.nn import functional as F
@@ -45,7 +44,7 @@ SMALL = {
 class Constants:
     model: str = "custom"  # custom | vit_b | vit_l | vit_h
     checkpoint: str = ""  # a file, "random" for random weights, empty to train a small model
-    steps: int = 900  # of that training
+    steps: int = 150  # of that training
     save: str = ""  # where to keep the trained model, for the next --checkpoint
     images: str = ""  # a folder of RGB images; empty: synthetic shapes
     count: int = 8  # images
@@ -82,37 +81,14 @@ def main(constants: Constants) -> None:
     stock = SamAutomaticMaskGenerator(sam, **settings)
     ours = MaskGenerator(sam, Settings(**settings), precision, constants.images_at_once)
     stock.generate(images[0]), ours(images[:1])  # kernels chosen, caches filled
-    theirs, stock_seconds, stock_memory = measured(device, lambda: [stock.generate(image) for image in compared])
+    theirs, stock_seconds, stock_memory = measured(lambda: [stock.generate(image) for image in compared], 1, device)
     batches = [images[at : at + constants.images_at_once] for at in range(0, len(images), constants.images_at_once)]
-    found, seconds, memory = measured(device, lambda: [masks for batch in batches for masks in ours(batch)])
+    found, seconds, memory = measured(lambda: [masks for batch in batches for masks in ours(batch)], 1, device)
     stock_seconds, seconds = stock_seconds / len(compared), seconds / len(images)
-    print(f"stock {stock_seconds:7.3f} s an image, peak memory {stock_memory}")
-    print(f"ours  {seconds:7.3f} s an image, peak memory {memory}, {ours.points_at_once} points at once")
+    print(f"stock {stock_seconds:7.3f} s an image, {stock_memory:.0f} MB more")
+    print(f"ours  {seconds:7.3f} s an image, {memory:.0f} MB more, {ours.points_at_once} points at once")
     print(f"ratio {stock_seconds / seconds:7.1f}")
     agreement(theirs, found)
-
-
-def measured(device: torch.device, work: Callable) -> tuple:
-    """Result, seconds, and the peak of memory: allocated on a GPU, else resident in the process (Linux)."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    elif reset.exists():
-        reset.write_text("5")  # starts the high-water mark anew
-    start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    if device.type == "cuda":
-        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    elif reset.exists():
-        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        memory = f"{int(peak.split()[1]) / 2**20:.2f} GiB"
-    else:
-        memory = "not measured"
-    return result, seconds, memory
 
 
 def agreement(theirs: list, ours: list) -> None:
@@ -183,7 +159,7 @@ def train_small_sam(steps: int, images: int = 4, points: int = 8) -> Sam:
     scenes = [shapes(rng, SMALL["image_size"]) for _ in range(256)]
     optimiser = torch.optim.AdamW(sam.parameters(), 5e-4, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, steps)
-    bar = trange(steps, desc="training a small Sam")
+    bar = trange(steps, desc="training a small Sam", disable=None)
     for _ in bar:
         some = [scenes[index] for index in rng.integers(0, len(scenes), images)]
         pixels = torch.stack([sam.preprocess(torch.from_numpy(picture).permute(2, 0, 1)) for picture, _ in some])

@@ -13,18 +13,20 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import tifffile
 import tyro
+from measure import measured
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from tools.dataset import Dataset, load_dataset
 from tools.labels import ColourDecoder
-from tools.patches import BAND
+from tools.truth import BAND
 
 
 @dataclass(frozen=True)
@@ -64,22 +66,13 @@ def look_up(rgb: np.ndarray, dataset: Dataset) -> np.ndarray:
     return np.concatenate([decoder(rgb[y : y + BAND]) for y in range(0, len(rgb), BAND)])
 
 
-def fastest(way, repeats: int, *arguments) -> tuple[float, np.ndarray]:
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = way(*arguments)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds), result
-
-
 def compare_decoding(constants: Constants) -> None:
     for name in ("potsdam", "isaid"):
         dataset = load_dataset(name)
         _, ids = synthetic_scene(constants.size, dataset.num_classes, constants.seed)
         rgb = dataset.colours[ids]
-        ours, found = fastest(look_up, constants.repeats, rgb, dataset)
-        plain, expected = fastest(loop_over_colours, constants.repeats, rgb, dataset)
+        found, ours, _ = measured(partial(look_up, rgb, dataset), constants.repeats)
+        expected, plain, _ = measured(partial(loop_over_colours, rgb, dataset), constants.repeats)
         assert (found == expected).all()
         print(
             f"decoding {ids.size / 1e6:.0f} Mpx of {dataset.num_classes} classes: look-up {ours:.2f} s, loop over "

@@ -13,7 +13,7 @@ Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channel
 The images are those of DOTA-v1.0: unpack the archives part1.zip, part2.zip, ... of its train and val folders into
 <raw>/train and <raw>/val, each with its folder images. The masks are iSAID's: unpack the archives in its folders
 train/Semantic_masks and val/Semantic_masks into those of the same name. Scenes may also be jpg or tif; they must have
-three channels of 8 bits (an opaque alpha channel of a png is dropped).
+three channels of 8 bits (an opaque alpha channel is dropped). A few of DOTA's scenes are grey: --grey repeat.
 
 Command: python datasetsprocess/isaid_split.py
 """
@@ -22,6 +22,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.command import check, run
 from tools.dataset import SPLITS, Dataset, load_dataset
 from tools.folders import ROOT
-from tools.patches import SUFFIXES, Patch, Scene, class_id, find_sources, rule_of, split_scenes
+from tools.patches import Patch, Scene, class_id, find_sources, rule_of, split_scenes
+from tools.rasters import SUFFIXES, Raster
 
 RAW_SPLITS = {"train": "train", "test": "val"}
 IMAGE, TRUTH = "images/{}", "Semantic_masks/images/{}_instance_color_RGB"
@@ -42,6 +44,7 @@ class Constants:
     dataset: str = "isaid"  # isaid | the name of your own dataset.toml for scenes in this layout
     root: Path = ROOT  # the folder that holds datasets/
     raw: str = ""  # where the archives are unpacked; empty: <root>/datasets/<dataset>/raw
+    grey: Literal["stop", "repeat"] = "stop"  # scenes with one channel: stop, or repeat it three times
     unknown_colours: Literal["stop", "ignore"] = "stop"  # a truth's colour that is no class: stop, or 255 (ignored)
     missing_scenes: Literal["stop", "skip"] = "stop"  # images or truths without the other, splits that are not there
     seed: int = 0  # of the random patches
@@ -109,8 +112,10 @@ def main(constants: Constants) -> None:
         "the split that is there with --missing-scenes skip",
     )
     places = {split: (f"{folder}/{IMAGE}", f"{folder}/{TRUTH}") for split, folder in RAW_SPLITS.items()}
-    split_scenes(constants, dataset, find_sources(raw, scenes, places, constants.missing_scenes), patches)
+    sources = find_sources(raw, scenes, places, constants.missing_scenes)
+    kinds = ("rgb", "grey") if constants.grey == "repeat" else ("rgb",)
+    split_scenes(constants, dataset, sources, patches, partial(Raster, kinds=kinds))
 
 
 if __name__ == "__main__":
-    run(main, Constants, __doc__)
+    run(main, Constants, __doc__, one_process=True)

@@ -13,10 +13,8 @@ Writes  <root>/datasets/<dataset>/{train,test}/image_labels.csv: id, then 0 or 1
 Command: python datasetsprocess/process.py --dataset vaihingen
 """
 
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +25,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.command import UserError, check, run
 from tools.dataset import SPLITS, Dataset, load_dataset, write_image_labels
-from tools.folders import ROOT
+from tools.folders import ROOT, remove_leftovers
 from tools.labels import IGNORE, load_image, load_label
+from tools.workers import worker_pool
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def count_split(dataset: Dataset, split: str, constants: Constants) -> tuple[dic
     images, labels = dataset.images(split), dataset.labels(split)
     wrong = [
         f"{labels / name} has no image {images / name}"
-        for name in sorted({path.name for path in labels.glob("*.png")} - {f"{id}.png" for id in ids})
+        for name in sorted({path.name for path in labels.glob("[!.]*.png")} - {f"{id}.png" for id in ids})
     ]
     wrong += [
         f"{path} is no png, so no step will read it: convert it, or move it away"
@@ -80,7 +79,7 @@ def count_split(dataset: Dataset, split: str, constants: Constants) -> tuple[dic
     if constants.workers < 1 or len(ids) < 256:  # a few are counted before a process has started
         counts = list(progress(map(work, ids)))
     else:
-        with ProcessPoolExecutor(constants.workers, multiprocessing.get_context("spawn")) as pool:
+        with worker_pool(constants.workers) as pool:
             counts = list(progress(pool.map(work, ids, chunksize=32)))
     wrong += [count for count in counts if isinstance(count, str)]
     return {id: count for id, count in zip(ids, counts, strict=True) if not isinstance(count, str)}, wrong
@@ -142,7 +141,7 @@ def main(constants: Constants) -> None:
     check(constants.min_pixels >= 1, f"min_pixels is {constants.min_pixels}, but it must be 1 or more")
     check(constants.workers >= 0, f"workers is {constants.workers}, but it must be 0 or more")
     dataset = load_dataset(constants.dataset, constants.root)
-    splits = [split for split in SPLITS if any(dataset.images(split).glob("*.png"))]
+    splits = [split for split in SPLITS if any(dataset.images(split).glob("[!.]*.png"))]
     check(
         bool(splits),
         f"{dataset.folder} holds no png images in train/images or test/images: cut the scenes into "
@@ -150,6 +149,7 @@ def main(constants: Constants) -> None:
     )
     wrong = []
     for split in splits:
+        remove_leftovers(dataset.folder / split, ".image_labels.*.tmp.csv")
         found = label_split(dataset, split, constants)
         if found:
             print(f"{split}: {len(found)} files are wrong, so {dataset.image_labels_file(split)} was not written")
@@ -164,4 +164,4 @@ def main(constants: Constants) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Constants, __doc__)
+    run(main, Constants, __doc__, one_process=True)

@@ -106,4 +106,4 @@ def main(constants: Constants) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Constants, __doc__)
+    run(main, Constants, __doc__, one_process=True)

@@ -1,4 +1,4 @@
-"""ImageNet backbones of torchvision, cut into three stages at output stride 16."""
+"""ImageNet backbones of torchvision, cut into three stages at output stride 16 (method sections 1 and 5)."""
 
 from pathlib import Path
 

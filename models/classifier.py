@@ -1,4 +1,4 @@
-"""The classifier whose class activation maps (CAMs) become pseudo-labels."""
+"""The classifier whose class activation maps (CAMs) become pseudo-labels (method section 1)."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""DeepLabv3+ with channel and spatial attention on its low-level features."""
+"""DeepLabv3+ with channel and spatial attention on its low-level features (method section 5)."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from models.backbone import Backbone
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1) -> nn.Sequential:
-    """Convolution that keeps the size, GroupNorm(4), ReLU."""
+    """Convolution that keeps the size, GroupNorm(4), ReLU: (B,inputs,h,w) -> (B,outputs,h,w)."""
     padding = dilation * (kernel // 2)
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False)
     return nn.Sequential(convolution, nn.GroupNorm(4, outputs), nn.ReLU(inplace=True))
@@ -31,7 +31,10 @@ class AtrousSpatialPyramidPooling(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Weights channels by their mean and maximum through one shared bottleneck (Woo et al., CBAM, 2018)."""
+    """Weights channels by their mean and maximum through one shared bottleneck; (B,C,h,w) -> the same shape.
+
+    CBAM (Woo et al., 2018).
+    """
 
     def __init__(self, channels: int, bottleneck: int = 3):
         super().__init__()
@@ -47,7 +50,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Weights pixels by a 7 x 7 convolution of the mean and maximum over channels (CBAM)."""
+    """Weights pixels by a 7 x 7 convolution of the mean and maximum over channels (CBAM); (B,C,h,w) -> the same."""
 
     def __init__(self):
         super().__init__()
@@ -79,6 +82,7 @@ class DeepLabV3Plus(nn.Module):
         self.pretrained, self.new = [self.backbone], [self.aspp, self.low, self.decoder]
 
     def train(self, mode: bool = True) -> "DeepLabV3Plus":
+        """As always, but a frozen BatchNorm stays in evaluation: it uses and keeps its running statistics."""
         super().train(mode)
         if self.freeze_norm:
             for module in self.backbone.modules():

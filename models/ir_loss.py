@@ -1,4 +1,4 @@
-"""Image reconstruction loss (IR): the class maps must be able to paint the image with one colour for each class."""
+"""Image reconstruction loss (IR): the class maps must paint the image, one colour a class (method section 1)."""
 
 import math
 

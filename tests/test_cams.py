@@ -1,5 +1,7 @@
 """Class activation maps: scales and mirrors, small files, and what becomes of damaged ones."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from tests.references import bilinear
 from tools.augment import normalise
-from tools.cams import fuse_scales, image_batches, load_cams, mirrored_scales, save_cams
+from tools.cams import fuse_scales, image_batches, in_background, load_cams, mirrored_scales, save_cams
 from tools.command import UserError
 
 
@@ -150,6 +152,59 @@ def test_results_do_not_depend_on_what_else_is_left_to_do(tmp_path):
 
 def test_no_images_make_no_batches(tmp_path):
     assert list(image_batches(tmp_path, [], 4, 0, lambda sentence: None)) == []
+
+
+def test_work_in_the_background_goes_on_beside_the_caller():
+    """The first two calls wait for one that comes after them, which could not be if submit waited for its call."""
+    last, done = threading.Event(), []
+
+    def wait(number):
+        assert last.wait(20)
+        done.append(number)
+
+    with in_background(threads=3) as submit:
+        submit(wait, 1)
+        submit(wait, 2)
+        submit(last.set)
+    assert sorted(done) == [1, 2]
+
+
+def test_no_more_results_wait_than_twice_the_threads():
+    running, most, lock = 0, [0], threading.Lock()
+
+    class Result:
+        """Counts itself from the call of submit until its work is done."""
+
+        def __init__(self):
+            nonlocal running
+            with lock:
+                running += 1
+                most.append(running)
+
+    def work(result):
+        nonlocal running
+        threading.Event().wait(0.002)
+        with lock:
+            running -= 1
+
+    with in_background(threads=2) as submit:
+        for _ in range(40):
+            submit(work, Result())
+    assert running == 0 and max(most) <= 5  # four under way, and the one that is handed over
+
+
+def test_a_full_disk_in_the_background_reaches_the_caller():
+    def full():
+        raise OSError(28, "No space left on device", "a.npz")
+
+    with pytest.raises(OSError, match="No space left"), in_background() as submit:
+        submit(full)
+    calls = 0
+    with pytest.raises(OSError, match="No space left"), in_background() as submit:
+        while calls < 100:  # and soon, not after hours of computing for nothing
+            submit(full)
+            calls += 1
+    assert calls <= 5
 
 
 class Hostile:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
+from tools import crf
 from tools.crf import dense_crf, permutohedral_lattice
 
 MODES = ("lattice", "exact")
@@ -190,6 +191,21 @@ def test_lattice_kernel_has_the_width_of_the_gaussian():
     away = features[:, :, None] - features[:, None, sources]
     variance = (away**2 * response).sum(1) / response.sum(0)  # (2, sources)
     np.testing.assert_allclose(variance.mean(1), 1, atol=0.05)
+
+
+def test_products_by_torch_equal_those_by_scipy(monkeypatch):
+    """What a GPU runs, on the CPU: the lattice with torch's sparse matrices."""
+    rng = np.random.default_rng(4)
+    p, image = smooth_maps(rng, 3, 40), rng.integers(100, 130, (40, 40, 3), np.uint8)
+    expected, used = dense_crf(p, image), []
+
+    def product(matrix, device):
+        used.append(matrix.shape)
+        return crf._torch_product(matrix, device)
+
+    monkeypatch.setattr(crf, "_product", product)
+    np.testing.assert_allclose(dense_crf(p, image), expected, atol=1e-4)
+    assert len(used) == 8  # splat, slice and six blurs
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

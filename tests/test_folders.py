@@ -254,9 +254,13 @@ def fail_with(error, constants):
     ("error", "code", "text"),
     [
         (UserError("gamma is 2"), 1, "error: gamma is 2"),
-        (KeyboardInterrupt(), 130, "stopped; the same command continues"),
         (OSError(28, "No space left on device", "/data/a.png"), 1, "error: /data/a.png: No space left on device"),
         (PermissionError(13, "Permission denied", "/data"), 1, "error: /data: Permission denied"),
+        (MemoryError(), 1, "error: the memory is full: lower batch_size"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), 1, "error: the memory is full"),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file"), 1, "no space is left"),
+        (RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed."), 1, "container's /dev/shm, was full"),
+        (RuntimeError("[pair.cc:538] Connection closed by peer [127.0.0.1]:1"), 1, "another process of this run ended"),
     ],
 )
 def test_how_a_script_ends(monkeypatch, capsys, error, code, text):

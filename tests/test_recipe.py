@@ -22,6 +22,7 @@ class Constants:
     momentum: float = 0.9
     weight_decay: float = 1e-3
     seed: int = 0
+    compile: bool = False
     workers: int = 0
 
 

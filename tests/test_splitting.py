@@ -16,8 +16,8 @@ from PIL import Image
 from datasetsprocess import isaid_split, potsdam_patch_split, vaihingen_patch_split
 from tools.command import UserError
 from tools.dataset import load_dataset
-from tools.labels import IGNORE
-from tools.patches import Scene, find_sources, four_versions, save_image, whole_tiles
+from tools.labels import IGNORE, save_image
+from tools.patches import Scene, find_sources, four_versions, whole_tiles
 from tools.rasters import Raster
 
 SCRIPTS = {"vaihingen": "vaihingen_patch_split.py", "potsdam": "potsdam_patch_split.py", "isaid": "isaid_split.py"}

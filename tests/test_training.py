@@ -1,6 +1,8 @@
 """Trainings: their schedule and log, killed ones that continue, diverging ones, the choice of the epoch."""
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 from tools.augment import TrainingPatches
 from tools.command import UserError
 from tools.folders import StepFolder
-from tools.training import make_accelerator, save_checkpoint, train
+from tools.training import check_recipe, make_accelerator, save_checkpoint, train
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Constants:
     momentum: float = 0.9
     weight_decay: float = 1e-3
     seed: int = 0
+    compile: bool = False
     workers: int = 0
     root: Path = Path(".")
     overwrite: bool = False
@@ -206,6 +209,48 @@ def test_workers_change_nothing(training):
     training("none")
     training("one", Constants(workers=1))
     assert equal(weights(training.folder / "none" / "model.pt"), weights(training.folder / "one" / "model.pt"))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_training_leaves_the_same_checkpoint(training, monkeypatch):
+    """Names and shapes are those of the model; without dropout, drawn in another way, only rounding differs."""
+    monkeypatch.setattr(Net, "forward", lambda self, x: self.head[1](self.features(x)).mean((2, 3)))
+    training("plain", Constants(epochs=1))
+    model = training("compiled", Constants(epochs=1, compile=True))
+    assert model._compiled_call_impl is not None
+    plain, compiled = (weights(training.folder / run / "model.pt") for run in ("plain", "compiled"))
+    assert list(plain) == list(compiled) == list(Net().state_dict())
+    for name, value in plain.items():
+        assert torch.allclose(value, compiled[name], atol=1e-4), name
+    training("compiled", Constants(epochs=1))  # where it is compiled is no setting: the folder stays usable
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check_recipe(Constants(), 11)
+    with pytest.raises(
+        UserError, match="needs the C\\+\\+ compiler no-such-compiler: install it, or leave out --compile"
+    ):
+        check_recipe(Constants(compile=True), 11)
+
+
+def test_nothing_is_read_from_the_device_within_an_epoch(training, monkeypatch):
+    """Each number read stalls a GPU: losses are read once an epoch, however many steps it has."""
+    reads = []
+    for name in ("item", "__float__", "tolist", "__bool__"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, plain=plain, name=name: (reads.append(name), plain(self))[1]
+        )
+
+    def count(ids):
+        reads.clear()
+        training(f"run{ids}", Constants(epochs=1, batch_size=2), ids=ids)
+        return len([name for name in reads if name == "__float__"]), reads.count("item") + reads.count("__bool__")
+
+    few, many = count(4), count(10)
+    assert few == many and few[0] == 2  # the loss and its half
 
 
 def test_nan_is_told_and_the_checkpoint_kept(training):

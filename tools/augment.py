@@ -1,5 +1,6 @@
 """Training augmentation and the patches a training reads, random only through (seed, epoch, patch)."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,21 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """(H,W,3) uint8 -> (3,H,W) uint8."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    """(H,W,3) uint8 -> (3,H,W) uint8, a view: with the colours of a pixel side by side, resizing is twice as fast."""
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+@cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (3,1,1); kept, because a GPU would stop at each copy of new ones."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(value, device=device)[:, None, None] for value in (MEAN, STD))
 
 
 def normalise(image: Tensor) -> Tensor:
     """(...,3,H,W) uint8 -> float32 with ImageNet's mean and standard deviation taken out."""
-    mean, std = (torch.tensor(value, device=image.device)[:, None, None] for value in (MEAN, STD))
-    return (image.float() / 255 - mean) / std
+    mean, std = _statistics(image.device)
+    return (image / 255).sub_(mean).div_(std)
 
 
 def augment(

@@ -1,6 +1,9 @@
 """Class activation maps: made at several scales, stored small, fused at image size."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +66,27 @@ def image_batches(
         yield batch()
 
 
+@contextmanager
+def in_background(threads: int = 2) -> Iterator[Callable[..., None]]:
+    """Yield `submit(work, *arguments)`, whose calls run in threads while the caller computes on.
+
+    For compressing and writing, which leave Python's lock alone. At most twice as many calls as threads are under way,
+    so that results cannot fill the memory. Their first error is raised by a later submit or at the end of the block,
+    when all calls are done.
+    """
+    running: deque[Future] = deque()
+
+    def submit(work: Callable, *arguments) -> None:
+        if len(running) == 2 * threads:
+            running.popleft().result()
+        running.append(pool.submit(work, *arguments))
+
+    with ThreadPoolExecutor(threads) as pool:
+        yield submit
+        for call in running:
+            call.result()
+
+
 @torch.inference_mode()
 def mirrored_scales(
     predict: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float], device: torch.device
@@ -71,6 +95,8 @@ def mirrored_scales(
 
     images (B,3,H,W) uint8; `predict` maps normalised (2B,3,H',W') to (2B,K,h',w'), image and mirror in one batch.
     """
+    if device.type == "cuda":
+        images = images.pin_memory()  # from other memory the copy would wait for all that the GPU has to do before
     images = images.to(device, non_blocking=True)
     found = []
     for scale in scales:

@@ -194,6 +194,10 @@ def _product(matrix, device: torch.device) -> Filter:
     """Sparse matrix times (N, K): scipy on the CPU, torch elsewhere."""
     if device.type == "cpu":
         return lambda values: torch.from_numpy(matrix @ values.numpy())
+    return _torch_product(matrix, device)
+
+
+def _torch_product(matrix, device: torch.device) -> Filter:
     matrix = matrix.tocoo()
     moved = torch.sparse_coo_tensor(
         np.stack(matrix.coords), matrix.data, matrix.shape, device=device, check_invariants=False

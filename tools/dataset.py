@@ -46,6 +46,7 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
+        """K, with the classes that the mean leaves out."""
         return len(self.classes)
 
     @property
@@ -54,15 +55,19 @@ class Dataset:
         return np.array([name not in self.left_out_of_mean for name in self.classes])
 
     def images(self, split: str) -> Path:
+        """<id>.png, three channels of 8 bits."""
         return self.folder / split / "images"
 
     def labels(self, split: str) -> Path:
+        """<id>.png, the pixel truth as class ids, 255 = ignore."""
         return self.folder / split / "labels"
 
     def sam_masks(self, split: str) -> Path:
+        """<id>.npz, described in PRC_SAM/masks.py."""
         return self.folder / split / "sam_masks"
 
     def image_labels_file(self, split: str) -> Path:
+        """A csv: id, then 0 or 1 for each class in its order."""
         return self.folder / split / "image_labels.csv"
 
     def ids(self, split: str) -> list[str]:
@@ -113,7 +118,7 @@ def _read_description(name: str, root: Path, seen: tuple[str, ...]) -> dict:
     if name in seen:
         raise UserError(f"{path}: base leads back to itself ({' -> '.join([*seen, name])})")
     try:
-        description = tomllib.loads(path.read_text(encoding="utf-8"))
+        description = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
     unknown = description.keys() - KEYS
@@ -199,7 +204,8 @@ def read_image_labels(path: Path, classes: tuple[str, ...], ids: list[str]) -> d
     """Read the image-level labels of `ids`: id -> (K,) bool. The columns may stand in any order.
 
     Raises `UserError` for a missing file, unknown or missing classes, values other than 0 and 1, an id that is given
-    twice, has no image or is missing, and an image without any class.
+    twice, has no image or is missing, and an image without any class. Empty lines and columns at the end, which
+    spreadsheets like to leave, do not count.
     """
     if not path.exists():
         raise UserError(
@@ -208,12 +214,13 @@ def read_image_labels(path: Path, classes: tuple[str, ...], ids: list[str]) -> d
     try:
         rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a csv text file in UTF-8 ({error})") from None
+        raise UserError(f'{path} is not a csv text file in UTF-8 ({error}): save it as "CSV UTF-8"') from None
+    rows = [_without_empty_end(row) for row in rows]
     header = [cell.strip() for cell in rows[0]] if rows else []
     if sorted(header[1:]) != sorted(classes) or header[:1] != ["id"]:
         raise UserError(
             f"{path} must begin with the line id,{','.join(classes)}, but begins with "
-            f"{','.join(header)[:200] or 'nothing'}"
+            f"{','.join(header)[:200] or 'nothing'}{_header_slip(header, classes)}"
         )
     columns = [header.index(name) for name in classes]
     wanted, labels = set(ids), {}
@@ -222,17 +229,48 @@ def read_image_labels(path: Path, classes: tuple[str, ...], ids: list[str]) -> d
             continue
         if len(row) != len(header) or any(row[column].strip() not in ("0", "1") for column in columns):
             raise UserError(
-                f"{path}, line {number}: expected an id and {len(classes)} values 0 or 1, found {','.join(row)[:200]}"
+                f"{path}, line {number}: expected an id and {len(classes)} values 0 or 1, found {','.join(row)[:200]}: "
+                "1 where the class is in the image, 0 where not, separated by commas"
             )
         id = row[0] if row[0] in wanted else row[0].strip()
         if id in labels:
             raise UserError(f"{path}, line {number}: {id} is given a second time")
         if id not in wanted:
-            raise UserError(f"{path}, line {number}: there is no image {id}.png beside it in images/")
+            stem = Path(id).stem
+            slip = f": write {stem} alone" if stem in wanted else " (has a spreadsheet changed the id?)"
+            raise UserError(f"{path}, line {number}: there is no image {id}.png beside it in images/{slip}")
         labels[id] = np.array([row[column].strip() == "1" for column in columns])
         if not labels[id].any():
             raise UserError(f"{path}, line {number}: {id} has no class at all; give it one or remove the image")
     missing = wanted - labels.keys()
     if missing:
-        raise UserError(f"{path} lacks {len(missing)} of the images, {min(missing)} for one; run process.py again")
+        raise UserError(
+            f"{path} lacks {len(missing)} of the images, {min(missing)} for one: add their lines, or run process.py "
+            "again where there are label maps"
+        )
     return labels
+
+
+def _without_empty_end(row: list[str]) -> list[str]:
+    while row and not row[-1].strip():
+        row = row[:-1]
+    return row
+
+
+def _header_slip(header: list[str], classes: tuple[str, ...]) -> str:
+    """What is wrong with the first line, as the end of a sentence; "" where it must speak for itself."""
+    first = header[0] if header else ""
+    for sign, called in ((";", "semicolons"), ("\t", "tabs")):
+        if sign in first:
+            return f": its columns are separated by {called}, save it as a csv with commas"
+    if first.lower().startswith("sep="):
+        return ": remove this line"
+    if first != "id":
+        return ""
+    lacking = [name for name in classes if name not in header]
+    foreign = [name for name in header[1:] if name not in classes]
+    return (
+        (f": the column of {', '.join(lacking)} is missing" if lacking else "")
+        + (f": {', '.join(foreign)} is no class of dataset.toml" if foreign else "")
+        + ("" if lacking or foreign else ": a class stands twice")
+    )

@@ -2,22 +2,20 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from concurrent.futures import as_completed
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 from tools.command import UserError
+from tools.versions import commit, package_versions
+from tools.workers import worker_pool
 
 ROOT = Path(__file__).resolve().parents[1]
 # Constants that change where or how fast a step runs, not what it makes: they may differ when a run is continued.
@@ -26,23 +24,14 @@ NOT_SETTINGS = {
     "overwrite",
     "workers",
     "images_at_once",
+    "scene",
+    "compile",
     "samples",
     "download",
     "points_per_batch",
     "coloured_maps",
     "missing_scenes",
 }
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "accelerate",
-    "segment-anything",
-    "numpy",
-    "scipy",
-    "opencv-python-headless",
-    "scikit-image",
-    "pillow",
-)
 MADE_BY = {  # step folder -> the step that makes it
     "classifier": "step 1, python train_classification.py",
     "cams": "step 2, python infer_classification.py",
@@ -75,11 +64,22 @@ def write_whole(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(temporary)):  # a full disk does not say which file it refused
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path, pattern: str = "**/.*.tmp*") -> None:
+    """Remove the files that a killed run was writing in a folder."""
+    for leftover in folder.glob(pattern):
+        leftover.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: dict) -> None:
+    """Whole or not at all; what json does not know is written as its text."""
     with write_whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
@@ -149,8 +149,8 @@ class StepFolder:
             "notes": dict(notes or {}),
             "device": str(device),
             "processes": processes,
-            "packages": _versions(),
-            "commit": _commit(),
+            "packages": package_versions(),
+            "commit": commit(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self._start)) + f".{time.time_ns() % 10**6:06d}Z",
             "seconds": 0.0,
             "files": 0,
@@ -171,7 +171,7 @@ class StepFolder:
                     f"{self.folder} was not made by a step (it has no run.json), so --overwrite leaves it "
                     "alone: move it away"
                 )
-            shutil.rmtree(self.folder)
+            self._empty(file)
         if file.exists():
             try:
                 before = _read_account(file)
@@ -184,9 +184,19 @@ class StepFolder:
                 f"{self.folder} is not empty but has no run.json, so nobody knows how it was made: move it away"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.rglob(".*.tmp*"):
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(self.folder)
         write_json(file, self.run)
+
+    def _empty(self, file: Path) -> None:
+        """run.json goes last and not as finished: where this is interrupted, it still tells what the rest is."""
+        with suppress(FileNotFoundError, ValueError):
+            write_json(file, _read_account(file) | {"finished": False})
+        for path in list(self.folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != file:
+                path.unlink()
+        file.unlink(missing_ok=True)
 
     def _refuse_other_settings(self, before: dict) -> None:
         def differences(kind: str, skip: set[str]) -> list[str]:
@@ -215,6 +225,10 @@ class StepFolder:
         """Keep the sentence of one bad file; `close` reports them all after the good ones are done."""
         self.failures.append(str(error))
 
+    def progress(self, total: int, description: str, unit: str = "image") -> tqdm:
+        """A bar with the count and the time left: in the main process alone, and only in a terminal."""
+        return tqdm(total=total, desc=description, unit=unit, disable=True if self.process else None)
+
     def each(
         self,
         work: Callable[[str], None],
@@ -229,23 +243,17 @@ class StepFolder:
 
         `work` must be picklable when there are workers: a module-level function or a `functools.partial` of one.
         """
-        with tqdm(total=len(ids), desc=description, unit=unit, disable=None) as bar:
+        with self.progress(len(ids), description, unit) as bar:
             if workers < 1 or len(ids) < 2:
                 results: Iterable = ((_attempt, (work, id)) for id in ids)
                 for call, arguments in results:
                     self._note(call(*arguments))
                     bar.update()
                 return
-            context = multiprocessing.get_context("spawn")  # forking a process that has used torch threads can hang
-            with ProcessPoolExecutor(min(workers, len(ids)), context, initializer=one_thread) as pool:
-                futures = [pool.submit(_attempt, work, id) for id in ids]
-                try:
-                    for future in as_completed(futures):
-                        self._note(future.result())
-                        bar.update()
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+            with worker_pool(min(workers, len(ids))) as pool:
+                for future in as_completed([pool.submit(_attempt, work, id) for id in ids]):
+                    self._note(future.result())
+                    bar.update()
 
     def _note(self, sentence: str | None) -> None:
         if sentence:
@@ -268,6 +276,8 @@ class StepFolder:
         self.run |= results
         if self.process == 0:
             write_json(self.folder / "run.json", self.run)
+        if self.processes > 1:  # a later step of the same program reads run.json in every process
+            process_state().wait_for_everyone()
         if self.failures:
             shown = "\n  ".join(self.failures[:20])
             more = f"\n  and {len(self.failures) - 20} more" if len(self.failures) > 20 else ""
@@ -291,38 +301,3 @@ def _attempt(work: Callable[[str], None], id: str) -> str | None:
     except UserError as error:
         return str(error)
     return None
-
-
-def one_thread() -> None:
-    """Workers share the cores among themselves; threads inside each would only fight for them."""
-    import cv2
-
-    cv2.setNumThreads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    if "torch" in sys.modules:  # loading it takes seconds, and hundreds of megabytes in each worker
-        sys.modules["torch"].set_num_threads(1)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
-
-
-def _commit() -> str:
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-        return answer.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 from PIL import Image
 
@@ -72,13 +73,13 @@ def load_label(path: Path, num_classes: int) -> np.ndarray:
             if image.mode not in ("P", "L"):
                 raise UserError(
                     f"{path} is a {image.mode} image, not a map of class ids: make it with the scripts in "
-                    "datasetsprocess, or save the ids as an 8-bit grey or palette PNG"
+                    "datasetsprocess, which turn colours into ids, or save the ids as an 8-bit grey or palette PNG"
                 )
             ids = np.array(image)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        raise UserError(f"{path} is missing: copy it there, or run again the step that makes it") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error})") from None
+        raise UserError(f"{path} cannot be read as an image ({error}): copy or make it anew") from None
     wrong = (ids >= num_classes) & (ids != IGNORE)
     if wrong.any():
         raise UserError(
@@ -88,14 +89,26 @@ def load_label(path: Path, num_classes: int) -> np.ndarray:
     return ids
 
 
+def save_image(path: Path, rgb: np.ndarray) -> None:
+    """Write (H,W,3) uint8 as PNG. Filter and strategy suit photographs: far faster than Pillow, files no larger."""
+    png = imagecodecs.png_encode(
+        np.ascontiguousarray(rgb), level=1, strategy=imagecodecs.PNG.STRATEGY.RLE, filter=imagecodecs.PNG.FILTER.AVG
+    )
+    with write_whole(path) as temporary:
+        temporary.write_bytes(png)
+
+
 def load_image(path: Path) -> np.ndarray:
     """Read an 8-bit RGB image as (H,W,3) uint8; raises `UserError` when it is damaged or has other channels."""
     try:
         with Image.open(path) as image:
             if image.mode != "RGB":
-                raise UserError(f"{path} has mode {image.mode}, not 8-bit RGB: convert it to three 8-bit channels")
+                raise UserError(
+                    f"{path} has mode {image.mode}, not 8-bit RGB: convert it to three 8-bit channels "
+                    "(docs/own_data.md says how)"
+                )
             return np.array(image)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
+        raise UserError(f"{path} is missing: copy it there, or cut the scenes again") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error})") from None
+        raise UserError(f"{path} cannot be read as an image ({error}): copy or make it anew") from None

@@ -9,46 +9,50 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import imagecodecs
 import numpy as np
 
 from tools.command import UserError, check
 from tools.dataset import SPLITS, Dataset
-from tools.folders import StepFolder, write_json, write_whole
-from tools.labels import IGNORE, ColourDecoder, load_image, load_label, save_label
-from tools.rasters import SUFFIXES, Raster
+from tools.folders import StepFolder, write_json
+from tools.labels import IGNORE, load_image, load_label, save_image, save_label
+from tools.rasters import KINDS, SUFFIXES, Raster
+from tools.truth import describe, read_truth
 
-BAND = 256  # rows of truth decoded at a time
 PATCH_ID = re.compile(r"(.+)_(?:r\d+_c\d+|p\d+)(?:_v\d)?")
 
 
 @dataclass
 class Scene:
-    """An open scene as a rule sees it: class ids (H,W) uint8, windows of the image, random numbers, notes to report."""
+    """An open scene as a rule sees it: class ids (H,W) uint8, windows of the image, random numbers, notes to report.
+
+    `ids` is None where there is no truth.
+    """
 
     name: str
     split: str
     dataset: Dataset
     seed: int
     image: Raster
-    ids: np.ndarray
+    ids: np.ndarray | None
     notes: Counter = field(default_factory=Counter)
 
-    def window(self, y: int, x: int) -> tuple[np.ndarray, np.ndarray]:
+    def window(self, y: int, x: int) -> tuple[np.ndarray, np.ndarray | None]:
         """The patch with upper left corner (y, x): image (P,P,3) uint8 and class ids (P,P) uint8."""
         size = self.dataset.patch_size
-        return self.image.read(y, x, size, size), self.ids[y : y + size, x : x + size]
+        ids = None if self.ids is None else self.ids[y : y + size, x : x + size]
+        return self.image.read(y, x, size, size), ids
 
     def tiles(self) -> list[tuple[int, int]]:
         """Row and column of every whole tile, counted in strides; raises `UserError` when not one fits."""
-        tiles = whole_tiles(*self.ids.shape, self.dataset.patch_size, self.dataset.stride)
+        height, width = self.image.shape
+        tiles = whole_tiles(height, width, self.dataset.patch_size, self.dataset.stride)
         if not tiles:
-            height, width = self.ids.shape
             raise UserError(
                 f"{self.image.path} has {width} x {height} pixels, too few for one patch of "
                 f"{self.dataset.patch_size}: leave the scene out, or set a smaller patch_size"
@@ -60,7 +64,8 @@ class Scene:
         return np.random.default_rng((self.seed, zlib.crc32(self.name.encode()), *place))
 
 
-Patch = tuple[str, np.ndarray, np.ndarray]  # place in the scene, such as "r002_c011_v1"; image (P,P,3); class ids (P,P)
+# place in the scene, such as "r002_c011_v1"; image (P,P,3); class ids (P,P), None without a truth
+Patch = tuple[str, np.ndarray, np.ndarray | None]
 Rule = Callable[[Scene], Iterable[Patch]]
 
 
@@ -68,6 +73,14 @@ def whole_tiles(height: int, width: int, patch: int, stride: int) -> list[tuple[
     """Row and column of the tiles that lie wholly inside a scene; tile (r, c) begins at pixel (r, c) * stride."""
     rows, columns = ((length - patch) // stride + 1 for length in (height, width))
     return [(row, column) for row in range(rows) for column in range(columns)]
+
+
+def covering_starts(length: int, size: int, stride: int) -> list[int]:
+    """Where windows begin that cover `length` pixels: every `stride`, and the last moved inward to end at the border.
+
+    `stride` is at most `size`, and `size` at most `length`.
+    """
+    return [*range(0, length - size, stride), length - size]
 
 
 def four_versions(
@@ -83,22 +96,23 @@ def four_versions(
 
 @dataclass(frozen=True)
 class Source:
-    """The two files of a scene."""
+    """The files of a scene."""
 
     scene: str
     image: Path
-    truth: Path
+    truth: Path | None = None
 
 
 def find_sources(
     raw: Path,
     scenes: dict[str, list[str]],
-    places: dict[str, tuple[str, str]],
+    places: dict[str, tuple[str, ...]],
     missing_scenes: str,
 ) -> dict[str, list[Source]]:
     """The files of every scene: split -> sources.
 
-    `places` gives the paths of image and truth below `raw` for each split, without suffix and with {} for the scene.
+    `places` gives the paths of image and truth, or of the image alone, below `raw` for each split, without suffix and
+    with {} for the scene.
     Raises `UserError` that lists what is not there (with `missing_scenes` "skip" only when that is everything), for a
     scene with two files, one in both splits, and names that are no plain file names.
     """
@@ -155,13 +169,21 @@ def class_id(dataset: Dataset, name: str) -> int:
     return dataset.classes.index(name)
 
 
-def split_scenes(constants, dataset: Dataset, sources: dict[str, list[Source]], rule: Rule) -> None:
+def split_scenes(
+    constants,
+    dataset: Dataset,
+    sources: dict[str, list[Source]],
+    rule: Rule,
+    open_image: Callable[[Path], Raster] = Raster,
+) -> None:
     """Cut the scenes of both splits into <dataset folder>/<split>/{images,labels}; prints an account of each split.
 
-    `constants` has seed, unknown_colours, workers and overwrite. Finished scenes of an interrupted run are kept, begun
-    ones redone. Raises `UserError` at the end for scenes that could not be cut, and when there is no patch at all.
+    `constants` has unknown_colours, workers, overwrite and perhaps seed. Finished scenes of an interrupted run are
+    kept, begun ones redone. `rule` and `open_image` must be picklable. Raises `UserError` at the end for scenes that
+    could not be cut, and when there is no patch at all.
     """
-    check(constants.seed >= 0, f"seed is {constants.seed}, but it must be 0 or more")
+    seed = getattr(constants, "seed", 0)  # where nothing is random, there is none
+    check(seed >= 0, f"seed is {seed}, but it must be 0 or more")
     check(constants.workers >= 0, f"workers is {constants.workers}, but it must be 0 or more")
     folders = {}
     for split in SPLITS:
@@ -177,13 +199,21 @@ def split_scenes(constants, dataset: Dataset, sources: dict[str, list[Source]], 
             "rules": dataset.rules,
             "scenes": dataset.scenes.get(split, []),
         }
+        if not sources[split][0].truth:  # patches cut before the truth came, and after, must not mix
+            settings["label_maps"] = False
         folders[split] = StepFolder(dataset.folder / split, constants, settings=settings)
     failures, total = [], 0
     for split, folder in folders.items():
-        done = {path.stem for path in (folder.folder / "scenes").glob("*.json")}
+        done = _finished_scenes(folder.folder)
         _remove_begun(folder.folder, done)
         work = partial(
-            _cut, rule=rule, split=split, dataset=dataset, seed=constants.seed, unknown=constants.unknown_colours
+            _cut,
+            rule=rule,
+            open_image=open_image,
+            split=split,
+            dataset=dataset,
+            seed=seed,
+            unknown=constants.unknown_colours,
         )
         todo = [source for source in sources[split] if source.scene not in done]
         folder.each(work, todo, constants.workers, f"{split} scenes", unit="scene")
@@ -201,7 +231,16 @@ def split_scenes(constants, dataset: Dataset, sources: dict[str, list[Source]], 
     print(f"next: python datasetsprocess/process.py --dataset {dataset.name}")
 
 
-def _remove_begun(folder: Path, done: set[str]) -> None:
+def _finished_scenes(folder: Path) -> dict[str, dict]:
+    """Scene -> its account. One that cannot be read, as after a power cut, is none: the scene is cut again."""
+    found = {}
+    for path in (folder / "scenes").glob("[!.]*.json"):
+        with suppress(ValueError):
+            found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _remove_begun(folder: Path, done: Collection[str]) -> None:
     """Remove the patches of scenes that an interrupted run had begun: their files may have been replaced since."""
     for path in (*folder.glob("images/*.png"), *folder.glob("labels/*.png")):
         match = PATCH_ID.fullmatch(path.stem)
@@ -209,64 +248,48 @@ def _remove_begun(folder: Path, done: set[str]) -> None:
             path.unlink()
 
 
-def _cut(source: Source, rule: Rule, split: str, dataset: Dataset, seed: int, unknown: str) -> None:
+def _cut(
+    source: Source,
+    rule: Rule,
+    open_image: Callable[[Path], Raster],
+    split: str,
+    dataset: Dataset,
+    seed: int,
+    unknown: str,
+) -> None:
     """Write the patches of one scene, then scenes/<scene>.json, which says that they are all there."""
-    with Raster(source.image) as image, Raster(source.truth) as truth:
+    with open_image(source.image) as image:
+        ids, colours = _read_ids(source, image, dataset) if source.truth else (None, {})
+        if colours and unknown == "stop":
+            raise UserError(describe(source.truth, colours))
+        scene = Scene(source.scene, split, dataset, seed, image, ids)
+        patches = 0
+        for place, pixels, label in rule(scene):
+            if label is not None:
+                if (label == IGNORE).all():
+                    scene.notes["patches without any labelled pixel, left out"] += 1
+                    continue
+                save_label(dataset.labels(split) / f"{source.scene}_{place}.png", label, dataset.colours)
+            save_image(dataset.images(split) / f"{source.scene}_{place}.png", pixels)
+            patches += 1
+    scene.notes["pixels of unknown colours, set to 255"] += sum(colours.values())
+    account = {"image": str(source.image), "truth": str(source.truth or ""), "patches": patches, "notes": +scene.notes}
+    write_json(dataset.folder / split / "scenes" / f"{source.scene}.json", account)
+
+
+def _read_ids(source: Source, image: Raster, dataset: Dataset) -> tuple[np.ndarray, dict]:
+    """`read_truth` of a scene's truth, which must have the size of its image; closed before the image is read."""
+    with Raster(source.truth, KINDS) as truth:
         if image.shape != truth.shape:
             raise UserError(
                 f"{source.image} has {image.shape[1]} x {image.shape[0]} pixels but {source.truth} has "
                 f"{truth.shape[1]} x {truth.shape[0]}: they must be the same scene at the same size"
             )
-        ids, colours = read_truth(truth, dataset)
-        truth.close()  # a TIFF in one strip is held whole: not this one and the image at the same time
-        if colours and unknown == "stop":
-            raise UserError(_describe(source.truth, colours))
-        scene = Scene(source.scene, split, dataset, seed, image, ids)
-        patches = 0
-        for place, pixels, label in rule(scene):
-            if (label == IGNORE).all():
-                scene.notes["patches without any labelled pixel, left out"] += 1
-                continue
-            save_label(dataset.labels(split) / f"{source.scene}_{place}.png", label, dataset.colours)
-            save_image(dataset.images(split) / f"{source.scene}_{place}.png", pixels)
-            patches += 1
-    scene.notes["pixels of unknown colours, set to 255"] += sum(colours.values())
-    account = {"image": str(source.image), "truth": str(source.truth), "patches": patches, "notes": +scene.notes}
-    write_json(dataset.folder / split / "scenes" / f"{source.scene}.json", account)
-
-
-def read_truth(truth: Raster, dataset: Dataset) -> tuple[np.ndarray, dict]:
-    """Class ids (H,W) uint8 of a colour-coded truth, and the unknown colours (r, g, b) -> pixels, which become 255."""
-    height, width = truth.shape
-    decoder, unknown = ColourDecoder(dataset.colours, dataset.ignore_colours), {}
-    ids = np.empty((height, width), np.uint8)
-    for y in range(0, height, BAND):
-        ids[y : y + BAND] = decoder(truth.read(y, 0, min(BAND, height - y), width), unknown)
-    return ids, unknown
-
-
-def _describe(truth: Path, colours: dict) -> str:
-    most = sorted(colours, key=lambda colour: (-colours[colour], colour))
-    shown = ", ".join(f"{colour} in {colours[colour]} pixels" for colour in most[:5])
-    if len(most) > 5:
-        shown += f" and {len(most) - 5} more colours in {sum(colours[colour] for colour in most[5:])} pixels"
-    return (
-        f"{truth} holds colours that are no class: {shown}. Mend the file, leave the scene out of [scenes] in a "
-        "dataset.toml of your own, or make these pixels 255 (ignored) with --unknown-colours ignore --overwrite"
-    )
-
-
-def save_image(path: Path, rgb: np.ndarray) -> None:
-    """Write (H,W,3) uint8 as PNG. Filter and strategy suit photographs: far faster than Pillow, files no larger."""
-    png = imagecodecs.png_encode(
-        np.ascontiguousarray(rgb), level=1, strategy=imagecodecs.PNG.STRATEGY.RLE, filter=imagecodecs.PNG.FILTER.AVG
-    )
-    with write_whole(path) as temporary:
-        temporary.write_bytes(png)
+        return read_truth(truth, dataset)
 
 
 def _account(folder: StepFolder, split: str) -> None:
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in (folder.folder / "scenes").glob("*.json")]
+    records = _finished_scenes(folder.folder).values()
     print(f"{split}: {folder.run['files']} patches of {len(records)} scenes in {folder.folder}")
     notes = Counter()
     for record in records:
@@ -278,12 +301,10 @@ def _account(folder: StepFolder, split: str) -> None:
 def _picture(dataset: Dataset, split: str) -> None:
     from tools.pictures import colourise, contact_sheet, sample_ids  # only here: the workers need no fonts
 
-    rows = [
-        [
-            load_image(dataset.images(split) / f"{id}.png"),
-            colourise(load_label(dataset.labels(split) / f"{id}.png", dataset.num_classes), dataset.colours),
-        ]
-        for id in sample_ids(dataset.ids(split), 6)
-    ]
-    legend = zip(dataset.classes, dataset.colours, strict=True)
-    contact_sheet(dataset.folder / split / "contact_sheet.png", rows, ["image", "truth"], legend)
+    ids, legend = sample_ids(dataset.ids(split), 6), zip(dataset.classes, dataset.colours, strict=True)
+    rows = [[load_image(dataset.images(split) / f"{id}.png")] for id in ids]
+    if dataset.labels(split).is_dir():
+        for id, row in zip(ids, rows, strict=True):
+            label = load_label(dataset.labels(split) / f"{id}.png", dataset.num_classes)
+            row.append(colourise(label, dataset.colours))
+    contact_sheet(dataset.folder / split / "contact_sheet.png", rows, ["image", "truth"][: len(rows[0])], legend)

@@ -61,17 +61,18 @@ def contact_sheet(
     rows: Sequence[Sequence[np.ndarray | None]],
     titles: Sequence[str],
     legend: Iterable[tuple[str, Sequence[int]]] = (),
+    size: int = CELL,
 ) -> None:
     """Write one PNG: a grid of pictures under column titles, with a strip of class names and colours below.
 
     `rows` hold (H,W,3) uint8 pictures, None for an empty cell. Small patches are enlarged by a whole factor, so that
-    single pixels stay visible; large ones are reduced to 256 px. `legend` gives (name, (r, g, b)) for each class.
+    single pixels stay visible; large ones are reduced to `size` px. `legend` gives (name, (r, g, b)) for each class.
     """
     cells = [
         [None if picture is None else Image.fromarray(np.ascontiguousarray(picture)) for picture in row] for row in rows
     ]
     side = max((max(cell.size) for row in cells for cell in row if cell), default=CELL)
-    cells = [[cell and _fit(cell, side) for cell in row] for row in cells]
+    cells = [[cell and _fit(cell, side, size) for cell in row] for row in cells]
     width = max((cell.width for row in cells for cell in row if cell), default=CELL)
     heights = [max((cell.height for cell in row if cell), default=0) for row in cells]
     columns = max([len(titles), *map(len, cells)])
@@ -148,12 +149,12 @@ def _blend(below: np.ndarray, above: np.ndarray, weight) -> np.ndarray:
     return np.rint(below * (1.0 - weight) + above * weight).astype(np.uint8)
 
 
-def _fit(picture: Image.Image, side: int) -> Image.Image:
+def _fit(picture: Image.Image, side: int, cell: int) -> Image.Image:
     """Enlarge by the whole factor, or reduce by the fraction, that brings `side` pixels to the cell."""
-    if side <= CELL:
-        factor = CELL // side
+    if side <= cell:
+        factor = cell // side
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    size = (max(1, picture.width * CELL // side), max(1, picture.height * CELL // side))
+    size = (max(1, picture.width * cell // side), max(1, picture.height * cell // side))
     return picture.resize(size, Image.Resampling.BOX)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +63,11 @@ def check_recipe(constants, patches: int) -> None:
         ("seed", 0 <= constants.seed < 2**31, "from 0 to 2147483647"),
     ):
         check(fits, f"{name} is {getattr(constants, name)}, but it must be {demand}")
+    compiler = os.environ.get("CXX", "g++")
+    check(
+        not constants.compile or bool(shutil.which(compiler)),
+        f"compile is True, but torch.compile needs the C++ compiler {compiler}: install it, or leave out --compile",
+    )
     EpochBatches(patches, constants.batch_size, constants.seed)
 
 
@@ -150,18 +157,24 @@ def train(
         lr=constants.lr,
         momentum=constants.momentum,
         nesterov=constants.momentum > 0,
+        fused=True,  # one pass over the weights instead of one for each operation
     )
     base_rates = [group["lr"] for group in optimiser.param_groups]
     steps = constants.epochs * len(sampler)
     checkpoint_file, first, best = folder.folder / "checkpoint.pt", 0, -math.inf
     if checkpoint_file.exists():
         checkpoint = load_checkpoint(checkpoint_file, model)
-        optimiser.load_state_dict(checkpoint["optimiser"])
-        first, best = checkpoint["epoch"], checkpoint["best"]
+        try:
+            optimiser.load_state_dict(checkpoint["optimiser"])
+            first, best = checkpoint["epoch"], checkpoint["best"]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{checkpoint_file} is no state to continue from: train again with --overwrite") from None
         accelerator.print(f"continuing after epoch {first} of {constants.epochs}")
     model = model.to(device, memory_format=torch.channels_last)
     if accelerator.num_processes > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if constants.compile:
+        model.compile()  # in place, so that the names in checkpoints stay
     model, optimiser = accelerator.prepare(model, optimiser)
     raw = accelerator.unwrap_model(model)
     writer = SummaryWriter(str(folder.folder / "tensorboard"), purge_step=first * len(sampler)) if main else None

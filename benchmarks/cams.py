@@ -1,0 +1,206 @@
+"""CAM inference our way and the plain way, from image files to stored maps: time, disk, agreement of the pseudo-labels.
+
+Plain: one image, one scale, one flip at a time, in float32; each map brought to image size, the sum saved as float32
+.npy. Ours: batches of images with their mirrors, bf16 where the device has it, the maps of each scale at feature size
+in float16. In between ours in float32, so that what storing and what bf16 changes can be told apart. Pseudo-labels are
+those of the dense CRF on the stored maps. With a trained classifier: --classifier experiments/NAME/NAME/classifier and
+--images FOLDER; without, random weights, whose maps no class wins clearly, and synthetic images.
+
+Command: OMP_NUM_THREADS=1 python benchmarks/cams.py
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from measure import aerial_patch, measured
+from PIL import Image
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import InterpolationMode, resize
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from models.backbone import Backbone
+from models.classifier import Classifier
+from tools.augment import normalise, to_tensor
+from tools.cams import OUTPUT_STRIDE, image_batches, in_background, load_cams, mirrored_scales, save_cams
+from tools.command import stop
+from tools.crf import dense_crf
+from tools.labels import load_image
+from tools.training import load_checkpoint, make_accelerator
+
+
+@dataclass(frozen=True)
+class Constants:
+    size: int = 256  # pixels a side
+    count: int = 0  # images; 0: 4 on a CPU, 256 on a GPU
+    present: int = 3  # classes of each image whose maps are stored
+    num_classes: int = 6
+    backbone: str = "resnet50"
+    scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    images_at_once: int = 8
+    workers: int = 0  # processes that read, of ours
+    classifier: Path | None = None  # the folder of a trained one; its backbone and classes go before those above
+    images: Path | None = None  # a folder of RGB images, cut to `size`; None: blobs with texture
+    growth: bool = True  # measure ours with other sizes and class counts too
+
+
+def the_model(constants: Constants, device: torch.device, sample: torch.Tensor) -> Classifier:
+    torch.manual_seed(0)
+    if constants.classifier:
+        settings = json.loads((constants.classifier / "run.json").read_text())["constants"]
+        backbone = Backbone(settings["backbone"], "none")
+        state = torch.load(constants.classifier / "model.pt", weights_only=True)["model"]
+        classes = len(state["classifier.weight"])
+        model = Classifier(backbone, classes, settings["gamma"], settings["iterations"])
+        load_checkpoint(constants.classifier / "model.pt", model)
+    else:
+        model = Classifier(Backbone(constants.backbone, "none"), constants.num_classes)
+        with torch.no_grad():
+            for _ in range(3):  # gives BatchNorm statistics that fit the random weights
+                model.train()(normalise(sample))
+    return model.to(device).eval()
+
+
+def plain(model: Classifier, file: Path, output: Path, classes: np.ndarray, scales: tuple[float, ...]) -> None:
+    """One image as a first script would do it."""
+    device = next(model.parameters()).device
+    image = to_tensor(np.array(Image.open(file)))[None]
+    size = image.shape[-2:]
+    padded = [-(-length // OUTPUT_STRIDE) * OUTPUT_STRIDE for length in size]
+    total = 0
+    for scale in scales:
+        scaled = resize(image, [round(length * scale) for length in size], InterpolationMode.BICUBIC, antialias=True)
+        for flip in (False, True):
+            x = normalise(scaled.flip(-1) if flip else scaled).contiguous().to(device)
+            with torch.no_grad():
+                maps = model(x)[1].relu()
+                maps = F.interpolate(maps, padded, mode="bilinear", align_corners=False)
+            total = total + (maps.flip(-1) if flip else maps)[0].cpu().numpy()
+    total = total[classes][:, : size[0], : size[1]]
+    np.save(output, total / (total.max((1, 2), keepdims=True) + 1e-5))
+
+
+def ours(
+    model: Classifier, bf16: bool, images: Path, output: Path, present: dict[str, np.ndarray], constants: Constants
+) -> None:
+    """What infer_classification.py does."""
+    device = next(model.parameters()).device
+    batches = image_batches(
+        images, sorted(present), min(constants.images_at_once, len(present)), constants.workers, stop
+    )
+    with in_background() as submit:
+        for ids, batch in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                maps = mirrored_scales(lambda x: model(x)[1].relu(), batch, constants.scales, device)
+            maps = [scale.cpu().numpy() for scale in maps]
+            for index, id in enumerate(ids):
+                kept = [scale[index, present[id]] for scale in maps]
+                submit(save_cams, output / f"{id}.npz", present[id], kept, batch.shape[-2:])
+
+
+def write_images(folder: Path, size: int, count: int, constants: Constants) -> None:
+    random = np.random.default_rng(0)
+    files = sorted(path for path in constants.images.iterdir() if path.is_file()) if constants.images else []
+    folder.mkdir(parents=True)
+    for index in range(count):
+        image = aerial_patch(random, size, constants.num_classes)[0]
+        if files:
+            image = np.array(Image.open(files[index * len(files) // count]).convert("RGB"))[:size, :size]
+        Image.fromarray(image).save(folder / f"{index:04}.png")
+
+
+def labels(folder: Path, images: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """id -> argmax of the stored maps, and of the CRF's marginals."""
+    found = {}
+    for file in sorted(folder.iterdir()):
+        maps = np.load(file) if file.suffix == ".npy" else load_cams(file)[1]
+        q = dense_crf(maps, load_image(images / f"{file.stem}.png"))
+        found[file.stem] = maps.argmax(0), q.argmax(0)
+    return found
+
+
+@torch.no_grad()
+def likely(model: Classifier, file: Path, count: int) -> np.ndarray:
+    """The classes that the classifier finds likeliest, ascending."""
+    x = normalise(to_tensor(load_image(file))[None]).to(next(model.parameters()).device)
+    scores = model(x)[0][0]
+    return scores.topk(min(count, len(scores))).indices.sort().values.cpu().numpy()
+
+
+def compare(
+    model: Classifier, constants: Constants, root: Path, count: int, device: torch.device, has_bf16: bool
+) -> None:
+    images = root / "images"
+    present = {file.stem: likely(model, file, constants.present) for file in sorted(images.iterdir())}
+
+    def plainly() -> None:
+        for id, kept in present.items():
+            plain(model, images / f"{id}.png", root / "plain" / f"{id}.npy", kept, constants.scales)
+
+    ways = {"plain": plainly}
+    for bf16 in (False, True)[: 1 + has_bf16]:
+        name = "ours, bf16" if bf16 else "ours, fp32"
+        ways[name] = partial(ours, model, bf16, images, root / name, present, constants)
+    results = {}
+    for name, way in ways.items():
+        (root / name).mkdir()
+        way()  # kernels chosen, memory taken
+        _, seconds, memory = measured(way, 1, device)
+        disk = sum(file.stat().st_size for file in (root / name).iterdir()) / count
+        results[name] = seconds / count, disk, labels(root / name, images)
+        first_seconds, first_disk, first = results["plain"]
+        same = [
+            np.mean([np.mean(first[id][kind] == pair[kind]) for id, pair in results[name][2].items()])
+            for kind in (0, 1)
+        ]
+        print(
+            f"{name:10} {seconds / count:7.3f} s an image ({count / seconds:.1f} images/s), ratio "
+            f"{first_seconds * count / seconds:5.2f}; {memory:5.0f} MB more; {disk / 1e3:7.1f} kB an image, "
+            f"{first_disk / disk:5.1f} times less; equal to plain: argmax {same[0]:.3%}, pseudo-labels {same[1]:.3%}",
+            flush=True,
+        )
+
+
+def growth(model: Classifier, constants: Constants, root: Path, bf16: bool) -> None:
+    """Ours over images, classes and pixels."""
+    for size, count, present in ((64, 4, 3), (64, 8, 3), (64, 4, 6), (128, 4, 3), (192, 4, 3)):
+        folder, images = root / f"{size}_{count}_{present}", root / f"images_{size}_{count}_{present}"
+        device = next(model.parameters()).device
+        write_images(images, size, count, constants)
+        kept = {file.stem: np.arange(min(present, model.classifier.out_channels)) for file in images.iterdir()}
+        _, seconds, _ = measured(partial(ours, model, bf16, images, folder, kept, constants), 1, device)
+        disk = sum(file.stat().st_size for file in folder.iterdir()) / count
+        print(
+            f"growth: {count:3} images of {size} x {size}, {present} classes: {seconds / count:.3f} s and "
+            f"{disk / 1e3:.1f} kB each"
+        )
+        shutil.rmtree(images)
+
+
+def main(constants: Constants) -> None:
+    accelerator = make_accelerator()
+    device, bf16 = accelerator.device, accelerator.mixed_precision == "bf16"
+    count = constants.count or (256 if device.type == "cuda" else 4)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_images(root / "images", constants.size, count, constants)
+        sample = torch.stack([to_tensor(load_image(file)) for file in sorted((root / "images").iterdir())[:4]])
+        model = the_model(constants, device, sample)
+        print(
+            f"{device}, {torch.get_num_threads()} threads; {count} images of {constants.size} x {constants.size}, "
+            f"{constants.present} of {model.classifier.out_channels} classes, scales {constants.scales} with mirrors"
+        )
+        compare(model, constants, root, count, device, bf16)
+        if constants.growth:
+            growth(model, constants, root, bf16)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Constants, description=__doc__))

@@ -1,0 +1,103 @@
+"""How much mIoU lies between the CRF's lattice and its exact mode, on images with truth; time of both.
+
+CAM-like maps are made from the truth: each class's mask, blurred to the coarseness of a feature map (16 px), times a
+gain of its own, plus smooth noise; divided by its maximum, as stored maps are. Agreement is the share of equal labels.
+Without a folder the images are synthetic.
+
+Command: OMP_NUM_THREADS=1 python benchmarks/crf_miou.py, or with --split datasets/NAME/train on real patches
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import tyro
+from measure import aerial_patch, measured
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tools.crf import dense_crf
+from tools.labels import load_image, load_label
+from tools.scores import ConfusionMatrix
+
+
+@dataclass(frozen=True)
+class Constants:
+    split: Path | None = None  # a folder with images/ and labels/ of this project's data sets; None: synthetic
+    sizes: tuple[int, ...] = (64, 128)  # pixels; crops at the centre
+    counts: tuple[int, ...] = (16, 4)  # images of each size
+    num_classes: int = 16  # of the split; ids from here on, but 255, are refused
+    blur: float = 16.0  # pixels, sigma
+    noise: float = 0.4  # standard deviation, where a map's maximum is about 1
+    device: str = "cpu"  # cpu | cuda
+    seed: int = 0
+
+
+def patches(constants: Constants, size: int, count: int):
+    """Yield images (S,S,3) and truth (S,S) that holds at least two classes."""
+    random = np.random.default_rng(constants.seed)
+    if constants.split is None:
+        for _ in range(count):
+            yield aerial_patch(random, size, 5, coarse=4)
+        return
+    files = sorted((constants.split / "images").glob("*.png"))
+    found = 0
+    for index in random.permutation(len(files)):
+        image, truth = (
+            load_image(files[index]),
+            load_label(constants.split / "labels" / files[index].name, constants.num_classes),
+        )
+        top, left = (max(0, side - size) // 2 for side in truth.shape)
+        cut = slice(top, top + size), slice(left, left + size)
+        if found < count and truth[cut].shape == (size, size) and len(np.unique(truth[cut])) > 1:
+            found += 1
+            yield np.ascontiguousarray(image[cut]), truth[cut]
+
+
+def cam_like(truth: np.ndarray, random: np.random.Generator, constants: Constants) -> tuple[np.ndarray, np.ndarray]:
+    """Class ids (k,), maps (k,S,S) in 0..1."""
+    classes = np.unique(truth[truth != 255])
+    maps = []
+    for k in classes:
+        mask = cv2.GaussianBlur((truth == k).astype(np.float32), (0, 0), constants.blur)
+        noise = cv2.GaussianBlur(random.standard_normal(truth.shape, np.float32), (0, 0), constants.blur)
+        noise *= constants.noise / noise.std()
+        value = np.maximum(random.uniform(0.6, 1.4) * mask / mask.max() + noise, 0)
+        maps.append(value / (value.max() + 1e-5))
+    return classes, np.stack(maps)
+
+
+def main(constants: Constants) -> None:
+    cv2.setNumThreads(1)
+    for size, count in zip(constants.sizes, constants.counts, strict=True):
+        random = np.random.default_rng(constants.seed)
+        matrices = {name: ConfusionMatrix(constants.num_classes) for name in ("maps", "lattice", "exact")}
+        seconds, equal, done = {"lattice": [], "exact": []}, [], 0
+        for image, truth in patches(constants, size, count):
+            classes, maps = cam_like(truth, random, constants)
+            labels = {"maps": maps.argmax(0)}
+            for mode, times in seconds.items():
+                work = partial(dense_crf, maps, image, mode=mode, device=constants.device)
+                q, taken, _ = measured(work, 1, constants.device)
+                labels[mode] = q.argmax(0)
+                times.append(taken)
+            for name, found in labels.items():
+                matrices[name].update(truth, classes[found].astype(np.uint8))
+            equal.append(np.mean(labels["lattice"] == labels["exact"]))
+            done += 1
+        miou = {name: 100 * matrix.scores()["miou"] for name, matrix in matrices.items()}
+        print(
+            f"{done} of {size} x {size}: mIoU of the maps {miou['maps']:.2f}, lattice {miou['lattice']:.2f}, exact "
+            f"{miou['exact']:.2f}, difference {miou['lattice'] - miou['exact']:+.2f}; equal labels "
+            f"{np.mean(equal):.2%}; lattice {np.median(seconds['lattice']):.3f} s, exact "
+            f"{np.median(seconds['exact']):.3f} s an image",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(tyro.cli(Constants, description=__doc__))

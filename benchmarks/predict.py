@@ -1,0 +1,168 @@
+"""Predicted time and disk by step for the whole Vaihingen, Potsdam and iSAID on one 24 GB GPU.
+
+Nothing is run: every figure below is multiplied out. CPU parts were measured (docs/performance.md). GPU parts are
+ESTIMATES: the floating-point operations of this project's models, counted by PyTorch, over what the GPU sustains. The
+numbers of patches follow from the rules of cutting; what those leave open is assumed, and named here.
+
+Command: python benchmarks/predict.py
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import tyro
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from models.backbone import Backbone
+from models.classifier import Classifier
+from models.deeplab import DeepLabV3Plus
+from tools.dataset import load_dataset
+from tools.training import parameter_groups
+
+SCALES, IMAGES_AT_ONCE = (0.5, 1.0, 1.5, 2.0), 8
+FAKE = FakeTensorMode()  # shapes without values: nothing is computed
+
+
+@dataclass(frozen=True)
+class Constants:
+    # estimates: an RTX 3090 trains ResNet-50 (24.6 GFLOP an image of 224 px) at 1027 images/s in fp16, 561 in fp32
+    bf16_tflops: float = 25.0  # sustained; from published tf_cnn_benchmarks at batch 64
+    fp32_tflops: float = 14.0  # the same in fp32: PRC
+    least_step: float = 0.03  # seconds of a training step, however small: a thousand kernels must be started
+    least_forward: float = 0.01  # the same of one batch without gradients
+    sam_seconds: float = 1.7  # an image: stock's 6 s on a GPU over 3.6, our ratio for ViT-B on a CPU
+    # assumptions on the data
+    vaihingen_tile: tuple[int, int] = (2494, 2064)  # mean size in pixels of the 33 tiles
+    vaihingen_cars: float = 0.02  # share of train tiles replaced by four versions of a crop with cars
+    potsdam_kept: float = 0.2  # share of train tiles whose classes are all frequent enough; each saved four times
+    isaid_scenes: tuple[int, int] = (1411, 458)  # train, val
+    isaid_patches: float = 7.0  # a scene: the mean of 6, 7 or 8, at most
+    # measured on one core (Xeon)
+    cores: int = 4  # that work at once: the default of --workers
+    split_us: float = 0.23  # core-microseconds a pixel: reading, decoding, cutting, writing a scene
+    crf_us: float = 2.4  # the same for the CRF's lattice
+    ios_us: float = 0.16  # the same for IOS with reading and writing
+    score_us: float = 0.03  # the same for reading two label maps and counting
+    load_us: tuple[float, float] = (0.06, 0.07)  # the same for a training patch: classification, segmentation
+    # measured bytes a pixel on real tiles of 256 px
+    image_bytes: float = 1.54
+    label_bytes: float = 0.04
+    mask_bytes: float = 0.21  # with stand-in regions, about as many as SAM's masks
+    cam_bytes: float = 0.20
+
+
+def patches(name: str, constants: Constants) -> tuple[int, int]:
+    """Train and test patches; the rules are in method section "Data" and docs/data.md."""
+    dataset = load_dataset(name)
+    if name == "isaid":
+        return tuple(round(scenes * constants.isaid_patches) for scenes in constants.isaid_scenes)
+    width, height = constants.vaihingen_tile if name == "vaihingen" else (6000, 6000)
+    tiles = (width // dataset.patch_size) * (height // dataset.patch_size)
+    train, test = (len(dataset.scenes[split]) * tiles for split in ("train", "test"))
+    share = 1 + 3 * constants.vaihingen_cars if name == "vaihingen" else 4 * constants.potsdam_kept
+    return round(train * share), test
+
+
+@cache
+def model_of(training: str, classes: int, prc: bool = True):
+    with FAKE:
+        backbone = Backbone("resnet50", "none")
+        if training == "classification":
+            return Classifier(backbone, classes, iterations=int(prc))
+        return DeepLabV3Plus(backbone, classes)
+
+
+@cache
+def teraflops(training: str, classes: int, size: int, backward: bool, prc: bool = True) -> float:
+    """Of one image through the model; with backward, of a training step."""
+    model = model_of(training, classes, prc).train(backward)
+    with FAKE, FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        found = model(torch.zeros(2, 3, size, size))
+        if backward:
+            outputs = [found] if training == "segmentation" else list(found)
+            sum(value.sum() for value in outputs).backward()
+    return counter.get_total_flops() / 2 / 1e12
+
+
+def gpu_seconds(training: str, classes: int, sizes: list[int], backward: bool, constants: Constants) -> float:
+    """Of one image at all `sizes`: bf16, and PRC in fp32."""
+    bf16 = sum(teraflops(training, classes, size, backward, False) for size in sizes)
+    fp32 = sum(teraflops(training, classes, size, backward) for size in sizes) - bf16
+    return bf16 / constants.bf16_tflops + fp32 / constants.fp32_tflops
+
+
+def weights_gb(training: str, classes: int) -> float:
+    """model.pt, and checkpoint.pt with the optimiser's momentum of what learns."""
+    model = model_of(training, classes)
+    learnt = sum(p.numel() for group in parameter_groups(model, 1, 0) for p in group["params"])
+    return (2 * sum(value.numel() for value in model.state_dict().values()) + learnt) * 4 / 1e9
+
+
+def steps(name: str, constants: Constants) -> list[tuple[str, float, float, str]]:
+    """(step, seconds, GB, basis) of each; a percentage after the basis is the share of the time that loading needs."""
+    dataset, (train, test) = load_dataset(name), patches(name, constants)
+    size, classes, both = dataset.patch_size, dataset.num_classes, train + test
+    pixels = size**2
+
+    def on_cpu(microseconds: float, images: int) -> float:
+        return images * pixels * microseconds / 1e6 / constants.cores
+
+    def training(kind: str, epochs: int, batch: int, load: float) -> tuple[float, str]:
+        image = gpu_seconds(kind, classes, [size], True, constants)
+        computing = train * epochs * max(image, constants.least_step / batch)
+        loading = on_cpu(load, train * epochs)
+        return max(computing, loading), f"estimate;{loading / computing:.0%}"
+
+    def inference(kind: str, images: int) -> float:
+        image = gpu_seconds(kind, classes, scaled, False, constants)
+        return images * max(image, len(SCALES) * constants.least_forward / IMAGES_AT_ONCE)
+
+    scaled = [round(size * scale) for scale in SCALES for _ in range(2)]
+    label, gb = constants.label_bytes * pixels / 1e9, pixels / 1e9
+    first, first_basis = training("classification", 20, 8, constants.load_us[0])
+    second, second_basis = training("segmentation", 50, 16, constants.load_us[1])
+    return [
+        (
+            "cutting",
+            on_cpu(constants.split_us, both),
+            both * gb * (constants.image_bytes + constants.label_bytes),
+            "measured",
+        ),
+        ("9 SAM masks", both * constants.sam_seconds, both * gb * constants.mask_bytes, "estimate"),
+        ("1 classifier", first, weights_gb("classification", classes), first_basis),
+        ("2 CAMs", inference("classification", train), train * gb * constants.cam_bytes, "estimate"),
+        ("3 CRF", on_cpu(constants.crf_us, train), train * label, "measured"),
+        ("4 IOS", on_cpu(constants.ios_us, train), train * label, "measured"),
+        ("5 segmenter", second, weights_gb("segmentation", classes), second_basis),
+        ("6 segmentation", inference("segmentation", test), test * label, "estimate"),
+        ("7 IOS", on_cpu(constants.ios_us, test), test * label, "measured"),
+        ("8 scores", on_cpu(constants.score_us, 3 * train + 2 * test), 0.0, "measured"),
+    ]
+
+
+def main(constants: Constants) -> None:
+    names = ("vaihingen", "potsdam", "isaid")
+    titles = [f"{load_dataset(name).title}: {sum(patches(name, constants))} patches" for name in names]
+    print(f"| step | {' | '.join(titles)} | basis |\n|---|{'---|' * len(names)}---|")
+    columns = [steps(name, constants) for name in names]
+    for column in columns:
+        column.append(("all", sum(row[1] for row in column), sum(row[2] for row in column), ""))
+    for rows in zip(*columns, strict=True):
+        cells = [f"{duration(seconds)}, {gigabytes:.2f} GB" for _, seconds, gigabytes, _ in rows]
+        basis, *shares = rows[0][3].split(";")
+        if shares:
+            basis += f"; loading needs {', '.join(row[3].split(';')[1] for row in rows)} of the time"
+        print(f"| {rows[0][0]} | {' | '.join(cells)} | {basis} |")
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Constants, description=__doc__))

@@ -1,0 +1,87 @@
+"""A small made experiment with random errors, for the tests of the scores and of the report."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from PRC_SAM.masks import pack_masks, save_masks
+from tools.cams import save_cams
+from tools.labels import save_label
+
+EVIL = "<script>alert('x')</script>"
+CLASSES = ["road", EVIL, "roof", "clutter"]
+COLOURS = np.array([[255, 255, 255], [0, 0, 255], [0, 255, 0], [255, 0, 0]], np.uint8)
+DESCRIPTION = f"""
+title = "a | title & {EVIL}"
+patch_size = 32
+classes = [{", ".join(f'{{name = "{CLASSES[k]}", colour = {COLOURS[k].tolist()}}}' for k in range(4))}]
+left_out_of_mean = ["clutter"]
+[paper]
+miou = 11.11
+share_of_supervised = 22.22
+supervised = 33.33
+"""
+STAGES = {
+    "pseudo_labels": "train",
+    "refined_pseudo_labels": "train",
+    "segmentation": "test",
+    "refined_segmentation": "test",
+}
+
+
+def account(folder, split, **notes):
+    folder.mkdir(parents=True, exist_ok=True)
+    constants = {"split": split, "seed": 3, "backbone": "resnet18", "protocol": "clean"}
+    (folder / "run.json").write_text(
+        json.dumps(
+            {
+                "constants": constants,
+                "notes": notes,
+                "started": folder.name,
+                "finished": True,
+                "seconds": 1.5,
+                "device": "cpu",
+            }
+        )
+    )
+
+
+def make_experiment(root: Path) -> Path:
+    """A data set of 5 + 5 patches and the experiments `run` and `supervised`, with random errors."""
+    rng = np.random.default_rng(0)
+    dataset, experiments = root / "datasets" / "tiny", root / "experiments" / "tiny"
+    dataset.mkdir(parents=True)
+    (dataset / "dataset.toml").write_text(DESCRIPTION)
+    for split in ("train", "test"):
+        for id in "abcde":
+            truth = rng.integers(0, 4, (4, 4)).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+            truth[:2] = 255
+            for part in ("images", "labels"):
+                (dataset / split / part).mkdir(parents=True, exist_ok=True)
+            image = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(image).save(dataset / split / "images" / f"{id}.png")
+            save_label(dataset / split / "labels" / f"{id}.png", truth, COLOURS)
+            save_masks(dataset / split / "sam_masks" / f"{id}.npz", pack_masks(rng.random((3, 32, 32)) > 0.5))
+            folders = [experiments / "run" / name for name, of in STAGES.items() if of == split]
+            folders += [experiments / "supervised" / "segmentation"] if split == "test" else []
+            for folder in folders:
+                wrong = (rng.random(truth.shape) < 0.4) | (truth == 255)
+                save_label(folder / f"{id}.png", np.where(wrong, rng.integers(0, 4, truth.shape), truth), COLOURS)
+    for id in "abcde":
+        save_cams(experiments / "run" / "cams" / f"{id}.npz", np.array([0, 2]), [rng.random((2, 2, 2))], (32, 32))
+    account(experiments / "run" / "cams", "train")
+    for name, split in STAGES.items():
+        account(experiments / "run" / name, split, **({"stand_in": "made masks"} if "refined" in name else {}))
+    account(experiments / "supervised" / "segmentation", "test")
+    account(experiments / "run" / "classifier", "train")
+    (experiments / "run" / "classifier" / "log.jsonl").write_text(
+        '{"epoch": 1, "step": 9, "loss": 2.5, "lr": 0.1}\n{"epoch": 2, "step": 18, "loss": NaN, "lr": 0.05}\n'
+        '{"epoch": 3, "step": 27, "loss": 0.5, "classification": 0.25, "lr": 0.0}\n{"epoch": 4, "lo'
+    )
+    return root
+
+
+def scores_of(root, experiment="run"):
+    return json.loads((root / "experiments" / "tiny" / experiment / "scores" / "scores.json").read_text())

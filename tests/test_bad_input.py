@@ -1,0 +1,276 @@
+"""Files that are damaged, ill-fitting, odd or hostile, at every step that can meet them: one sentence, and no more."""
+
+import io
+import json
+import pickle
+import shutil
+import struct
+import unicodedata
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate_miou
+from datasetsprocess import process
+from PRC_SAM import get_se_map
+from PRC_SAM.checkpoints import load_sam
+from tests.steps import STEPS, account, experiment, step
+from tests.test_splitting import digests, script, small_vaihingen
+from tools.command import UserError
+
+TRAIN, TEST = "datasets/tiny/train", "datasets/tiny/test"
+EXPERIMENT = "experiments/tiny/prc"
+
+
+def go(name, root, **constants):
+    """Any step in this process; the seven write to an experiment of their own only where it is said."""
+    if name in STEPS:
+        return step(name, root, **constants)
+    module = {"process": process, "get_se_map": get_se_map, "evaluate_miou": evaluate_miou}[name]
+    usual = {"generator": "felzenszwalb"} if name == "get_se_map" else {}
+    return module.main(module.Constants(dataset="tiny", root=root, **({"workers": 0} | usual | constants)))
+
+
+def png(array, mode=None):
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(array, np.uint8), mode).save(file, "PNG")
+    return file.getvalue()
+
+
+def giant() -> bytes:
+    """A PNG of a hundred bytes that promises 100,000 x 100,000 pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+class Code:
+    """Opens a file for writing when it is unpickled."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return open, (self.target, "w")
+
+
+def hostile_npz(target, names=("classes", "size", "bits")) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **{name: np.array([Code(target)], object) for name in names})
+    with zipfile.ZipFile(file, "a") as archive:  # a member that would leave the folder if anybody unpacked it
+        archive.writestr("../../../escaped.npy", b"")
+    return file.getvalue()
+
+
+SIZE, LARGE_ID, BROKEN = png(np.zeros((64, 60))), png(np.full((64, 64), 9)), "cannot be read as an image"
+FAULTS = [  # step, file, its content, sentence
+    *(("get_se_map", f"{TRAIN}/images/train_2.png", content, BROKEN) for content in (b"", giant())),
+    *(("process", f"{TRAIN}/images/train_2.png", content, BROKEN) for content in (b"", giant())),
+    ("process", f"{TRAIN}/labels/train_2.png", giant(), BROKEN),
+    ("train_classification", f"{TRAIN}/images/train_2.png", giant(), BROKEN),
+    ("infer_classification", f"{TRAIN}/images/train_2.png", giant(), BROKEN),
+    ("infer_classification", f"{EXPERIMENT}/classifier/run.json", b"", r"run\.json is damaged: run step 1"),
+    ("make_pseudo_labels", f"{EXPERIMENT}/cams/run.json", b"{", r"run\.json is damaged: run step 2"),
+    ("make_pseudo_labels", f"{TRAIN}/images/train_2.png", png(np.zeros((64, 60, 3))), "an image of another size"),
+    ("make_pseudo_labels", f"{EXPERIMENT}/cams/train_2.npz", hostile_npz, "cannot be read as class activation maps"),
+    ("generate_refined_pseudo", f"{TRAIN}/sam_masks/run.json", b"", r"run\.json is damaged: run step 9"),
+    ("generate_refined_pseudo", f"{EXPERIMENT}/pseudo_labels/train_2.png", SIZE, "holds masks of 64 x 64 pixels"),
+    ("generate_refined_pseudo", f"{EXPERIMENT}/pseudo_labels/train_2.png", LARGE_ID, "holds the class id 9"),
+    ("generate_refined_pseudo", f"{TRAIN}/sam_masks/train_2.npz", hostile_npz, "is not a readable mask file"),
+    ("train_segmentation", f"{EXPERIMENT}/refined_pseudo_labels/run.json", b"", r"run\.json is damaged: run step 4"),
+    ("train_segmentation", f"{EXPERIMENT}/refined_pseudo_labels/train_2.png", b"", BROKEN),
+    ("train_segmentation", f"{EXPERIMENT}/refined_pseudo_labels/train_2.png", SIZE, "has 60 x 64 pixels, its image"),
+    ("train_segmentation", f"{EXPERIMENT}/refined_pseudo_labels/train_2.png", LARGE_ID, "holds the class id 9"),
+    ("train_segmentation", f"{TRAIN}/images/train_2.png", b"", BROKEN),
+    ("inference_segmentation", f"{EXPERIMENT}/segmenter/run.json", b"", r"run\.json is damaged: run step 5"),
+    ("inference_segmentation", f"{EXPERIMENT}/segmenter/model.pt", b"", "cannot be read as a checkpoint"),
+    ("inference_segmentation", f"{TEST}/images/test_2.png", giant(), BROKEN),
+    ("generate_refined_seg", f"{EXPERIMENT}/segmentation/test_2.png", LARGE_ID, "holds the class id 9"),
+    ("generate_refined_seg", f"{EXPERIMENT}/segmentation/test_2.png", SIZE, "holds masks of 64 x 64 pixels"),
+    ("evaluate_miou", f"{TEST}/labels/test_2.png", LARGE_ID, "holds the class id 9"),
+    ("evaluate_miou", f"{TEST}/labels/test_2.png", giant(), BROKEN),
+    ("evaluate_miou", f"{EXPERIMENT}/segmentation/test_2.png", LARGE_ID, "holds the class id 9"),
+    ("evaluate_miou", f"{EXPERIMENT}/cams/train_2.npz", hostile_npz, "cannot be read as class activation maps"),
+]
+
+
+@pytest.fixture(scope="module")
+def spoilt(finished, tmp_path_factory):
+    """A copy of which each test spoils one file and mends it again."""
+    return shutil.copytree(finished, tmp_path_factory.mktemp("spoilt") / "root")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "sentence"), FAULTS, ids=[f"{fault[0]}-{fault[3][:24]}" for fault in FAULTS]
+)
+def test_a_faulty_file(spoilt, tmp_path, name, file, content, sentence):
+    path = spoilt / file
+    good, constants = path.read_bytes(), {}
+    path.write_bytes(content(tmp_path / "ran") if callable(content) else content)
+    if name in STEPS:
+        ours = spoilt / EXPERIMENT / STEPS[name][0]
+        kept = ours.rename(ours.with_name("kept"))
+    elif name == "get_se_map":
+        ours = spoilt / TRAIN / "sam_masks"
+        kept = ours.rename(ours.with_name("kept"))
+        constants = {"split": "train"}
+    else:
+        ours = kept = None
+    try:
+        with pytest.raises(UserError, match=sentence) as caught:
+            go(name, spoilt, **constants)
+        assert path.name.split(".")[0] in str(caught.value) and "Traceback" not in str(caught.value)
+        assert not (tmp_path / "ran").exists() and not list(spoilt.parent.rglob("escaped*"))
+        if "files could not be done" in str(caught.value):
+            assert account(ours)["files"] == (3 if "test" in file else 9)  # all the others
+    finally:
+        path.write_bytes(good)
+        if kept:
+            shutil.rmtree(ours, ignore_errors=True)
+            kept.rename(ours)
+
+
+@pytest.mark.parametrize("name", ["process", "get_se_map", *STEPS, "evaluate_miou"])
+def test_no_images(spoilt, name):
+    split = TEST if "seg" in name and "train" not in name else TRAIN
+    images = (spoilt / split / "images").rename(spoilt / split / "away")
+    try:
+        (spoilt / split / "images").mkdir()
+        (spoilt / split / "images" / "._train_1.png").write_bytes(b"")  # what some systems leave behind
+        if name == "process":  # the other split is labelled all the same
+            (spoilt / TEST / "images").rename(spoilt / TEST / "away")
+        with pytest.raises(UserError, match=r"holds no png images"):
+            go(name, spoilt, **({"labels": "truth"} if name == "train_segmentation" else {}))
+    finally:
+        if name == "process":
+            (spoilt / TEST / "away").rename(spoilt / TEST / "images")
+        shutil.rmtree(spoilt / split / "images")
+        images.rename(spoilt / split / "images")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("infer_classification", {"classifier": "../../x"}),
+        ("train_segmentation", {"labels": "../x"}),
+        ("evaluate_miou", {"supervised": "../x"}),
+        ("evaluate_miou", {"stages": ("../x",)}),
+        ("evaluate_miou", {"experiment": "a/../../x"}),
+        *((name, {"dataset": "../tiny"}) for name in ("process", "get_se_map", *STEPS, "evaluate_miou")),
+    ],
+)
+def test_names_that_would_leave_the_folder(spoilt, name, change):
+    with pytest.raises(UserError, match=r"\.\./"):
+        if "dataset" in change:
+            module = {"process": process, "get_se_map": get_se_map}.get(name) or __import__(name)
+            module.main(module.Constants(root=spoilt, **change))
+        go(name, spoilt, **change)
+
+
+@pytest.mark.parametrize("name", ["train_classification", "train_segmentation"])
+def test_a_loss_that_is_not_finite(spoilt, name):
+    constants = {"experiment": "wild", "lr": 1e20, "epochs": 2, "batch_size": 2}
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) in epoch 1: lower lr \(1e\+20\)"):
+        go(name, spoilt, **constants, **({"labels": "truth"} if "seg" in name else {}))
+
+
+@pytest.mark.parametrize("name", ["train_classification", "train_segmentation"])
+def test_a_damaged_checkpoint_of_a_training_to_continue(copy, name):
+    folder = experiment(copy) / STEPS[name][0]
+    model, file = (folder / "model.pt").read_bytes(), folder / "checkpoint.pt"
+    other = experiment(copy) / {"classifier": "segmenter", "segmenter": "classifier"}[folder.name] / "checkpoint.pt"
+    for content in (b"", file.read_bytes()[:5000], model, other.read_bytes()):
+        file.write_bytes(content)
+        with pytest.raises(
+            UserError, match=r"checkpoint\.pt (cannot be read as a checkpoint|was made for another|is no state)"
+        ):
+            go(name, copy)
+    assert (folder / "model.pt").read_bytes() == model
+
+
+def test_another_number_of_classes(copy):
+    file = copy / "datasets" / "tiny" / "dataset.toml"
+    file.write_text(
+        file.read_text().replace("]\n", '  {name = "car", colour = [9, 9, 9]},\n]\n').replace("},\n  {", "},{")
+    )
+    text = (copy / TRAIN / "image_labels.csv").read_text().splitlines()
+    with pytest.raises(UserError, match="must begin with the line id,ground,roof,tree,car"):
+        go("infer_classification", copy, overwrite=True)
+    (copy / TRAIN / "image_labels.csv").write_text("\n".join([text[0] + ",car", *(line + ",0" for line in text[1:])]))
+    for name in ("infer_classification", "inference_segmentation"):
+        with pytest.raises(UserError, match=r"model\.pt was made for another backbone or number of classes"):
+            go(name, copy, overwrite=True)
+
+
+def test_odd_but_fitting_data_runs_through_all_steps(finished, tmp_path):
+    """One class, one patch to test, names with spaces, signs and letters of any script, hidden files beside them."""
+    source, folder = finished / "datasets" / "tiny", tmp_path / "datasets" / "tiny"
+    ids = {"train": ["forêt nº 1 (ä)", unicodedata.normalize("NFD", "é,;'\""), "-x%20..y"], "test": ["日本 <b>&amp;"]}
+    for split, names in ids.items():
+        for kind in ("images", "labels"):
+            (folder / split / kind).mkdir(parents=True)
+            (folder / split / kind / "._hidden.png").write_bytes(b"none")
+            (folder / split / kind / ".DS_Store").write_bytes(b"none")
+        for number, name in enumerate(names):
+            shutil.copy(source / split / "images" / f"{split}_{number}.png", folder / split / "images" / f"{name}.png")
+            (folder / split / "labels" / f"{name}.png").write_bytes(png(np.triu(np.full((64, 64), 255))))
+    (folder / "dataset.toml").write_text('patch_size = 64\nclasses = [{name = "<i>all</i>", colour = [1, 2, 3]}]\n')
+    for name in ("process", "get_se_map"):
+        go(name, tmp_path)
+    for name in STEPS:
+        go(name, tmp_path, **({"batch_size": 1} if name.startswith("train") else {}))
+    go("evaluate_miou", tmp_path)
+    for name, (folder, _, _, suffix) in STEPS.items():
+        if suffix != ".pt":
+            split = "test" if "seg" in name else "train"
+            found = {path.stem for path in (experiment(tmp_path) / folder).glob(f"*{suffix}")} - {"contact_sheet"}
+            assert found == set(ids[split]), name
+    page = (experiment(tmp_path) / "scores" / "report.html").read_text()
+    assert "<b>&amp;" not in page.replace("&lt;b&gt;", "") and "<i>all</i>" not in page and "&lt;i&gt;all" in page
+    assert json.loads((experiment(tmp_path) / "scores" / "scores.json").read_text())["stages"]
+
+
+def test_a_truth_that_is_all_ignored_is_told_and_not_counted(copy):
+    (copy / TEST / "labels" / "test_0.png").write_bytes(png(np.full((64, 64), 255)))
+    with pytest.raises(UserError, match=r"test_0\.png is 255 \(ignore\) everywhere"):
+        go("process", copy)
+    go("evaluate_miou", copy)
+    rows = json.loads((experiment(copy) / "scores" / "scores.json").read_text())["stages"]
+    assert rows and all(0 <= row["headline"]["miou"] <= 1 for row in rows if "headline" in row)
+
+
+def test_a_damaged_log_does_not_end_the_scoring(copy):
+    for contents in ((b'{"epoch": 1, "lo', b"\xff\xfe"), (b"[1]\n3\n", b"")):
+        for content, name in zip(contents, ("classifier", "segmenter"), strict=True):
+            (experiment(copy) / name / "log.jsonl").write_bytes(content)
+        go("evaluate_miou", copy, samples=0)
+
+
+def test_a_scene_whose_account_is_damaged_is_cut_again(tmp_path, run_script):
+    small_vaihingen(tmp_path)
+    folder = tmp_path / "datasets" / "small"
+    command = (script("vaihingen"), "--dataset", "small", "--root", tmp_path, "--workers", 0)
+    run_script(*command)
+    before = digests(folder)
+    (folder / "train" / "scenes" / "1.json").write_bytes(b"")
+    next((folder / "train" / "images").glob("*.png")).unlink()
+    run_script(*command)
+    assert digests(folder) == before
+
+
+def test_no_checkpoint_runs_code(tmp_path):
+    for content in (pickle.dumps(Code(tmp_path / "ran")), b"", b"PK\3\4", giant()):
+        (tmp_path / "sam.pth").write_bytes(content)
+        with pytest.raises(UserError, match=r"sam\.pth is not a checkpoint of tensors"):
+            load_sam("vit_b", tmp_path / "sam.pth")
+    torch.save({"sizes": Code(tmp_path / "ran"), "model": {}}, tmp_path / "sam.pth")
+    with pytest.raises(UserError, match=r"sam\.pth is not a checkpoint of tensors"):
+        load_sam("custom", tmp_path / "sam.pth")
+    assert not (tmp_path / "ran").exists()
