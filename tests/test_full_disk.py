@@ -11,7 +11,7 @@ import pytest
 from tests.programs import PROGRAMS, finish
 from tests.steps import same_results
 
-QUICK = {"process", "get_se_map"}
+QUICK = {"process"}
 # bytes that let a step begin and finish some of its files, but not all
 ROOM = {"train_classification": 1 << 20, "train_segmentation": 1 << 20, "evaluate_miou": 8 << 10}
 
