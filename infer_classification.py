@@ -6,7 +6,7 @@ Writes experiments/<dataset>/<experiment>/cams/<id>.npz: the maps of the classes
     python infer_classification.py --dataset vaihingen
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from tools.folders import ROOT, StepFolder, experiment_folder, require, step_nam
 from tools.labels import load_image
 from tools.pictures import contact_sheet, heat, sample_ids
 from tools.report import refresh
-from tools.training import load_checkpoint, make_accelerator
+from tools.training import load_checkpoint, make_accelerator, precision_of
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def main(constants: Constants) -> None:
     model = Classifier(Backbone(settings["backbone"], "none"), dataset.num_classes, settings["gamma"], iterations)
     load_checkpoint(classifier / "model.pt", model)
     accelerator = make_accelerator(constants.precision)
+    constants = replace(constants, precision=precision_of(accelerator))
     model = model.to(accelerator.device).eval()
     folder = StepFolder(
         experiment / step_name("cams", constants.split, "train"),
@@ -93,10 +94,8 @@ def main(constants: Constants) -> None:
         rows = []
         for id in sample_ids(ids, constants.samples):
             try:
-                image, maps = (
-                    load_image(dataset.images(constants.split) / f"{id}.png"),
-                    dict(zip(*load_cams(folder.folder / f"{id}.npz"), strict=True)),
-                )
+                image = load_image(dataset.images(constants.split) / f"{id}.png")
+                maps = dict(zip(*load_cams(folder.folder / f"{id}.npz"), strict=True))
             except UserError:  # told at the end already
                 continue
             rows.append([image, *(heat(image, maps[k]) if k in maps else None for k in range(dataset.num_classes))])

@@ -12,7 +12,7 @@ Writes experiments/<dataset>/<experiment>/segmentation/<id>.png: class ids
     python inference_segmentation.py --dataset fields --scene FILE [FILE ...]
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ from tools.pictures import step_sheet
 from tools.rasters import Raster
 from tools.report import refresh
 from tools.scenes import Windows, check_scenes, predict_scenes
-from tools.training import load_checkpoint, make_accelerator
+from tools.training import load_checkpoint, make_accelerator, precision_of
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def main(constants: Constants) -> None:
     model = DeepLabV3Plus(Backbone(settings["backbone"], "none"), dataset.num_classes, settings["width"])
     load_checkpoint(experiment / "segmenter" / "model.pt", model)
     accelerator = make_accelerator(constants.precision)
+    constants = replace(constants, precision=precision_of(accelerator))
     model = model.to(accelerator.device).eval()
     folder = StepFolder(
         experiment / ("scenes" if constants.scene else step_name("segmentation", constants.split, "test")),

@@ -6,6 +6,7 @@ Writes experiments/<dataset>/<experiment>/pseudo_labels/<id>.png: class ids, no 
     python make_pseudo_labels.py --dataset vaihingen
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,25 +72,30 @@ def make_label(id: str, cams: Path, output: Path, dataset: Dataset, constants: C
     if constants.background == "threshold":
         maps = thresholded_background(classes, maps, dataset.classes.index(dataset.rules["background"]))
     if constants.crf_iterations and len(classes) > 1:
-        maps = dense_crf(
-            maps,
-            image,
-            constants.crf_iterations,
-            constants.gaussian_sigma,
-            constants.gaussian_weight,
-            constants.bilateral_sigma_xy,
-            constants.bilateral_sigma_rgb,
-            constants.bilateral_weight,
-            constants.crf_mode,
-            device,
-        )
+        try:
+            maps = dense_crf(
+                maps,
+                image,
+                constants.crf_iterations,
+                constants.gaussian_sigma,
+                constants.gaussian_weight,
+                constants.bilateral_sigma_xy,
+                constants.bilateral_sigma_rgb,
+                constants.bilateral_weight,
+                constants.crf_mode,
+                device,
+            )
+        except ValueError as error:  # sigmas too small for the lattice show with an image only
+            raise UserError(f"{id}: {error}") from None
     save_label(output / f"{id}.png", classes[maps.argmax(0)].astype(np.uint8), dataset.colours)
 
 
 def main(constants: Constants) -> None:
     check(constants.crf_iterations >= 0, f"crf_iterations is {constants.crf_iterations}, but it cannot be negative")
     sigmas = (constants.gaussian_sigma, constants.bilateral_sigma_xy, constants.bilateral_sigma_rgb)
-    check(min(sigmas) > 0, f"the sigmas of the CRF are {sigmas}, but they must be above 0")
+    check(all(0 < x < math.inf for x in sigmas), f"the sigmas of the CRF are {sigmas}, but they must be above 0")
+    weights = (constants.gaussian_weight, constants.bilateral_weight)
+    check(all(0 <= x < math.inf for x in weights), f"the weights of the CRF are {weights}, but they must be 0 or more")
     dataset = load_dataset(constants.dataset, constants.root)
     check(
         constants.background == "cam" or dataset.rules.get("background") in dataset.classes,

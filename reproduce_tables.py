@@ -32,7 +32,7 @@ from PRC_SAM.masks import load_masks, pack_masks
 from tools.cams import load_cams
 from tools.command import check, run
 from tools.dataset import Dataset, load_dataset
-from tools.folders import ROOT, experiment_folder, require
+from tools.folders import ROOT, experiment_folder, process_state, require
 from tools.labels import load_label
 from tools.scores import ConfusionMatrix
 from tools.tables import Lines, write_table
@@ -291,8 +291,10 @@ def main(constants: Constants) -> None:
         }
     folder = Path(constants.root) / "experiments" / dataset.name / "tables"
     title = f"{constants.table}: {dataset.title}"
-    print(write_table(folder / constants.table, title, caption(constants, dataset), lines, constants.seeds, published))
-    print(f"written to {folder}")
+    if process_state().is_main_process:
+        note = caption(constants, dataset)
+        print(write_table(folder / constants.table, title, note, lines, constants.seeds, published))
+        print(f"written to {folder}")
 
 
 def sweep_tau(runner: Runner, experiment: str, put: Callable[[str, str, float], None]) -> None:

@@ -6,7 +6,7 @@ Writes experiments/<dataset>/<experiment>/classifier/: model.pt, checkpoint.pt, 
     python train_classification.py --dataset vaihingen
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -29,7 +29,7 @@ from tools.labels import load_image, load_label
 from tools.pictures import contact_sheet, heat, sample_ids
 from tools.report import refresh
 from tools.scores import ConfusionMatrix
-from tools.training import check_recipe, load_checkpoint, make_accelerator, train
+from tools.training import check_recipe, load_checkpoint, make_accelerator, precision_of, train
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def main(constants: Constants) -> None:
     ids = sorted(labels)
     check_recipe(constants, len(ids))
     accelerator = make_accelerator(constants.precision)
+    constants = replace(constants, precision=precision_of(accelerator))
     torch.manual_seed(constants.seed)
     try:
         model = Classifier(
@@ -114,6 +115,8 @@ def main(constants: Constants) -> None:
     folder = StepFolder(
         experiment_folder(constants.root, constants.dataset, constants.experiment) / "classifier",
         constants,
+        # told by all that rests on it, also in other experiments that take this classifier
+        notes={"protocol_of_the_steps": "released"} if constants.protocol == "released" else None,
         device=accelerator.device,
         process=accelerator.process_index,
         processes=accelerator.num_processes,

@@ -10,7 +10,7 @@ The fully supervised bound: the same training on pixel truth, in an experiment o
     python train_segmentation.py --dataset vaihingen --experiment supervised --labels truth
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -32,7 +32,7 @@ from tools.labels import IGNORE, load_image, load_label
 from tools.pictures import colourise, contact_sheet, sample_ids
 from tools.report import refresh
 from tools.scores import ConfusionMatrix
-from tools.training import check_recipe, load_checkpoint, make_accelerator, train
+from tools.training import check_recipe, load_checkpoint, make_accelerator, precision_of, train
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def main(constants: Constants) -> None:
         not missing, f"{source} lacks the label of {len(missing)} train images, {missing[0] if missing else ''} for one"
     )
     accelerator = make_accelerator(constants.precision)
+    constants = replace(constants, precision=precision_of(accelerator))
     torch.manual_seed(constants.seed)
     try:
         backbone = Backbone(constants.backbone, constants.weights)
@@ -113,14 +114,16 @@ def main(constants: Constants) -> None:
     if constants.weights == "none":
         model.pretrained, model.new = [], [model]
     notes = {"supervision": "pixel truth of the train split"} if truth else {}
+    if constants.protocol == "released":
+        notes["protocol_of_the_steps"] = "released"
     folder = StepFolder(
         experiment / "segmenter",
         constants,
         inputs,
         notes,
-        accelerator.device,
-        accelerator.process_index,
-        accelerator.num_processes,
+        device=accelerator.device,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
     )
     patches = TrainingPatches(
         ids, dataset.images("train"), source, dataset.num_classes, dataset.patch_size, constants.seed
@@ -144,9 +147,8 @@ def main(constants: Constants) -> None:
             image = load_image(dataset.images("train") / f"{id}.png")
             logits = mirrored_scales(model, to_tensor(image)[None], [1.0], accelerator.device)[0]
             label = load_label(source / f"{id}.png", dataset.num_classes)
-            rows.append(
-                [image, *(colourise(ids, dataset.colours) for ids in (label, logits[0].argmax(0).byte().cpu().numpy()))]
-            )
+            prediction = logits[0].argmax(0).byte().cpu().numpy()
+            rows.append([image, colourise(label, dataset.colours), colourise(prediction, dataset.colours)])
         contact_sheet(
             folder.folder / "contact_sheet.png",
             rows,

@@ -8,15 +8,16 @@ Command: OMP_NUM_THREADS=1 python benchmarks/scoring.py
 
 import sys
 import tempfile
-import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import tyro
+from measure import measured
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.labels import load_label, save_label
@@ -73,16 +74,12 @@ def scikit_learn(truth: np.ndarray, prediction: np.ndarray, num_classes: int) ->
 
 def measure(way: Callable, repeats: int, *arguments) -> tuple[float, float, np.ndarray]:
     """Fastest seconds, MB that it needs beside its arguments, counts."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        counts = way(*arguments)
-        seconds.append(time.perf_counter() - start)
+    counts, seconds, _ = measured(partial(way, *arguments), repeats)
     tracemalloc.start()
     way(*arguments)
     memory = tracemalloc.get_traced_memory()[1] / 1e6
     tracemalloc.stop()
-    return min(seconds), memory, counts
+    return seconds, memory, counts
 
 
 def compare(constants: Constants) -> None:
@@ -129,14 +126,9 @@ def from_files(constants: Constants) -> None:
                 Path(folder) / f"{number}.png", cv2.resize(coarse, (512, 512), interpolation=cv2.INTER_NEAREST), colours
             )
         files = sorted(Path(folder).iterdir())
-        start = time.perf_counter()
-        labels = [load_label(file, 16) for file in files]
-        decoding = time.perf_counter() - start
+        labels, decoding, _ = measured(lambda: [load_label(file, 16) for file in files])
         matrix = ConfusionMatrix(16)
-        start = time.perf_counter()
-        for label in labels:
-            matrix.update(label, label)
-        scoring = time.perf_counter() - start
+        _, scoring, _ = measured(lambda: [matrix.update(label, label) for label in labels])
     print(
         f"patches of 512 x 512: decoding and checking a label map {1e3 * decoding / len(files):.2f} ms, scoring "
         f"{1e3 * scoring / len(files):.2f} ms"

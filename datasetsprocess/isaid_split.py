@@ -91,11 +91,11 @@ def patches(scene: Scene) -> Iterator[Patch]:
 
 def scene_names(raw: Path) -> dict[str, list[str]]:
     """Split -> the scenes of which image or truth is in the raw folders, sorted."""
-    before, behind = Path(TRUTH).name.split("{}")
+    behind = TRUTH.rpartition("{}")[2]
     names = {}
     for split, folder in RAW_SPLITS.items():
-        images = {path.stem for path in (raw / folder / IMAGE).parent.glob("*") if path.suffix.lower() in SUFFIXES}
-        truths = {path.stem.removesuffix(behind) for path in (raw / folder / TRUTH).parent.glob(f"{before}*{behind}.*")}
+        images = {path.stem for path in (raw / folder / IMAGE).parent.glob("[!.]*") if path.suffix.lower() in SUFFIXES}
+        truths = {path.stem.removesuffix(behind) for path in (raw / folder / TRUTH).parent.glob(f"[!.]*{behind}.*")}
         names[split] = sorted(images | truths)
     return names
 

@@ -191,8 +191,8 @@ def fields(canvas: Canvas, box) -> None:
         draw_grove(canvas, ground & ~canvas.inside(inset(box, 34)), 30, share=0.4)
 
 
+# dealt like cards, so that a scene has most of the kinds
 DISTRICTS = (town, town, suburb, industry, industry, park, wood, fields)
-# dealt like cards, so that every scene has most
 
 
 # Light and sensor

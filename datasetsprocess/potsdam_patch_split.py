@@ -15,10 +15,9 @@ Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channel
 The archives come from ISPRS (2D Semantic Labelling, Potsdam): unpack 2_Ortho_RGB.zip, which brings its folder, into
 <raw>, 5_Labels_all.zip, which brings none, into <raw>/5_Labels_all and, if wanted, 5_Labels_all_noBoundary.zip into the
 folder of its name. (5_Labels_for_participants.zip has the truth of 24 scenes only: unpack it into 5_Labels_all and skip
-the missing scenes.) The published truth of 4_12 is a faulty overlay
-with thousands of colours: with --unknown-colours ignore its wrong pixels become 255; the other way is a dataset.toml of
-your own without this scene. Scenes may also be png or jpg; they must have three channels of 8 bits (an opaque alpha
-channel of a png is dropped).
+the missing scenes.) The published truth of 4_12 is a faulty overlay with thousands of colours: with --unknown-colours
+ignore its wrong pixels become 255; the other way is a dataset.toml of your own without this scene. Scenes may also be
+png or jpg; they must have three channels of 8 bits (an opaque alpha channel of a png is dropped).
 
 Command: python datasetsprocess/potsdam_patch_split.py
 """

@@ -146,7 +146,7 @@ def test_names_that_leave_the_folder(describe, name):
         (DESCRIPTION + "ignore_colours = 5", "ignore_colours is 5, but it must be a list"),
         (
             DESCRIPTION + 'left_out_of_mean = ["Clutter"]',
-            "left_out_of_mean names Clutter, but the classes are road, roof, tree",
+            "left_out_of_mean names Clutter, but it must name some of the classes, not all: road, roof, tree",
         ),
         (DESCRIPTION + 'left_out_of_mean = ["road", "roof", "tree"]', "left_out_of_mean names road, roof, tree, but"),
         (DESCRIPTION + "left_out_of_mean = 5", "left_out_of_mean is 5, but it must be a list"),

@@ -515,6 +515,7 @@ def test_isaid_messages(tmp_path, run_script):
     (raw / "val/Semantic_masks/images/P0003_instance_color_RGB.png").unlink()
     missing = run_script(*command, fails=True).stderr
     assert "val/images/P0002" in missing and "val/Semantic_masks/images/P0003_instance_color_RGB" in missing
+    small_isaid(raw, {"._P0001": "train"})  # as archivers of another system leave them
     small_isaid(raw, {"P 04": "train"})
     assert '"P 04" needs another name' in run_script(*command, fails=True).stderr
     for file in raw.rglob("P 04*"):

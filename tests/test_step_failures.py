@@ -85,6 +85,7 @@ def test_missing_masks_are_named(copy):
         ("infer_classification", {"workers": -1}, "workers is -1"),
         ("inference_segmentation", {"workers": -1}, "workers is -1"),
         ("make_pseudo_labels", {"bilateral_sigma_xy": 0.0}, "the sigmas of the CRF are"),
+        ("make_pseudo_labels", {"bilateral_weight": -4.0}, "the weights of the CRF are"),
         ("make_pseudo_labels", {"crf_iterations": -1}, "crf_iterations is -1"),
         ("generate_refined_pseudo", {"tau": 1.5}, "tau is 1.5, but it must lie between 0 and 1"),
         ("generate_refined_seg", {"tau": -0.1}, "tau is -0.1"),

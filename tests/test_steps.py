@@ -13,6 +13,8 @@ from tools.cams import load_cams
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.labels import load_label
+from tools.report import accounts
+from tools.summary import facts
 
 
 @pytest.mark.parametrize("script", STEPS)
@@ -70,7 +72,7 @@ def test_pseudo_labels_hold_the_classes_of_the_image_alone(finished):
             assert load_label(experiment(finished) / stage / f"{id}.png", 3).max() < 3
 
 
-def test_clean_needs_no_pixel_label(finished, copy):
+def test_clean_needs_no_pixel_label(finished, copy, capsys):
     """Without the labels of both splits, and from the same seed, every byte is the same."""
     for split in ("train", "test"):
         shutil.rmtree(copy / "datasets" / "tiny" / split / "labels")
@@ -78,9 +80,11 @@ def test_clean_needs_no_pixel_label(finished, copy):
     for script, (name, _, _, suffix) in STEPS.items():
         step(script, copy)
         assert same_results(experiment(finished) / name, experiment(copy) / name, suffix), name
+    assert "could not be renewed" not in capsys.readouterr().err  # the report needs none either
 
 
 def test_the_released_protocol(copy):
+    dataset = load_dataset("tiny", copy)
     for script in ("train_classification", "train_segmentation"):
         step(script, copy, protocol="released", overwrite=True, epochs=2)
         folder = experiment(copy) / STEPS[script][0]
@@ -89,7 +93,9 @@ def test_the_released_protocol(copy):
         best = max(rows, key=lambda row: row["train_miou"])["epoch"]
         assert torch.load(folder / "model.pt", weights_only=True)["epoch"] == best
         assert account(folder)["constants"]["protocol"] == "released"
-    labels = load_dataset("tiny", copy).image_labels("test")
+    step("infer_classification", copy, experiment="borrower", classifier="prc")
+    assert facts(accounts(experiment(copy, "borrower"), dataset))["protocol of the steps"] == ["released"]
+    labels = dataset.image_labels("test")
     step("inference_segmentation", copy, overwrite=True)
     step("generate_refined_seg", copy, protocol="released", overwrite=True)
     for id in TEST:  # a class that the truth lacks is never written anew

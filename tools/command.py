@@ -79,7 +79,7 @@ def _heeding_signals(farewell: str) -> Iterator[None]:
     not end, so a thread watches too.
     """
 
-    def stop(number, frame):
+    def heed(number, frame):
         for each in STOPPING:
             signal.signal(each, signal.SIG_IGN)
         os.write(2, farewell.encode())
@@ -91,7 +91,7 @@ def _heeding_signals(farewell: str) -> Iterator[None]:
             received = os.read(reading, 1)
         if received:
             time.sleep(PATIENCE)
-            if signal.getsignal(received[0]) is stop:  # not even heard yet
+            if signal.getsignal(received[0]) is heed:  # not even heard yet
                 os.write(2, farewell.encode())
             _end_readers()
             os._exit(128 + received[0])
@@ -102,7 +102,7 @@ def _heeding_signals(farewell: str) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in STOPPING}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:  # as it is under nohup
-            signal.signal(number, stop)
+            signal.signal(number, heed)
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_leave_signals_to_parent)
     threading.Thread(target=watch, daemon=True).start()
@@ -110,7 +110,7 @@ def _heeding_signals(farewell: str) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) is stop:
+            if signal.getsignal(number) is heed:
                 signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
         os.close(writing)

@@ -174,7 +174,10 @@ def _build(name: str, path: Path, folder: Path, description: dict) -> Dataset:
             raise UserError(f"{path}: {what} is {number}, but it must be a whole number of at least 16 pixels")
     left_out = tuple(map(str, description.get("left_out_of_mean", [])))
     if not set(left_out) < set(names):
-        raise UserError(f"{path}: left_out_of_mean names {', '.join(left_out)}, but the classes are {', '.join(names)}")
+        raise UserError(
+            f"{path}: left_out_of_mean names {', '.join(left_out)}, but it must name some of the classes, not all: "
+            f"{', '.join(names)}"
+        )
     return Dataset(
         name=name,
         title=description.get("title", name),

@@ -18,7 +18,8 @@ from tools.versions import commit, package_versions
 from tools.workers import worker_pool
 
 ROOT = Path(__file__).resolve().parents[1]
-# Constants that change where or how fast a step runs, not what it makes: they may differ when a run is continued.
+# Constants that change where or how fast a step runs, and what it makes by no more than rounding: they may differ when
+# a run is continued.
 NOT_SETTINGS = {
     "root",
     "overwrite",

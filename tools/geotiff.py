@@ -63,5 +63,6 @@ def copy_world_file(image: Path, target: Path) -> None:
 
     for file in names(image):
         if file.is_file():
-            shutil.copyfile(file, names(target)[0])
+            with write_whole(names(target)[0]) as temporary:
+                shutil.copyfile(file, temporary)
             return

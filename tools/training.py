@@ -30,6 +30,11 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
     return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not torch.cuda.is_available())
 
 
+def precision_of(accelerator: Accelerator) -> str:
+    """What "auto" has become, for run.json: a run continued on a machine that computes otherwise is refused."""
+    return "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+
+
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
     """SGD groups of the recipe: pretrained weights lr, biases x2, new weights x10, new biases x20; decay on weights.
 
