@@ -2,6 +2,7 @@
 
 import csv
 import statistics
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,8 @@ def _draw(path: Path, title: str, lines: Lines, columns: list[str]) -> None:
             label=column,
             hatch=HATCHES[index % len(HATCHES)],
         )
-    axes.set_xticks(np.arange(len(lines)) + 0.4 - width / 2, list(lines), rotation=20, ha="right", fontsize=8)
+    names = [textwrap.fill(name, 20) for name in lines]
+    axes.set_xticks(np.arange(len(lines)) + 0.4 - width / 2, names, fontsize=8)
     axes.set_ylabel("mIoU (%)")
     axes.set_title(title)
     axes.legend(fontsize=8)
