@@ -1,4 +1,5 @@
 # make demo   synthetic scenes through all nine steps on the CPU, about ten minutes after the installation
+# make install  the virtual environment alone
 # make test   the tests; make test-long those that take minutes; make lint; make bench the benchmarks
 VENV ?= .venv
 PYTHON ?= python3
@@ -11,12 +12,15 @@ SMALL = --backbone resnet18 --weights none
 CLASSIFIER = $(SMALL) --train-all --epochs 12 --lr 0.003 --momentum 0.9 --workers 1
 SEGMENTER = $(SMALL) --no-freeze-norm --width 64 --epochs 7 --batch-size 8 --lr 0.003 --momentum 0.9 --workers 1
 
-.PHONY: demo demo-data demo-supervised demo-weak test test-long lint bench clean
+.PHONY: install demo demo-data demo-supervised demo-weak test test-long lint bench clean
 
 $(VENV)/.installed: requirements.txt constraints.txt
+	@echo "installing torch and the rest into $(VENV): about 6 GB, a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
 	touch $@
+
+install: $(VENV)/.installed
 
 demo: demo-data demo-weak demo-supervised
 	$(RUN) evaluate_miou.py $(DEMO) --workers $(WORKERS)

@@ -6,6 +6,8 @@ Writes experiments/<dataset>/<experiment>/classifier/: model.pt, checkpoint.pt, 
     python train_classification.py --dataset vaihingen
 """
 
+import json
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -136,12 +138,23 @@ def main(constants: Constants) -> None:
     )
 
     if accelerator.is_main_process:
+        warn_of_guessing(folder.folder / "log.jsonl")
         load_checkpoint(folder.folder / "model.pt", model)
         draw_sheet(
             folder.folder / "contact_sheet.png", model.eval(), dataset, labels, sample_ids(ids, constants.samples)
         )
     folder.close(".pt")
     refresh(folder, dataset, load_masks)
+
+
+def warn_of_guessing(log: Path) -> None:
+    """A classifier that has learnt nothing gives maps that look like maps, and a segmenter that looks trained."""
+    loss = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])["classification"]
+    if loss >= math.log(2):
+        print(
+            f"warning: the classification loss ended at {loss:.2f}, and guessing gives {math.log(2):.2f}: the class "
+            "activation maps will be worthless; try a lower lr, with --weights none also --momentum 0.9, or more epochs"
+        )
 
 
 def draw_sheet(path: Path, model: nn.Module, dataset: Dataset, labels: dict[str, np.ndarray], ids: list[str]) -> None:

@@ -92,7 +92,8 @@ def frequencies(dataset: Dataset, labels: dict[str, np.ndarray], pixels: np.ndar
     lines = [f"  {'class':{width}}{'patches':>10}{'of patches':>13}" + ("" if pixels is None else f"{'of pixels':>12}")]
     for k, name in enumerate(dataset.classes):
         line = f"  {name:{width}}{present[k]:>10}{present[k] / len(labels):>12.1%} "
-        lines.append(line + (f"{pixels[k] / pixels.sum():>11.2%} " if pixels is not None else ""))
+        line += f"{pixels[k] / pixels.sum():>11.2%} " if pixels is not None else ""
+        lines.append(line + ("  in every patch, so hard to locate" if present[k] == len(labels) else ""))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -114,8 +115,8 @@ def label_split(dataset: Dataset, split: str, constants: Constants) -> list[str]
             return []
         check(
             file.exists(),
-            f"{dataset.labels(split)} is missing, so nothing says what the {split} images show: cut the scenes with "
-            f"a script of datasetsprocess, or write {file} by hand (docs/own_data.md)",
+            f"{dataset.labels(split)} is missing, so nothing says what the {split} images show: write {file} "
+            "by hand, beginning with image_labels_blank.csv (docs/own_data.md), or cut scenes that have a truth",
         )
         labels = dataset.image_labels(split)
         print(f"{split}: {len(ids)} images without label maps; {file} was written by a person and is kept as it is")

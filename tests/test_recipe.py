@@ -1,5 +1,6 @@
 """The training recipe: which patches an epoch reads in which order, constants that cannot work, and ignored pixels."""
 
+import json
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from tools.command import UserError
 from tools.training import EpochBatches, check_recipe
+from train_classification import warn_of_guessing
 from train_segmentation import compute_loss as segmentation_loss
 
 
@@ -101,3 +103,11 @@ def test_a_batch_that_is_all_ignore_costs_nothing():
     logits = model(x).detach().double()[0, :, 0]
     expected = -np.mean([logits[:, i].log_softmax(0)[k] for i, k in enumerate((1, 3))])
     assert float(segmentation_loss(model, x, labels)["loss"].detach()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_classifier_that_only_guesses_is_told(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    for loss, told in ((0.2, False), (1.35, True)):
+        log.write_text(json.dumps({"classification": 3.0}) + "\n" + json.dumps({"classification": loss}) + "\n")
+        warn_of_guessing(log)
+        assert ("ended at 1.35, and guessing gives 0.69" in capsys.readouterr().out) == told

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import tyro
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; kill, a scheduler's time limit, a container that is stopped
+_stopped_by: list[int] = []  # the signal that ends this run
 PATIENCE = 5  # seconds that a stopped run has to leave what it is doing
 EXPLAINED = {  # what torch's messages hold -> what happened and what helps
     "PytorchStreamWriter": "a checkpoint could not be written, most often because no space is left: make room",
@@ -52,6 +53,9 @@ def run(main: Callable, constants: type, description: str, one_process: bool = F
         _end_readers()
         sys.exit(128 + (error.args or STOPPING)[0])
     except (OSError, MemoryError, RuntimeError) as error:
+        if _stopped_by:  # torch's reading processes were told to stop as well, and it takes that for a fault
+            _end_readers()
+            sys.exit(128 + _stopped_by[0])
         reason = _explain(error)
         if not reason or os.environ.get("PRC_TRACEBACK"):
             raise
@@ -82,6 +86,7 @@ def _heeding_signals(farewell: str) -> Iterator[None]:
     def heed(number, frame):
         for each in STOPPING:
             signal.signal(each, signal.SIG_IGN)
+        _stopped_by.append(number)
         os.write(2, farewell.encode())
         raise KeyboardInterrupt(number)
 

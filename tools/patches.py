@@ -135,8 +135,8 @@ def find_sources(
     shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
     if missing and (missing_scenes == "stop" or not any(found.values())):
         raise UserError(
-            f"{raw} lacks {shown} ({' or '.join(SUFFIXES)}): unpack the whole archives as the top of this "
-            "script says, or cut the scenes that are there with --missing-scenes skip"
+            f"{raw} lacks {shown} ({' or '.join(SUFFIXES)}): put the files there under these names (the top of "
+            "this script says whence), or cut the scenes that are complete with --missing-scenes skip"
         )
     if missing:
         print(f"not in {raw}, so their scenes are skipped: {shown}")
@@ -205,6 +205,11 @@ def split_scenes(
     failures, total = [], 0
     for split, folder in folders.items():
         done = _finished_scenes(folder.folder)
+        for source in sources[split]:
+            check(
+                done.get(source.scene, {}).get("files", _files(source)) == _files(source),
+                f"{source.image} or its truth was replaced after it was cut: cut all anew with --overwrite",
+            )
         _remove_begun(folder.folder, done)
         work = partial(
             _cut,
@@ -274,6 +279,7 @@ def _cut(
             patches += 1
     scene.notes["pixels of unknown colours, set to 255"] += sum(colours.values())
     account = {"image": str(source.image), "truth": str(source.truth or ""), "patches": patches, "notes": +scene.notes}
+    account["files"] = _files(source)
     write_json(dataset.folder / split / "scenes" / f"{source.scene}.json", account)
 
 
@@ -286,6 +292,12 @@ def _read_ids(source: Source, image: Raster, dataset: Dataset) -> tuple[np.ndarr
                 f"{truth.shape[1]} x {truth.shape[0]}: they must be the same scene at the same size"
             )
         return read_truth(truth, dataset)
+
+
+def _files(source: Source) -> list[list[int]]:
+    """Bytes and time of change of the scene's files: another file under the same name must not pass for the old one."""
+    states = [path.stat() for path in (source.image, source.truth) if path]
+    return [[state.st_size, state.st_mtime_ns] for state in states]
 
 
 def _account(folder: StepFolder, split: str) -> None:
