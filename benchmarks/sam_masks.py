@@ -106,6 +106,7 @@ def agreement(theirs: list, ours: list) -> None:
     print(
         f"masks: stock {sum(map(len, theirs))}, ours {sum(map(len, ours[: len(theirs)]))}; "
         f"equal counts in {equal} of {len(theirs)} images"
+        + ("" if len(best) else "; no masks, so this says nothing of their agreement: train longer, --steps 900")
     )
     if len(best):
         print(
