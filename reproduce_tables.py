@@ -10,14 +10,12 @@ Rows that are there already are not run again; a stopped table continues with th
 trainings are set by --classification.<constant> and --segmentation.<constant>.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from scipy import ndimage
-from tqdm import tqdm
 
 import evaluate_miou
 import generate_refined_pseudo
@@ -27,13 +25,10 @@ import inference_segmentation
 import make_pseudo_labels
 import train_classification
 import train_segmentation
-from PRC_SAM.ios import intersection_optimisation
-from PRC_SAM.masks import load_masks, pack_masks
-from tools.cams import load_cams
+from PRC_SAM.oracles import on_true_background, refined_by_ios
 from tools.command import check, run
 from tools.dataset import Dataset, load_dataset
 from tools.folders import ROOT, experiment_folder, process_state, require
-from tools.labels import load_label
 from tools.scores import ConfusionMatrix
 from tools.tables import Lines, write_table
 
@@ -205,43 +200,18 @@ class Runner:
     def headline(self, matrix: ConfusionMatrix) -> float:
         return 100 * matrix.scores(np.flatnonzero(~self.dataset.scored), self.constants.protocol)["miou"]
 
-    def ios(self, experiment: str, stage: str, split: str, taus: tuple[float, ...], oracle=False) -> list[float]:
-        """mIoU of a label folder after IOS with each tau; `oracle` takes the truth's connected components as masks."""
-        matrices = [ConfusionMatrix(self.dataset.num_classes) for _ in taus]
+    def ios(self, experiment: str, stage: str, split: str, taus: tuple[float, ...], perfect=False) -> list[float]:
+        """mIoU of a label folder after IOS with each tau; `perfect` takes the truth's connected components as masks."""
         folder = experiment_folder(self.constants.root, self.dataset.name, experiment) / stage
-        count = self.dataset.num_classes
-        for id, present, truth in self.truths(split, f"IOS of {stage}"):
-            label = load_label(folder / f"{id}.png", count)
-            masks = perfect_regions(truth, count) if oracle else load_masks(self.dataset.sam_masks(split) / f"{id}.npz")
-            from_image = split == "train" or self.constants.protocol == "released"
-            classes = present if from_image else np.unique(label)
-            for matrix, tau in zip(matrices, taus, strict=True):
-                matrix.update(truth, intersection_optimisation(label, masks, classes, tau))
-        return [self.headline(matrix) for matrix in matrices]
+        from_image = split == "train" or self.constants.protocol == "released"
+        return [
+            self.headline(matrix) for matrix in refined_by_ios(self.dataset, folder, split, taus, from_image, perfect)
+        ]
 
     def true_background(self, experiment: str, background: int) -> float:
-        """mIoU of the CAMs' argmax with the truth's background: how well the other classes are told apart."""
-        matrix = ConfusionMatrix(self.dataset.num_classes)
+        """mIoU of the CAMs' argmax with the truth's background."""
         folder = experiment_folder(self.constants.root, self.dataset.name, experiment) / "cams"
-        for id, _, truth in self.truths("train", "CAMs on the true background"):
-            classes, maps = load_cams(folder / f"{id}.npz")
-            others = classes != background
-            found = classes[others][maps[others].argmax(0)] if others.any() else np.full(truth.shape, background)
-            matrix.update(truth, np.where(truth == background, background, found).astype(np.uint8))
-        return self.headline(matrix)
-
-    def truths(self, split: str, what: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Yield id, the classes of its image-level label, and its label map."""
-        labels, folder = self.dataset.image_labels(split), self.dataset.labels(split)
-        for id in tqdm(self.dataset.ids(split), what, unit="image", disable=None):
-            yield id, np.flatnonzero(labels[id]), load_label(folder / f"{id}.png", self.dataset.num_classes)
-
-
-def perfect_regions(truth: np.ndarray, num_classes: int):
-    """The connected components of every class of the truth, as masks."""
-    components = [ndimage.label(truth == c) for c in range(num_classes)]
-    regions = [numbered == i for numbered, count in components for i in range(1, count + 1)]
-    return pack_masks(np.stack(regions) if regions else np.zeros((0, *truth.shape), bool))
+        return self.headline(on_true_background(self.dataset, folder, background))
 
 
 def main(constants: Constants) -> None:
@@ -273,7 +243,7 @@ def main(constants: Constants) -> None:
         if constants.table == "ablation":
             oracle = f"{WHOLE}, {{}} (USES THE TRUTH)"
             tau = generate_refined_pseudo.Constants().tau
-            (value,) = runner.ios(experiments[WHOLE], "pseudo_labels", "train", (tau,), oracle=True)
+            (value,) = runner.ios(experiments[WHOLE], "pseudo_labels", "train", (tau,), perfect=True)
             put(oracle.format("IOS with perfect regions"), STAGES["refined_pseudo_labels"], value)
             if background in dataset.classes:
                 value = runner.true_background(experiments[WHOLE], dataset.classes.index(background))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from make_pseudo_labels import thresholded_background
-from reproduce_tables import Constants, Row, check_constants, perfect_regions, rows_of
+from PRC_SAM.oracles import perfect_regions
+from reproduce_tables import Constants, Row, check_constants, rows_of
 from tests.steps import TRAIN
 from tools.cams import load_cams
 from tools.command import UserError

@@ -1,0 +1,58 @@
+"""What IOS gives with any tau, and what each part could give at most: measures that open the TRUTH, for tables only."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+from PRC_SAM.ios import intersection_optimisation
+from PRC_SAM.masks import Masks, load_masks, pack_masks
+from tools.cams import load_cams
+from tools.dataset import Dataset
+from tools.labels import load_label
+from tools.scores import ConfusionMatrix
+
+
+def refined_by_ios(
+    dataset: Dataset, folder: Path, split: str, taus: tuple[float, ...], from_image: bool, perfect: bool = False
+) -> list[ConfusionMatrix]:
+    """The label maps of `folder` after IOS with each tau, against the truth.
+
+    `from_image`: the classes looped over are those of the image-level label, else those of the map. `perfect` takes the
+    truth's connected components as masks.
+    """
+    matrices, count = [ConfusionMatrix(dataset.num_classes) for _ in taus], dataset.num_classes
+    for id, present, truth in _truths(dataset, split, f"IOS of {folder.name}"):
+        label = load_label(folder / f"{id}.png", count)
+        masks = perfect_regions(truth, count) if perfect else load_masks(dataset.sam_masks(split) / f"{id}.npz")
+        classes = present if from_image else np.unique(label)
+        for matrix, tau in zip(matrices, taus, strict=True):
+            matrix.update(truth, intersection_optimisation(label, masks, classes, tau))
+    return matrices
+
+
+def on_true_background(dataset: Dataset, cams: Path, background: int) -> ConfusionMatrix:
+    """The CAMs' argmax with the truth's background: how well the other classes are told apart."""
+    matrix = ConfusionMatrix(dataset.num_classes)
+    for id, _, truth in _truths(dataset, "train", "CAMs on the true background"):
+        classes, maps = load_cams(cams / f"{id}.npz")
+        others = classes != background
+        found = classes[others][maps[others].argmax(0)] if others.any() else np.full(truth.shape, background)
+        matrix.update(truth, np.where(truth == background, background, found).astype(np.uint8))
+    return matrix
+
+
+def perfect_regions(truth: np.ndarray, num_classes: int) -> Masks:
+    """The connected components of every class of the truth (H,W), as masks."""
+    components = [ndimage.label(truth == c) for c in range(num_classes)]
+    regions = [numbered == i for numbered, count in components for i in range(1, count + 1)]
+    return pack_masks(np.stack(regions) if regions else np.zeros((0, *truth.shape), bool))
+
+
+def _truths(dataset: Dataset, split: str, what: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield id, the classes of its image-level label, and its label map."""
+    labels, folder = dataset.image_labels(split), dataset.labels(split)
+    for id in tqdm(dataset.ids(split), what, unit="image", disable=None):
+        yield id, np.flatnonzero(labels[id]), load_label(folder / f"{id}.png", dataset.num_classes)
