@@ -3,6 +3,7 @@
 import filecmp
 import importlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,6 +28,22 @@ STEPS = {  # script -> folder, constants, ids, suffix
     "inference_segmentation": ("segmentation", {"workers": 0, "samples": 2, "precision": "fp32"}, TEST, ".png"),
     "generate_refined_seg": ("refined_segmentation", {"workers": 0, "samples": 2}, TEST, ".png"),
 }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `tools.training` asks of a training's constants."""
+
+    epochs: int = 3
+    batch_size: int = 4
+    lr: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 1e-3
+    seed: int = 0
+    compile: bool = False
+    workers: int = 0
+    root: Path = Path(".")
+    overwrite: bool = False
 
 
 def options(constants):

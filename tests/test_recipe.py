@@ -1,7 +1,7 @@
 """The training recipe: which patches an epoch reads in which order, constants that cannot work, and ignored pixels."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,22 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests.steps import Recipe
 from tools.command import UserError
 from tools.training import EpochBatches, check_recipe
 from train_classification import warn_of_guessing
 from train_segmentation import compute_loss as segmentation_loss
-
-
-@dataclass(frozen=True)
-class Constants:
-    epochs: int = 3
-    batch_size: int = 4
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 1e-3
-    seed: int = 0
-    compile: bool = False
-    workers: int = 0
 
 
 @given(size=st.integers(1, 60), batch=st.integers(1, 12), seed=st.integers(0, 9), epoch=st.integers(0, 5))
@@ -88,9 +77,9 @@ def test_processes_partition_each_batch(processes):
     ],
 )
 def test_constants_that_cannot_work(name, value):
-    check_recipe(Constants(), 11)
+    check_recipe(Recipe(), 11)
     with pytest.raises(UserError, match=f"{name} is {value}, but"):
-        check_recipe(replace(Constants(), **{name: value}), 11)
+        check_recipe(replace(Recipe(), **{name: value}), 11)
 
 
 def test_a_batch_that_is_all_ignore_costs_nothing():

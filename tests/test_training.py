@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,24 +11,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from tests.steps import Recipe
 from tools.augment import TrainingPatches
 from tools.command import UserError
 from tools.folders import StepFolder
 from tools.training import check_recipe, make_accelerator, save_checkpoint, train
-
-
-@dataclass(frozen=True)
-class Constants:
-    epochs: int = 3
-    batch_size: int = 4
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 1e-3
-    seed: int = 0
-    compile: bool = False
-    workers: int = 0
-    root: Path = Path(".")
-    overwrite: bool = False
 
 
 class Net(nn.Module):
@@ -64,7 +49,7 @@ def training(images, tmp_path):
     """training(name, constants, loss, select) trains Net in tmp_path/name, from the same beginning each time."""
 
     def start(name, constants=None, loss=compute_loss, select=None, ids=11):
-        constants = constants or Constants()
+        constants = constants or Recipe()
         labels = {f"{index:02}": np.array([index % 2, index % 3 == 0], bool) for index in range(ids)}
         torch.manual_seed(7)
         model, folder = Net(), StepFolder(tmp_path / name, constants)
@@ -127,7 +112,7 @@ def test_rates_of_all_groups_fall_together(training, monkeypatch):
 
 def test_one_step_by_hand(training):
     """SGD with decay on weights alone: the first step of the recipe, computed without an optimiser."""
-    constants = Constants(epochs=1, batch_size=11, momentum=1e-4)
+    constants = Recipe(epochs=1, batch_size=11, momentum=1e-4)
     torch.manual_seed(7)
     model, seen = Net(), []
 
@@ -167,7 +152,7 @@ def breaking(after):
     ("after", "workers"), [(0, 0), (1, 0), (2, 0), (3, 0), (5, 0), (3, 1)]
 )  # steps; an epoch has two
 def test_a_continued_training_ends_with_equal_weights(training, after, workers):
-    constants = Constants(workers=workers)
+    constants = Recipe(workers=workers)
     training("whole", constants)
     with pytest.raises(RuntimeError, match="killed"):
         training("killed", constants, loss=breaking(after))
@@ -207,7 +192,7 @@ def test_a_finished_training_is_left_as_it_is(training):
 
 def test_workers_change_nothing(training):
     training("none")
-    training("one", Constants(workers=1))
+    training("one", Recipe(workers=1))
     assert equal(weights(training.folder / "none" / "model.pt"), weights(training.folder / "one" / "model.pt"))
 
 
@@ -216,23 +201,23 @@ def test_workers_change_nothing(training):
 def test_a_compiled_training_leaves_the_same_checkpoint(training, monkeypatch):
     """Names and shapes are those of the model; without dropout, drawn in another way, only rounding differs."""
     monkeypatch.setattr(Net, "forward", lambda self, x: self.head[1](self.features(x)).mean((2, 3)))
-    training("plain", Constants(epochs=1))
-    model = training("compiled", Constants(epochs=1, compile=True))
+    training("plain", Recipe(epochs=1))
+    model = training("compiled", Recipe(epochs=1, compile=True))
     assert model._compiled_call_impl is not None
     plain, compiled = (weights(training.folder / run / "model.pt") for run in ("plain", "compiled"))
     assert list(plain) == list(compiled) == list(Net().state_dict())
     for name, value in plain.items():
         assert torch.allclose(value, compiled[name], atol=1e-4), name
-    training("compiled", Constants(epochs=1))  # where it is compiled is no setting: the folder stays usable
+    training("compiled", Recipe(epochs=1))  # where it is compiled is no setting: the folder stays usable
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    check_recipe(Constants(), 11)
+    check_recipe(Recipe(), 11)
     with pytest.raises(
         UserError, match="needs the C\\+\\+ compiler no-such-compiler: install it, or leave out --compile"
     ):
-        check_recipe(Constants(compile=True), 11)
+        check_recipe(Recipe(compile=True), 11)
 
 
 def test_nothing_is_read_from_the_device_within_an_epoch(training, monkeypatch):
@@ -246,7 +231,7 @@ def test_nothing_is_read_from_the_device_within_an_epoch(training, monkeypatch):
 
     def count(ids):
         reads.clear()
-        training(f"run{ids}", Constants(epochs=1, batch_size=2), ids=ids)
+        training(f"run{ids}", Recipe(epochs=1, batch_size=2), ids=ids)
         return len([name for name in reads if name == "__float__"]), reads.count("item") + reads.count("__bool__")
 
     few, many = count(4), count(10)
@@ -304,7 +289,7 @@ def test_a_damaged_image_ends_with_its_name(training, images, tmp_path):
     for workers in (0, 1):
         for file in images.glob("*.png"):
             (tmp_path / file.name).write_bytes(file.read_bytes()[: 100 if file.stem == "05" else None])
-        constants = Constants(workers=workers, batch_size=11)
+        constants = Recipe(workers=workers, batch_size=11)
         labels = {f"{index:02}": np.ones(2, bool) for index in range(11)}
         with pytest.raises(UserError, match=r"05\.png cannot be read as an image"):
             train(

@@ -206,8 +206,9 @@ def split_scenes(
     for split, folder in folders.items():
         done = _finished_scenes(folder.folder)
         for source in sources[split]:
+            files = _files(source)
             check(
-                done.get(source.scene, {}).get("files", _files(source)) == _files(source),
+                done.get(source.scene, {}).get("files", files) == files,
                 f"{source.image} or its truth was replaced after it was cut: cut all anew with --overwrite",
             )
         _remove_begun(folder.folder, done)
