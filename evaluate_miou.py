@@ -22,7 +22,8 @@ from tqdm import tqdm
 from PRC_SAM.masks import load_masks
 from tools.command import UserError, check, run
 from tools.dataset import SPLITS, Dataset, load_dataset
-from tools.folders import ROOT, experiment_folder, remove_leftovers, require, step_name, write_json, write_whole
+from tools.files import remove_leftovers, write_json, write_whole
+from tools.folders import ROOT, experiment_folder, require, step_name
 from tools.labels import load_label
 from tools.panels import choose, load_prediction, panels, sample
 from tools.pictures import confusion_picture, contact_sheet, sample_ids

@@ -42,8 +42,7 @@ def main(constants: Constants) -> None:
         experiment / step_name("refined_pseudo_labels", constants.split, "train"),
         constants,
         inputs,
-        process=state.process_index,
-        processes=state.num_processes,
+        state=state,
     )
     refine_folder(folder, source, dataset, constants.split, constants.tau, "image labels", constants.workers)
 

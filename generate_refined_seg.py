@@ -44,8 +44,7 @@ def main(constants: Constants) -> None:
         experiment / step_name("refined_segmentation", constants.split, "test"),
         constants,
         inputs,
-        process=state.process_index,
-        processes=state.num_processes,
+        state=state,
     )
     classes_from = "image labels" if constants.protocol == "released" else "prediction"
     refine_folder(folder, source, dataset, constants.split, constants.tau, classes_from, constants.workers)

@@ -70,8 +70,7 @@ def main(constants: Constants) -> None:
         constants,
         {"classifier": trained},
         device=accelerator.device,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
+        state=accelerator,
     )
 
     pending = folder.pending(ids, ".npz")

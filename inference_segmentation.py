@@ -84,8 +84,7 @@ def main(constants: Constants) -> None:
         constants,
         {"segmenter": trained},
         device=accelerator.device,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
+        state=accelerator,
         settings={"window": dataset.patch_size} if constants.scene else None,
     )
 

@@ -114,8 +114,7 @@ def main(constants: Constants) -> None:
         {"cams": made},
         notes,
         device=device,
-        process=state.process_index,
-        processes=state.num_processes,
+        state=state,
     )
     work = partial(make_label, cams=cams, output=folder.folder, dataset=dataset, constants=constants, device=device)
     folder.each(work, folder.pending(ids, ".png"), 0 if exact_on_gpu else constants.workers, "pseudo-labels")

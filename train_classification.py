@@ -120,8 +120,7 @@ def main(constants: Constants) -> None:
         # told by all that rests on it, also in other experiments that take this classifier
         notes={"protocol_of_the_steps": "released"} if constants.protocol == "released" else None,
         device=accelerator.device,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
+        state=accelerator,
     )
     patches = TrainingPatches(
         ids, dataset.images("train"), labels, dataset.num_classes, dataset.patch_size, constants.seed

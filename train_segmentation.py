@@ -122,8 +122,7 @@ def main(constants: Constants) -> None:
         inputs,
         notes,
         device=accelerator.device,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
+        state=accelerator,
     )
     patches = TrainingPatches(
         ids, dataset.images("train"), source, dataset.num_classes, dataset.patch_size, constants.seed

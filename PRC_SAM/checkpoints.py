@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tools.command import UserError, check
-from tools.folders import write_whole
+from tools.files import write_whole
 
 URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 OFFICIAL = {  # model -> file, SHA-256

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PRC_SAM.masks import load_masks, save_masks
 from tools.command import UserError, check, run
 from tools.dataset import SPLITS, load_dataset
-from tools.folders import ROOT, StepFolder, process_state, write_whole
+from tools.files import write_whole
+from tools.folders import ROOT, StepFolder, process_state
 from tools.labels import load_image
 from tools.pictures import contact_sheet, regions, sample_ids
 
@@ -87,8 +88,7 @@ def main(constants: Constants) -> None:
             replace(constants, split=split),
             notes=notes,
             device=str(device),
-            process=state.process_index,
-            processes=state.num_processes,
+            state=state,
         )
         pending = step.pending(ids[split], ".npz")
         if generate is None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.command import UserError
-from tools.folders import write_whole
+from tools.files import write_whole
 
 DTYPES = {
     "size": np.int32,

@@ -32,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.command import check, run
 from tools.dataset import SPLITS, Dataset, load_dataset
 from tools.folders import ROOT
-from tools.patches import Patch, Scene, class_id, find_sources, rule_of, split_scenes
+from tools.patches import Patch, Scene, class_id, rule_of, split_scenes
 from tools.rasters import SUFFIXES, Raster
+from tools.sources import find_sources
 
 RAW_SPLITS = {"train": "train", "test": "val"}
 IMAGE, TRUTH = "images/{}", "Semantic_masks/images/{}_instance_color_RGB"

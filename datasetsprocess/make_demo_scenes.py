@@ -38,7 +38,8 @@ from datasetsprocess.demo_objects import (
 )
 from tools.command import check, run
 from tools.dataset import Dataset, load_dataset
-from tools.folders import ROOT, StepFolder, write_whole
+from tools.files import write_whole
+from tools.folders import ROOT, StepFolder
 
 
 @dataclass(frozen=True)

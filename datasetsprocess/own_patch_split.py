@@ -34,8 +34,9 @@ from tools.command import check, run
 from tools.dataset import SPLITS, Dataset, load_dataset, write_image_labels
 from tools.folders import ROOT
 from tools.labels import IGNORE
-from tools.patches import Patch, Scene, covering_starts, find_sources, split_scenes
+from tools.patches import Patch, Scene, covering_starts, split_scenes
 from tools.rasters import SUFFIXES, Raster
+from tools.sources import find_sources
 
 
 @dataclass(frozen=True)

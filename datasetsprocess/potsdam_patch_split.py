@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.command import run
 from tools.dataset import Dataset, load_dataset
 from tools.folders import ROOT
-from tools.patches import Patch, Scene, class_id, find_sources, four_versions, rule_of, split_scenes
+from tools.patches import Patch, Scene, class_id, four_versions, rule_of, split_scenes
+from tools.sources import find_sources
 
 PLACES = {  # truth -> image and truth of a scene
     "full": ("2_Ortho_RGB/top_potsdam_{}_RGB", "5_Labels_all/top_potsdam_{}_label"),

@@ -5,11 +5,13 @@ import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tools.command import UserError, check, run
-from tools.folders import StepFolder, experiment_folder, require, step_name, write_json, write_whole
+from tools.files import write_json, write_whole
+from tools.folders import StepFolder, experiment_folder, require, step_name
 
 
 @dataclass(frozen=True)
@@ -239,10 +241,10 @@ def test_an_error_of_the_program_is_not_hidden(tmp_path):
 
 
 def test_processes_share_the_ids(tmp_path):
-    main = StepFolder(tmp_path / "cams", Constants(), process=0, processes=3)
-    others = [StepFolder(tmp_path / "cams", Constants(), process=process, processes=3) for process in (1, 2)]
+    states = [SimpleNamespace(process_index=index, num_processes=3) for index in range(3)]
+    folders = [StepFolder(tmp_path / "cams", Constants(), state=state) for state in states]
     ids = [str(index) for index in range(8)]
-    shares = [folder.pending(ids, ".txt") for folder in (main, *others)]
+    shares = [folder.pending(ids, ".txt") for folder in folders]
     assert sorted(id for share in shares for id in share) == ids and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 

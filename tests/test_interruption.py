@@ -14,7 +14,8 @@ from tests.programs import PROGRAMS, finish, living, started, until
 from tests.steps import account, experiment, same_results
 from tests.test_splitting import describe, digests, script, small_vaihingen
 from tools.command import UserError
-from tools.folders import StepFolder, write_json
+from tools.files import write_json
+from tools.folders import StepFolder
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from datasetsprocess import isaid_split, potsdam_patch_split, vaihingen_patch_sp
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.labels import IGNORE, save_image
-from tools.patches import Scene, find_sources, four_versions, whole_tiles
+from tools.patches import Scene, four_versions, whole_tiles
 from tools.rasters import Raster
+from tools.sources import find_sources
 
 SCRIPTS = {"vaihingen": "vaihingen_patch_split.py", "potsdam": "potsdam_patch_split.py", "isaid": "isaid_split.py"}
 TOP, TRUTH = "top/top_mosaic_09cm_area{}.tif", "gts_for_participants/top_mosaic_09cm_area{}.tif"

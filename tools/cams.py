@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from tools.augment import normalise, to_tensor
 from tools.command import UserError
-from tools.folders import write_whole
+from tools.files import write_whole
 from tools.labels import load_image
 
 OUTPUT_STRIDE = 16

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from tools.command import UserError
-from tools.folders import ROOT, write_whole
+from tools.files import write_whole
+from tools.folders import ROOT
 
 SPLITS = ("train", "test")
 KEYS = {

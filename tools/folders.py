@@ -1,19 +1,19 @@
-"""Where steps read and write: whole files, run.json, what is left to do, what failed."""
+"""Where steps read and write: experiments, run.json, what is left to do, what failed."""
 
 import dataclasses
 import json
-import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 from tools.command import UserError
+from tools.files import remove_leftovers, write_json
 from tools.versions import commit, package_versions
 from tools.workers import worker_pool
 
@@ -56,35 +56,6 @@ def process_state():
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-@contextmanager
-def write_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; what was written there becomes `path` in one move, or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno and error.filename in (None, str(temporary)):  # a full disk does not say which file it refused
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path, pattern: str = "**/.*.tmp*") -> None:
-    """Remove the files that a killed run was writing in a folder."""
-    for leftover in folder.glob(pattern):
-        leftover.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Whole or not at all; what json does not know is written as its text."""
-    with write_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-
-
 def experiment_folder(root: Path, dataset: str, experiment: str) -> Path:
     """<root>/experiments/<dataset>/<experiment>; raises `UserError` for a name that would leave that folder."""
     if not experiment or not all(
@@ -124,7 +95,8 @@ class StepFolder:
     that results of two different runs of it never mix; `notes` are facts that later tables must show (a stand-in);
     `settings` are further values, such as a data set's rules, that must agree like the constants.
     Raises `UserError` when the folder was made with other constants or inputs, unless `overwrite`.
-    Several processes (accelerate) may open the same folder: the main one writes run.json.
+    Several processes may open the same folder, the main one writes run.json: `state` is `process_state()`, or an
+    `Accelerator`, in the steps that share out their work.
     """
 
     def __init__(
@@ -134,11 +106,11 @@ class StepFolder:
         inputs: dict[str, dict] | None = None,
         notes: dict | None = None,
         device: str = "cpu",
-        process: int = 0,
-        processes: int = 1,
+        state=None,
         settings: dict | None = None,
     ):
-        self.folder, self.process, self.processes = Path(folder), process, processes
+        self.folder = Path(folder)
+        self.process, self.processes = (state.process_index, state.num_processes) if state else (0, 1)
         self.failures: list[str] = []
         self._start = time.time()
         settings = json.loads(json.dumps(dataclasses.asdict(constants) | (settings or {}), default=str))
@@ -149,7 +121,7 @@ class StepFolder:
             "inputs": {name: run["started"] for name, run in (inputs or {}).items()},
             "notes": dict(notes or {}),
             "device": str(device),
-            "processes": processes,
+            "processes": self.processes,
             "packages": package_versions(),
             "commit": commit(),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self._start)) + f".{time.time_ns() % 10**6:06d}Z",
@@ -159,9 +131,9 @@ class StepFolder:
         }
         for run in (inputs or {}).values():  # what an earlier result rests on, this one rests on too
             self.run["notes"] = run.get("notes", {}) | self.run["notes"]
-        if process == 0:
+        if self.process == 0:
             self._open(getattr(constants, "overwrite", False))
-        if processes > 1:  # nobody writes before the main process has emptied, refused or made the folder
+        if self.processes > 1:  # nobody writes before the main process has emptied, refused or made the folder
             process_state().wait_for_everyone()
 
     def _open(self, overwrite: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import tifffile
 
-from tools.folders import write_whole
+from tools.files import write_whole
 from tools.labels import IGNORE, palette
 from tools.rasters import NODATA
 

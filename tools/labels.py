@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from tools.command import UserError
-from tools.folders import write_whole
+from tools.files import write_whole
 
 IGNORE = 255
 

@@ -1,4 +1,4 @@
-"""Cutting scenes into patches: finding the scenes, whole tiles, versions, and the run over all scenes in processes.
+"""Cutting scenes into patches: whole tiles, versions, and the run over all scenes in processes.
 
 A splitter in datasetsprocess names the files of each scene and yields the patches that its rule makes of one scene
 (method, "Data"); everything else is here. A patch's id tells where it comes from: <scene>_r<row>_c<column> for a tile,
@@ -19,9 +19,11 @@ import numpy as np
 
 from tools.command import UserError, check
 from tools.dataset import SPLITS, Dataset
-from tools.folders import StepFolder, write_json
+from tools.files import write_json
+from tools.folders import StepFolder
 from tools.labels import IGNORE, load_image, load_label, save_image, save_label
-from tools.rasters import KINDS, SUFFIXES, Raster
+from tools.rasters import KINDS, Raster
+from tools.sources import Source
 from tools.truth import describe, read_truth
 
 PATCH_ID = re.compile(r"(.+)_(?:r\d+_c\d+|p\d+)(?:_v\d)?")
@@ -94,62 +96,6 @@ def four_versions(
     return [(way(image), way(ids)) for way in ways]
 
 
-@dataclass(frozen=True)
-class Source:
-    """The files of a scene."""
-
-    scene: str
-    image: Path
-    truth: Path | None = None
-
-
-def find_sources(
-    raw: Path,
-    scenes: dict[str, list[str]],
-    places: dict[str, tuple[str, ...]],
-    missing_scenes: str,
-) -> dict[str, list[Source]]:
-    """The files of every scene: split -> sources.
-
-    `places` gives the paths of image and truth, or of the image alone, below `raw` for each split, without suffix and
-    with {} for the scene.
-    Raises `UserError` that lists what is not there (with `missing_scenes` "skip" only when that is everything), for a
-    scene with two files, one in both splits, and names that are no plain file names.
-    """
-    check(raw.is_dir(), f"{raw} is missing: unpack the archives there as the top of this script says, or set --raw")
-    names = [name for split in SPLITS for name in scenes.get(split, [])]
-    for name in names:
-        check(
-            re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
-            f'the scene "{name}" needs another name: only letters, digits, "_" and "-" are possible',
-        )
-        check(names.count(name) == 1, f"the scene {name} is listed twice: a scene belongs to one split")
-    found: dict[str, list[Source]] = {split: [] for split in SPLITS}
-    missing = []
-    for split in SPLITS:
-        for name in scenes.get(split, []):
-            paths = {place.format(name): _find(raw / place.format(name)) for place in places[split]}
-            if all(paths.values()):
-                found[split].append(Source(name, *paths.values()))
-            missing += [place for place, path in paths.items() if not path]
-    shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-    if missing and (missing_scenes == "stop" or not any(found.values())):
-        raise UserError(
-            f"{raw} lacks {shown} ({' or '.join(SUFFIXES)}): put the files there under these names (the top of "
-            "this script says whence), or cut the scenes that are complete with --missing-scenes skip"
-        )
-    if missing:
-        print(f"not in {raw}, so their scenes are skipped: {shown}")
-    return found
-
-
-def _find(stem: Path) -> Path | None:
-    files = [path for suffix in SUFFIXES if (path := stem.with_name(stem.name + suffix)).is_file()]
-    if len(files) > 1:
-        raise UserError(f"{files[0]} and {files[1].name} are the same scene twice: remove one of them")
-    return files[0] if files else None
-
-
 def rule_of(dataset: Dataset, *keys: str) -> list:
     """The values of the data set's [rules]; raises `UserError` for one that is not there."""
     missing = [key for key in keys if key not in dataset.rules]
@@ -206,7 +152,7 @@ def split_scenes(
     for split, folder in folders.items():
         done = _finished_scenes(folder.folder)
         for source in sources[split]:
-            files = _files(source)
+            files = source.state()
             check(
                 done.get(source.scene, {}).get("files", files) == files,
                 f"{source.image} or its truth was replaced after it was cut: cut all anew with --overwrite",
@@ -280,7 +226,7 @@ def _cut(
             patches += 1
     scene.notes["pixels of unknown colours, set to 255"] += sum(colours.values())
     account = {"image": str(source.image), "truth": str(source.truth or ""), "patches": patches, "notes": +scene.notes}
-    account["files"] = _files(source)
+    account["files"] = source.state()
     write_json(dataset.folder / split / "scenes" / f"{source.scene}.json", account)
 
 
@@ -293,12 +239,6 @@ def _read_ids(source: Source, image: Raster, dataset: Dataset) -> tuple[np.ndarr
                 f"{truth.shape[1]} x {truth.shape[0]}: they must be the same scene at the same size"
             )
         return read_truth(truth, dataset)
-
-
-def _files(source: Source) -> list[list[int]]:
-    """Bytes and time of change of the scene's files: another file under the same name must not pass for the old one."""
-    states = [path.stat() for path in (source.image, source.truth) if path]
-    return [[state.st_size, state.st_mtime_ns] for state in states]
 
 
 def _account(folder: StepFolder, split: str) -> None:

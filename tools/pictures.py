@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tools.command import UserError
 from tools.dataset import Dataset
-from tools.folders import write_whole
+from tools.files import write_whole
 from tools.labels import IGNORE, load_image, load_label, palette
 
 CELL = 256  # pixels: patches are enlarged or reduced to about this size

@@ -13,7 +13,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tools.dataset import SPLITS, Dataset
-from tools.folders import MADE_BY, StepFolder, write_whole
+from tools.files import write_whole
+from tools.folders import MADE_BY, StepFolder
 from tools.panels import RIGHT_WRONG, panels, sample
 from tools.pictures import sample_ids
 from tools.scores import ConfusionMatrix

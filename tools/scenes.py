@@ -13,7 +13,8 @@ from tqdm import tqdm
 from tools.augment import to_tensor
 from tools.command import UserError, check
 from tools.dataset import Dataset
-from tools.folders import StepFolder, write_json
+from tools.files import write_json
+from tools.folders import StepFolder
 from tools.geotiff import GEOREFERENCE, copy_world_file, write_tiff
 from tools.labels import IGNORE, save_label
 from tools.patches import covering_starts

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from tools.dataset import Dataset
-from tools.folders import ROOT, write_whole
+from tools.files import write_whole
+from tools.folders import ROOT
 from tools.scores import ConfusionMatrix
 
 STAGES = {  # step folder -> (title, the split it is meant for), in the order of the steps

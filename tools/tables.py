@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.folders import write_whole
+from tools.files import write_whole
 
 Lines = dict[str, dict[str, list[float]]]  # row -> column -> one value in per cent for each seed
 HATCHES = ("", "//", "..", "xx", "\\\\")

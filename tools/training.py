@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from tools.augment import TrainingPatches
 from tools.command import UserError, check
-from tools.folders import StepFolder, write_whole
+from tools.files import write_whole
+from tools.folders import StepFolder
 
 
 def make_accelerator(precision: str = "auto") -> Accelerator:
