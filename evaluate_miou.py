@@ -25,7 +25,7 @@ from tools.dataset import SPLITS, Dataset, load_dataset
 from tools.files import remove_leftovers, write_json, write_whole
 from tools.folders import ROOT, experiment_folder, require, step_name
 from tools.labels import load_label
-from tools.panels import choose, load_prediction, panels, sample
+from tools.panels import ERRORS, choose, load_prediction, panels, sample
 from tools.pictures import confusion_picture, contact_sheet, sample_ids
 from tools.report import accounts, write_report
 from tools.scores import ConfusionMatrix
@@ -205,7 +205,7 @@ def write_files(
             folder / f"contact_sheet_{split}.png",
             [[row.get(title) for title in titles] for row in rows],
             titles,
-            zip(dataset.classes, dataset.colours, strict=True),
+            [*zip(dataset.classes, dataset.colours, strict=True), *ERRORS.items()],
         )
         samples[split] = [
             sample(id, split, kind, scored[id], pictures)

@@ -38,7 +38,9 @@ def run(main: Callable, constants: type, description: str, one_process: bool = F
     PRC_TRACEBACK=1 in the environment shows the system's errors in full.
     """
     paragraphs = re.sub(r"\n(?=Reads|Writes)", "\n\n", description)  # tyro joins the lines of a paragraph
+    piping = signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # --help | head
     values = tyro.cli(constants, description=paragraphs)
+    signal.signal(signal.SIGPIPE, piping)
     first = int(os.environ.get("RANK", 0)) == 0
     if one_process and not first:
         return

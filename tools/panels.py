@@ -15,7 +15,7 @@ from tools.labels import IGNORE, load_image, load_label
 from tools.pictures import colourise, heat, regions
 from tools.summary import Stage, percent
 
-RIGHT_WRONG = np.array([[235, 235, 235], [190, 60, 0]], np.uint8)  # apart in brightness too
+ERRORS = {"right": [235] * 3, "wrong": [190, 60, 0], "not counted": [128] * 3}  # apart in brightness too
 SIDE = 256  # pixels of a picture in the page
 
 
@@ -72,8 +72,11 @@ def panels(
     if image.shape[:2] != truth.shape:
         raise UserError(f"{dataset.images(split) / id}.png and its label map differ in size: cut the scenes again")
     counted = (truth != IGNORE) & ~np.isin(truth, np.flatnonzero(~dataset.scored))
-    errors = np.select([~counted, predictions[last.title] != truth], [IGNORE, 1], 0).astype(np.uint8)
-    return shown | {"truth": colourise(truth, dataset.colours), "errors": colourise(errors, RIGHT_WRONG)}
+    errors = np.select([~counted, predictions[last.title] != truth], [2, 1], 0).astype(np.uint8)
+    return shown | {
+        "truth": colourise(truth, dataset.colours),
+        "errors": colourise(errors, np.array([*ERRORS.values()])),
+    }
 
 
 def choose(scores: dict[str, float], n: int, present: dict[str, int] | None = None) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from tools.dataset import SPLITS, Dataset
 from tools.files import write_whole
 from tools.folders import MADE_BY, StepFolder
-from tools.panels import RIGHT_WRONG, panels, sample
+from tools.panels import ERRORS, panels, sample
 from tools.pictures import sample_ids
 from tools.scores import ConfusionMatrix
 from tools.summary import STAGES, Stage, facts, lines, made, per_class, percent, summarise, table, warnings
@@ -186,7 +186,6 @@ def write_report(folder: Path, dataset: Dataset, summary: dict, runs: dict[str, 
     )
     last = {row["split"]: row for row in summary["stages"] if row["experiment"] == summary["experiment"]}
     legend = list(zip(dataset.classes, dataset.colours.tolist(), strict=True))
-    grey = [128] * 3
     page = environment.get_template("report.html.j2").render(
         summary=summary,
         cards=cards(summary, runs),
@@ -200,9 +199,8 @@ def write_report(folder: Path, dataset: Dataset, summary: dict, runs: dict[str, 
         confusions=list(last.values()),
         legend=legend,
         names={  # what the colours of a picture mean, for the words under the pointer
-            "classes": {str(colour): name for name, colour in [("ignored", grey), *legend]},
-            "errors": {str(grey): "not counted"}
-            | dict(zip(map(str, RIGHT_WRONG.tolist()), ("right", "wrong"), strict=True)),
+            "classes": {str(colour): name for name, colour in [("ignored", ERRORS["not counted"]), *legend]},
+            "errors": {str(colour): name for name, colour in ERRORS.items()},
         },
     )
     with write_whole(folder / "scores" / "report.html") as temporary:
