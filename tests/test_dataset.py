@@ -262,6 +262,15 @@ def test_slips_in_a_csv(read, text, sentence):
     assert "image_labels.csv" in str(caught.value) and len(str(caught.value)) < 700
 
 
+def test_all_slips_of_a_csv_are_told_at_once(read):
+    lines = ["a,1,0,0", "c,1,0,0", "b,0,0,0", *["d,2,0,0"] * 20]
+    with refused("image_labels.csv, line 3: there is no image c.png") as caught:
+        read("\n".join(["id,road,roof,tree", *lines]))
+    told = str(caught.value).split("\n  ")
+    assert len(told) == 11 and told[1] == "line 4: b has no class at all; give it one or remove the image"
+    assert told[2].startswith("line 5: expected an id and 3 values") and told[-1] == "and 12 lines more"
+
+
 def test_a_missing_csv(tmp_path):
     with refused("is missing: run python datasetsprocess/process.py"):
         read_image_labels(tmp_path / "image_labels.csv", CLASSES, ["a"])

@@ -14,6 +14,7 @@ from tools.files import write_whole
 from tools.folders import ROOT
 
 SPLITS = ("train", "test")
+MOST_SLIPS = 10  # lines of a csv that are told at once
 KEYS = {
     "base",
     "title",
@@ -227,25 +228,32 @@ def read_image_labels(path: Path, classes: tuple[str, ...], ids: list[str]) -> d
             f"{','.join(header)[:200] or 'nothing'}{_header_slip(header, classes)}"
         )
     columns = [header.index(name) for name in classes]
-    wanted, labels = set(ids), {}
+    wanted, labels, slips = set(ids), {}, []
     for number, row in enumerate(rows[1:], start=2):
         if not row:
             continue
-        if len(row) != len(header) or any(row[column].strip() not in ("0", "1") for column in columns):
-            raise UserError(
-                f"{path}, line {number}: expected an id and {len(classes)} values 0 or 1, found {','.join(row)[:200]}: "
+        id = row[0] if row[0] in wanted else row[0].strip()
+        values = [row[column].strip() for column in columns] if len(row) == len(header) else []
+        slip = ""
+        if not values or not {"0", "1"}.issuperset(values):
+            slip = (
+                f"expected an id and {len(classes)} values 0 or 1, found {','.join(row)[:200]}: "
                 "1 where the class is in the image, 0 where not, separated by commas"
             )
-        id = row[0] if row[0] in wanted else row[0].strip()
-        if id in labels:
-            raise UserError(f"{path}, line {number}: {id} is given a second time")
-        if id not in wanted:
+        elif id in labels:
+            slip = f"{id} is given a second time"
+        elif id not in wanted:
             stem = Path(id).stem
-            slip = f": write {stem} alone" if stem in wanted else " (has a spreadsheet changed the id?)"
-            raise UserError(f"{path}, line {number}: there is no image {id}.png beside it in images/{slip}")
-        labels[id] = np.array([row[column].strip() == "1" for column in columns])
-        if not labels[id].any():
-            raise UserError(f"{path}, line {number}: {id} has no class at all; give it one or remove the image")
+            hint = f": write {stem} alone" if stem in wanted else " (has a spreadsheet changed the id?)"
+            slip = f"there is no image {id}.png beside it in images/{hint}"
+        elif "1" not in values:
+            slip = f"{id} has no class at all; give it one or remove the image"
+        else:
+            labels[id] = np.array([value == "1" for value in values])
+        slips += [f"line {number}: {slip}"] if slip else []
+    if slips:
+        more = f"\n  and {len(slips) - MOST_SLIPS} lines more" if len(slips) > MOST_SLIPS else ""
+        raise UserError(f"{path}, " + "\n  ".join(slips[:MOST_SLIPS]) + more)
     missing = wanted - labels.keys()
     if missing:
         raise UserError(
