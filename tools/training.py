@@ -188,11 +188,12 @@ def train(
     if main:
         _cut_log(log_file, first)
 
-    bar = tqdm(total=steps, initial=first * len(sampler), desc="training", unit="batch", disable=None if main else True)
+    bar = tqdm(total=steps, initial=first * len(sampler), unit="batch", disable=None if main else True)
     for epoch in range(first, constants.epochs):
         # Dropout is random through (seed, epoch, process) alone: a continued training draws what the whole one drew.
         torch.manual_seed((constants.seed * 100_003 + epoch) * 4_099 + accelerator.process_index)
         sampler.epoch = epoch
+        bar.set_description(f"training, epoch {epoch + 1} of {constants.epochs}")
         model.train()
         sums: dict[str, Tensor] = {}
         start = time.perf_counter()
