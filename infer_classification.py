@@ -15,7 +15,7 @@ import numpy as np
 from models.backbone import Backbone
 from models.classifier import Classifier
 from PRC_SAM.masks import load_masks
-from tools.cams import image_batches, in_background, load_cams, mirrored_scales, save_cams
+from tools.cams import check_inference, image_batches, in_background, load_cams, mirrored_scales, save_cams
 from tools.command import UserError, check, run
 from tools.dataset import load_dataset
 from tools.folders import ROOT, StepFolder, experiment_folder, require, step_name
@@ -42,12 +42,7 @@ class Constants:
 
 
 def main(constants: Constants) -> None:
-    check(
-        len(constants.scales) > 0 and min(constants.scales) > 0,
-        f"scales is {constants.scales}, but needs positive numbers",
-    )
-    check(constants.images_at_once > 0, f"images_at_once is {constants.images_at_once}, but it must be at least 1")
-    check(constants.workers >= 0, f"workers is {constants.workers}, but it must be 0 or more")
+    check_inference(constants)
     check((constants.iterations or 0) >= 0, f"iterations is {constants.iterations}, but it cannot be negative")
     dataset = load_dataset(constants.dataset, constants.root)
     experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)

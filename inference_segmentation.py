@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from models.backbone import Backbone
 from models.deeplab import DeepLabV3Plus
 from PRC_SAM.masks import load_masks
-from tools.cams import image_batches, in_background, mirrored_scales
+from tools.cams import check_inference, image_batches, in_background, mirrored_scales
 from tools.command import check, run
 from tools.dataset import load_dataset
 from tools.folders import ROOT, StepFolder, experiment_folder, require, step_name
@@ -56,12 +56,7 @@ class Constants:
 
 
 def main(constants: Constants) -> None:
-    check(
-        len(constants.scales) > 0 and min(constants.scales) > 0,
-        f"scales is {constants.scales}, but needs positive numbers",
-    )
-    check(constants.images_at_once > 0, f"images_at_once is {constants.images_at_once}, but it must be at least 1")
-    check(constants.workers >= 0, f"workers is {constants.workers}, but it must be 0 or more")
+    check_inference(constants)
     check(0 <= constants.overlap <= 0.75, f"overlap is {constants.overlap}, but it must be from 0 to 0.75")
     check(-1 <= constants.nodata <= 255, f"nodata is {constants.nodata}, but it must be from 0 to 255, or -1")
     check_scenes(constants.scene)

@@ -90,17 +90,22 @@ def make_label(id: str, cams: Path, output: Path, dataset: Dataset, constants: C
     save_label(output / f"{id}.png", classes[maps.argmax(0)].astype(np.uint8), dataset.colours)
 
 
-def main(constants: Constants) -> None:
+def check_constants(constants: Constants, dataset: Dataset) -> None:
+    """Raise `UserError` for constants that cannot work with this data set, before anything is made."""
     check(constants.crf_iterations >= 0, f"crf_iterations is {constants.crf_iterations}, but it cannot be negative")
     sigmas = (constants.gaussian_sigma, constants.bilateral_sigma_xy, constants.bilateral_sigma_rgb)
     check(all(0 < x < math.inf for x in sigmas), f"the sigmas of the CRF are {sigmas}, but they must be above 0")
     weights = (constants.gaussian_weight, constants.bilateral_weight)
     check(all(0 <= x < math.inf for x in weights), f"the weights of the CRF are {weights}, but they must be 0 or more")
-    dataset = load_dataset(constants.dataset, constants.root)
     check(
         constants.background == "cam" or dataset.rules.get("background") in dataset.classes,
         f'background is threshold, but the [rules] of "{dataset.name}" name no background class',
     )
+
+
+def main(constants: Constants) -> None:
+    dataset = load_dataset(constants.dataset, constants.root)
+    check_constants(constants, dataset)
     experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
     source = experiment_folder(constants.root, constants.dataset, constants.cams or constants.experiment)
     cams = source / step_name("cams", constants.split, "train")

@@ -2,7 +2,7 @@
 
 Reads  datasets/<dataset> with its SAM masks (process.py and step 9 done)
 Writes experiments/<dataset>/tables-*/ (one experiment for each setting and seed, shared by the tables) and
-       experiments/<dataset>/tables/<table>.md, .csv and .png
+       experiments/<dataset>/tables/<table>.md, .csv and .png; all of them tables-released* under the released protocol
 
     python reproduce_tables.py --table ablation --dataset vaihingen --seeds 0 1 2
 
@@ -15,31 +15,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-import evaluate_miou
 import generate_refined_pseudo
 import generate_refined_seg
-import infer_classification
-import inference_segmentation
 import make_pseudo_labels
 import train_classification
 import train_segmentation
-from PRC_SAM.oracles import on_true_background, refined_by_ios
+from tools.cams import check_inference
 from tools.command import check, run
 from tools.dataset import Dataset, load_dataset
-from tools.folders import ROOT, experiment_folder, process_state, require
-from tools.scores import ConfusionMatrix
-from tools.tables import Lines, write_table
+from tools.folders import NOT_SETTINGS, ROOT, experiment_folder, process_state, require
+from tools.runner import Row, Runner
+from tools.tables import SHARE, Lines, write_table
 
 
 @dataclass(frozen=True)
 class Constants:
     table: Literal["main", "ablation", "gamma", "lambda", "tiles", "tau"] = "main"  # which of the tables
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
+    experiment: str = "tables"  # where the names of its folders begin: another one for other constants
     seeds: tuple[int, ...] = (0,)  # with several, the table shows mean and standard deviation
     protocol: Literal["clean", "released"] = "clean"  # as in steps 1, 5, 7 and 8
-    segment: bool = True  # False leaves the segmentation columns of the ablation empty, and saves steps 5 to 7
+    segment: bool = True  # False leaves the segmentation out of the tables ablation and tau, and saves steps 5 to 7
     gammas: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)  # of the table gamma
     ir_weights: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4)  # of the table lambda
     tiles: tuple[int, ...] = (1, 4, 16)  # of the table tiles
@@ -54,17 +50,8 @@ class Constants:
     root: Path = ROOT  # folder that holds datasets/ and experiments/
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: what it changes in steps 1 and 3, and whether a segmenter is trained as well."""
-
-    name: str
-    changes: dict = field(default_factory=dict)
-    pseudo: dict = field(default_factory=dict)
-    segment: bool = False
-
-
 WHOLE = "+ PRC + IR"  # the ablation's row of the whole method
+TRUTH = "(USES THE TRUTH)"
 
 
 def rows_of(constants: Constants, background: bool = False) -> list[Row]:
@@ -82,7 +69,7 @@ def rows_of(constants: Constants, background: bool = False) -> list[Row]:
         "gamma": [Row(f"gamma {value:g}", {"gamma": value}) for value in constants.gammas],
         "lambda": [Row(f"lambda {value:g}", {"ir_weight": value}) for value in constants.ir_weights],
         "tiles": [Row(f"{value} tiles", {"tiles": value}) for value in constants.tiles],
-        "tau": [Row("", segment=True)],
+        "tau": [Row("", segment=constants.segment)],
     }[constants.table]
 
 
@@ -95,19 +82,18 @@ STAGES = {  # stage -> column
 }
 
 
-SHARED = ("dataset", "experiment", "split", "protocol", "seed", "labels", "precision", "workers", "root", "overwrite")
+SHARED = {"dataset", "experiment", "split", "protocol", "seed", "labels", "cams", "precision", "workers", "root",
+          "overwrite"}  # fmt: skip
 
 
-def check_constants(constants: Constants) -> None:
-    """What the steps share is set once: a value in one of the parts would be overruled in silence."""
-    check(
-        len(set(constants.seeds)) == len(constants.seeds) > 0,
-        f"seeds is {constants.seeds}, but needs different numbers",
-    )
-    check(
-        constants.segment or constants.table == "ablation",
-        f"segment is False, but only the ablation can do without segmentation, not the table {constants.table}",
-    )
+def check_constants(constants: Constants, dataset: Dataset) -> None:
+    """What a later row would stumble over after hours is refused before the first one."""
+    for name in ("seeds", "gammas", "ir_weights", "tiles", "taus"):
+        values = getattr(constants, name)
+        check(len(set(values)) == len(values) > 0, f"{name} is {values}, but needs different numbers")
+    check(all(0 <= seed < 2**31 for seed in constants.seeds), f"seeds is {constants.seeds}: from 0 to 2147483647 only")
+    check(all(0 <= tau <= 1 for tau in constants.taus), f"taus is {constants.taus}, but they must lie between 0 and 1")
+    check(constants.segment or constants.table != "main", "segment is False, but the table main is about segmentation")
     for name in ("classification", "segmentation", "pseudo"):
         part = getattr(constants, name)
         for key in SHARED:
@@ -115,151 +101,58 @@ def check_constants(constants: Constants) -> None:
                 getattr(part, key, None) == getattr(type(part)(), key, None),
                 f"{name}.{key} was set, but the tables set it themselves: leave it, or set {key} where there is one",
             )
-
-
-class Runner:
-    """Runs the steps of one seed in an experiment of its own and reads their scores."""
-
-    def __init__(self, constants: Constants, dataset: Dataset, seed: int):
-        self.constants, self.dataset, self.seed = constants, dataset, seed
-
-    def step(self, module, experiment: str, start=None, **changes) -> None:
-        """Call a step's main with the constants that it shares with this script."""
-        given = {
-            "dataset": self.dataset.name,
-            "experiment": experiment,
-            "seed": self.seed,
-            "root": self.constants.root,
-            "protocol": self.constants.protocol,
-            "precision": self.constants.precision,
-            "workers": self.constants.workers,
-            "images_at_once": self.constants.images_at_once,
-            "scales": self.constants.scales,
-            **changes,
-        }
-        start = start or module.Constants()
-        module.main(replace(start, **{key: value for key, value in given.items() if hasattr(start, key)}))
-
-    def pseudo_labels(self, row: Row) -> str:
-        """Steps 1 to 4 of a row -> its experiment. Rows whose changes are the defaults share the plain experiment."""
-        base = self.constants.classification
-        trained, applied = row.changes, {}
-        settings = {"ir_weight": base.ir_weight, "iterations": base.iterations, **row.changes}
-        if settings["ir_weight"] == 0 and settings["iterations"] > 0:
-            # The logits come from the raw maps, so without IR no gradient reaches PRC, nor anything through it: the
-            # classifier is the one trained without PRC, and PRC is put on its maps in step 2.
-            trained, applied = {"iterations": 0, **row.changes}, {"iterations": settings["iterations"]}
-        classifier, cams = self.experiment(trained), self.experiment(row.changes)
-        experiment = self.experiment(row.changes | row.pseudo)
-        self.step(train_classification, classifier, base, **trained)
-        self.step(infer_classification, cams, classifier="" if classifier == cams else classifier, **applied)
-        source = "" if cams == experiment else cams
-        self.step(make_pseudo_labels, experiment, self.constants.pseudo, cams=source, **row.pseudo)
-        self.step(generate_refined_pseudo, experiment)
-        return experiment
-
-    def experiment(self, changes: dict) -> str:
-        """The name for settings that differ so from those given for steps 1 and 3."""
-        usual = vars(self.constants.pseudo) | vars(self.constants.classification)
-        parts = [
-            f"{key}{value}" if isinstance(value, str) else f"{key}{value:g}"
-            for key, value in changes.items()
-            if usual[key] != value
-        ]
-        return "-".join(["tables", *parts, f"seed{self.seed}"])
-
-    def segmentation(self, experiment: str) -> None:
-        """Steps 5 to 7."""
-        self.step(train_segmentation, experiment, self.constants.segmentation)
-        self.step(inference_segmentation, experiment)
-        self.step(generate_refined_seg, experiment)
-
-    def supervised(self) -> str:
-        """The fully supervised bound -> its experiment."""
-        experiment = f"tables-supervised-seed{self.seed}"
-        self.step(train_segmentation, experiment, self.constants.segmentation, labels="truth")
-        self.step(inference_segmentation, experiment)
-        return experiment
-
-    def scores(self, experiment: str) -> dict[str, float]:
-        """Stage -> headline mIoU in per cent, of every label folder of an experiment."""
-        constants = evaluate_miou.Constants(
-            self.dataset.name, experiment, supervised=experiment, protocol=self.constants.protocol,
-            workers=self.constants.workers, root=self.constants.root,
-        )  # fmt: skip
-        folder = experiment_folder(constants.root, constants.dataset, experiment)
-        stages = evaluate_miou.find_stages(self.dataset, folder, constants)
-        failures = [
-            line
-            for split in ("train", "test")
-            for line in evaluate_miou.score(self.dataset, split, [s for s in stages if s.split == split], constants)
-        ]
-        check(not failures, f"{len(failures)} files of {folder} could not be scored, {failures[0] if failures else ''}")
-        return {stage.name: self.headline(stage.matrix) for stage in stages}
-
-    def headline(self, matrix: ConfusionMatrix) -> float:
-        return 100 * matrix.scores(np.flatnonzero(~self.dataset.scored), self.constants.protocol)["miou"]
-
-    def ios(self, experiment: str, stage: str, split: str, taus: tuple[float, ...], perfect=False) -> list[float]:
-        """mIoU of a label folder after IOS with each tau; `perfect` takes the truth's connected components as masks."""
-        folder = experiment_folder(self.constants.root, self.dataset.name, experiment) / stage
-        from_image = split == "train" or self.constants.protocol == "released"
-        return [
-            self.headline(matrix) for matrix in refined_by_ios(self.dataset, folder, split, taus, from_image, perfect)
-        ]
-
-    def true_background(self, experiment: str, background: int) -> float:
-        """mIoU of the CAMs' argmax with the truth's background."""
-        folder = experiment_folder(self.constants.root, self.dataset.name, experiment) / "cams"
-        return self.headline(on_true_background(self.dataset, folder, background))
+    check(
+        constants.table != "ablation" or constants.pseudo.background == "cam",
+        "pseudo.background is threshold, but the ablation has a row of its own for it: leave it",
+    )
+    check_inference(constants)
+    make_pseudo_labels.check_constants(constants.pseudo, dataset)
+    for row in rows_of(constants):
+        train_classification.check_constants(replace(constants.classification, **row.changes), dataset)
+        if row.segment:
+            train_segmentation.check_constants(constants.segmentation, dataset)
 
 
 def main(constants: Constants) -> None:
-    check_constants(constants)
     dataset = load_dataset(constants.dataset, constants.root)
+    check_constants(constants, dataset)
     for split in ("train", "test"):
         dataset.image_labels(split)
         require(dataset.sam_masks(split))
-    background = dataset.rules.get("background")
+    prefix = constants.experiment + ("-released" if constants.protocol == "released" else "")
+    folder = experiment_folder(constants.root, dataset.name, prefix)
+    background = dataset.rules.get("background") in dataset.classes  # is there a background class?
     lines: Lines = {}
 
     def put(row: str, column: str, value: float) -> None:
         lines.setdefault(row, {}).setdefault(column, []).append(value)
 
     for seed in constants.seeds:
-        runner = Runner(constants, dataset, seed)
-        experiments, found = {}, {}
-        for row in rows_of(constants, background in dataset.classes):
+        runner = Runner(constants, dataset, prefix, seed)
+        experiments = {}
+        for row in rows_of(constants, background):
             experiments[row.name] = experiment = runner.pseudo_labels(row)
             if row.segment:
                 runner.segmentation(experiment)
             if constants.table == "tau":
-                sweep_tau(runner, experiment, put)
+                sweep_tau(runner, experiment, row, put)
                 continue
             found = runner.scores(experiment)
             for stage, column in STAGES.items():
                 if stage in found and (row.segment or stage not in ("segmentation", "refined_segmentation")):
                     put(row.name, column, found[stage])
         if constants.table == "ablation":
-            oracle = f"{WHOLE}, {{}} (USES THE TRUTH)"
-            tau = generate_refined_pseudo.Constants().tau
-            (value,) = runner.ios(experiments[WHOLE], "pseudo_labels", "train", (tau,), perfect=True)
-            put(oracle.format("IOS with perfect regions"), STAGES["refined_pseudo_labels"], value)
-            if background in dataset.classes:
-                value = runner.true_background(experiments[WHOLE], dataset.classes.index(background))
-                put(oracle.format("the true background"), STAGES["cams"], value)
+            show_limits(runner, experiments, background, put)
         if constants.table == "main":
             bound = runner.scores(runner.supervised())["segmentation"]
             put("fully supervised", STAGES["segmentation"], bound)
-            put(row.name, "share of fully supervised", 100 * found["refined_segmentation"] / bound)
-    paper = dataset.paper if constants.table == "main" else {}
+            put(row.name, SHARE, 100 * found["refined_segmentation"] / bound)
     published = {}
-    if "miou" in paper:
+    if constants.table == "main" and dataset.paper:
         published = {
-            "PRC + IR + IOS": f"{paper['miou']} (share {paper['share_of_supervised']})",
-            "fully supervised": paper["supervised"],
+            "PRC + IR + IOS": f"{dataset.paper['miou']} (share {dataset.paper['share_of_supervised']})",
+            "fully supervised": f"{dataset.paper['supervised']} (implied)",
         }
-    folder = Path(constants.root) / "experiments" / dataset.name / "tables"
     title = f"{constants.table}: {dataset.title}"
     if process_state().is_main_process:
         note = caption(constants, dataset)
@@ -267,32 +160,56 @@ def main(constants: Constants) -> None:
         print(f"written to {folder}")
 
 
-def sweep_tau(runner: Runner, experiment: str, put: Callable[[str, str, float], None]) -> None:
-    for stage, split, column in (
-        ("pseudo_labels", "train", "refined pseudo-labels"),
-        ("segmentation", "test", "refined segmentation"),
-    ):
-        plain = runner.scores(experiment)[stage]
-        put("without IOS", column, plain)
-        for tau, value in zip(
-            runner.constants.taus, runner.ios(experiment, stage, split, runner.constants.taus), strict=True
-        ):
-            put(f"tau {tau:g}", column, value)
+def show_limits(runner: Runner, experiments: dict[str, str], background: bool, put: Callable) -> None:
+    """What one part could give if another were perfect: IOS by the truth's regions, CAMs on the truth's background."""
+    steps = [("pseudo_labels", "refined_pseudo_labels", generate_refined_pseudo)]
+    if runner.constants.segment:
+        steps.append(("segmentation", "refined_segmentation", generate_refined_seg))
+    for stage, refined, step in steps:
+        (value,) = runner.ios(experiments[WHOLE], stage, (step.Constants().tau,), perfect=True)
+        put(f"{WHOLE}, IOS by perfect regions {TRUTH}", STAGES[refined], value)
+    for row in rows_of(runner.constants) if background else []:
+        put(row.name, f"CAM on the true background {TRUTH}", runner.true_background(experiments[row.name]))
+
+
+def sweep_tau(runner: Runner, experiment: str, row: Row, put: Callable) -> None:
+    """IOS of both stages with each tau, with the masks of step 9 and with the truth's regions."""
+    plain, taus = runner.scores(experiment), runner.constants.taus
+    for stage in ("pseudo_labels", "segmentation") if row.segment else ("pseudo_labels",):
+        for perfect, masks in ((False, "refined"), (True, "by perfect regions")):
+            column = f"{stage.replace('_', '-')} {masks}" + f" {TRUTH}" * perfect
+            put("without IOS", column, plain[stage])
+            for tau, value in zip(taus, runner.ios(experiment, stage, taus, perfect), strict=True):
+                put(f"tau {tau:g}", column, value)
 
 
 def caption(constants: Constants, dataset: Dataset) -> str:
-    """What the numbers rest on: protocol, splits, seeds, backbone, stand-ins."""
-    notes = require(dataset.sam_masks("train")).get("notes", {})
-    stand_in = f" Stand-in: {notes['stand_in']}." if "stand_in" in notes else ""
-    step1, step5 = constants.classification, constants.segmentation
-    text = (
-        f"mIoU in per cent. Protocol: {constants.protocol}. CAM, CRF and IOS columns on the train split. Seeds: "
-        f"{', '.join(map(str, constants.seeds))}. Classifier: {step1.backbone}, weights {Path(step1.weights).name}, "
-        f"{step1.epochs} epochs."
-    )
+    """What the numbers rest on: protocol, splits, seeds, all constants that are not the defaults, stand-ins."""
+    parts = {"Classification": constants.classification, "Pseudo-labels": constants.pseudo}
     if any(row.segment for row in rows_of(constants)):
-        text += f" Segmentation on the test split: {step5.backbone}, {step5.epochs} epochs."
-    return text + stand_in
+        parts["Segmentation"] = constants.segmentation
+    notes = require(dataset.sam_masks("train")).get("notes", {})
+    settings = [f"{name}: {said}." for name, part in parts.items() if (said := _told(part))]
+    stand_in = [f"Stand-in: {notes['stand_in']}."] if "stand_in" in notes else []
+    return " ".join(
+        [
+            f"mIoU in per cent: CAM, CRF and IOS on the train split, segmentation on the test split. Protocol: "
+            f"{constants.protocol}. Seeds: {', '.join(map(str, constants.seeds))}. Scales: "
+            f"{', '.join(f'{scale:g}' for scale in constants.scales)}.",
+            *settings,
+            *stand_in,
+        ]
+    )
+
+
+def _told(part) -> str:
+    """The backbone, its weights and the epochs always, other constants where they differ from the defaults."""
+    usual = vars(type(part)())
+    return ", ".join(
+        f"{key} {Path(value).name if key == 'weights' else value}"
+        for key, value in vars(part).items()
+        if key not in SHARED | NOT_SETTINGS and (value != usual[key] or key in ("backbone", "weights", "epochs"))
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from models.backbone import NAMES, Backbone
 from models.classifier import Classifier
 from models.ir_loss import image_reconstruction_loss
+from models.prc import PixelRelationshipConstraint
 from PRC_SAM.masks import load_masks
 from tools.augment import TrainingPatches, to_tensor
 from tools.cams import OUTPUT_STRIDE, fuse_scales, image_batches, mirrored_scales
@@ -85,16 +86,29 @@ def argmax_miou(model: nn.Module, dataset: Dataset, constants: Constants, device
     return matrix.scores()["miou"]
 
 
-def main(constants: Constants) -> None:
+def check_constants(constants: Constants, dataset: Dataset) -> None:
+    """Raise `UserError` for constants that cannot work with this data set, before anything is made."""
+    check_recipe(constants, len(dataset.ids("train")))
     check(0 <= constants.ir_weight < float("inf"), f"ir_weight is {constants.ir_weight}, but it must be 0 or more")
     check(
         constants.weights != "none" or constants.train_all,
         "weights is none, so the first stages would stay random for ever: add --train-all, or give weights",
     )
+    side = -(-dataset.patch_size // OUTPUT_STRIDE)
+    try:
+        PixelRelationshipConstraint(1, constants.gamma, constants.iterations)
+        image_reconstruction_loss(
+            torch.zeros(1, 1, side, side), torch.zeros(1, 3, 8, 8), torch.zeros(1, 1), constants.tiles
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def main(constants: Constants) -> None:
     dataset = load_dataset(constants.dataset, constants.root)
     labels = dataset.image_labels("train")
     ids = sorted(labels)
-    check_recipe(constants, len(ids))
+    check_constants(constants, dataset)
     accelerator = make_accelerator(constants.precision)
     constants = replace(constants, precision=precision_of(accelerator))
     torch.manual_seed(constants.seed)
@@ -105,10 +119,6 @@ def main(constants: Constants) -> None:
             constants.gamma,
             constants.iterations,
             constants.train_all,
-        )
-        side = -(-dataset.patch_size // OUTPUT_STRIDE)
-        image_reconstruction_loss(
-            torch.zeros(1, 1, side, side), torch.zeros(1, 3, 8, 8), torch.zeros(1, 1), constants.tiles
         )
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -80,7 +80,9 @@ def train_miou(model: nn.Module, dataset: Dataset, constants: Constants, device:
     return matrix.scores()["miou"]
 
 
-def main(constants: Constants) -> None:
+def check_constants(constants: Constants, dataset: Dataset) -> None:
+    """Raise `UserError` for constants that cannot work with this data set, before anything is made."""
+    check_recipe(constants, len(dataset.ids("train")))
     check(
         constants.width > 0 and constants.width % 4 == 0, f"width is {constants.width}, but it must be a multiple of 4"
     )
@@ -88,17 +90,20 @@ def main(constants: Constants) -> None:
         constants.weights != "none" or not constants.freeze_norm,
         "weights is none, so there are no BatchNorm statistics to keep: add --no-freeze-norm, or give weights",
     )
-    dataset = load_dataset(constants.dataset, constants.root)
-    experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
     check(
         constants.labels.replace("_", "").isalnum(),
         f'labels is "{constants.labels}", but it must be the name of a step folder, or truth',
     )
+
+
+def main(constants: Constants) -> None:
+    dataset = load_dataset(constants.dataset, constants.root)
+    experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
+    check_constants(constants, dataset)
     truth = constants.labels == "truth"
     source = dataset.labels("train") if truth else experiment / constants.labels
     inputs = {} if truth else {constants.labels: require(source)}
     ids = dataset.ids("train")
-    check_recipe(constants, len(ids))
     missing = [id for id in ids if not (source / f"{id}.png").exists()]
     check(
         not missing, f"{source} lacks the label of {len(missing)} train images, {missing[0] if missing else ''} for one"

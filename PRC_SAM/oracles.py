@@ -11,7 +11,7 @@ from PRC_SAM.ios import intersection_optimisation
 from PRC_SAM.masks import Masks, load_masks, pack_masks
 from tools.cams import load_cams
 from tools.dataset import Dataset
-from tools.labels import load_label
+from tools.labels import IGNORE, load_label
 from tools.scores import ConfusionMatrix
 
 
@@ -27,7 +27,7 @@ def refined_by_ios(
     for id, present, truth in _truths(dataset, split, f"IOS of {folder.name}"):
         label = load_label(folder / f"{id}.png", count)
         masks = perfect_regions(truth, count) if perfect else load_masks(dataset.sam_masks(split) / f"{id}.npz")
-        classes = present if from_image else np.unique(label)
+        classes = present if from_image else np.setdiff1d(label, [IGNORE])
         for matrix, tau in zip(matrices, taus, strict=True):
             matrix.update(truth, intersection_optimisation(label, masks, classes, tau))
     return matrices

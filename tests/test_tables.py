@@ -1,20 +1,25 @@
 """reproduce_tables.py on tiny data: rows, resuming, the oracle, the label-free background."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from make_pseudo_labels import Constants as Pseudo
 from make_pseudo_labels import thresholded_background
 from PRC_SAM.oracles import perfect_regions
-from reproduce_tables import Constants, Row, check_constants, rows_of
+from reproduce_tables import Constants, check_constants, rows_of
 from tests.steps import TRAIN
 from tools.cams import load_cams
 from tools.command import UserError
+from tools.dataset import load_dataset
 from tools.labels import load_label
+from tools.runner import Row
 from tools.scores import ConfusionMatrix
 from tools.tables import show
 from train_classification import Constants as Classification
+from train_segmentation import Constants as Segmentation
 
 TRAINING = [
     *("--classification.backbone", "resnet18", "--classification.weights", "none", "--classification.train-all"),
@@ -49,8 +54,11 @@ def test_tables_of_tiny_data(copy, run_script):
     assert model.stat().st_mtime_ns == written  # the row of the ablation serves this table too
     tau = read(folder / "tables" / "tau.csv")
     # tau 0.9 and 0.1 are what steps 4 and 7 used
-    assert tau["tau 0.9", "refined pseudo-labels"] == ablation["+ PRC + IR", "+ IOS"]
-    assert tau["tau 0.1", "refined segmentation"] == ablation["+ PRC + IR", "segmentation + IOS"]
+    assert tau["tau 0.9", "pseudo-labels refined"] == ablation["+ PRC + IR", "+ IOS"]
+    assert tau["tau 0.1", "segmentation refined"] == ablation["+ PRC + IR", "segmentation + IOS"]
+    perfect = "+ PRC + IR, IOS by perfect regions (USES THE TRUTH)"
+    assert tau["tau 0.9", "pseudo-labels by perfect regions (USES THE TRUTH)"] == ablation[perfect, "+ IOS"]
+    assert tau["tau 0.1", "segmentation by perfect regions (USES THE TRUTH)"] == ablation[perfect, "segmentation + IOS"]
 
 
 def test_background_rows_and_their_oracle(copy, run_script):
@@ -74,7 +82,9 @@ def test_background_rows_and_their_oracle(copy, run_script):
         for y, x in np.argwhere(truth != 0):
             expected[y, x] = max((k for k in classes if k), key=lambda k: maps[list(classes).index(k), y, x])
         oracle.update(truth, expected)
-    (value,) = ablation["+ PRC + IR, the true background (USES THE TRUTH)", "CAM"]
+    column = "CAM on the true background (USES THE TRUTH)"
+    assert sum(each == column for _, each in ablation) == 4  # every row but the extension's, whose CAMs are the last's
+    (value,) = ablation["+ PRC + IR", column]
     assert value == pytest.approx(100 * oracle.scores()["miou"], abs=1e-3)
 
 
@@ -88,13 +98,51 @@ def test_every_table_has_rows_and_the_default_is_among_them():
     assert len(names) == 5 and "extension" in names[-1]
 
 
-def test_constants_that_the_tables_set_are_refused_in_the_parts():
-    with pytest.raises(UserError, match=r"classification\.seed"):
-        check_constants(Constants(classification=Classification(seed=3)))
-    with pytest.raises(UserError, match="segment is False"):
-        check_constants(Constants(table="main", segment=False))
-    with pytest.raises(UserError, match="seeds"):
-        check_constants(Constants(seeds=(1, 1)))
+NO_WEIGHTS = Classification(weights="none", train_all=True)
+
+
+@pytest.mark.parametrize(
+    ("constants", "sentence"),
+    [
+        ({"classification": replace(NO_WEIGHTS, seed=3)}, r"classification\.seed was set, but the tables set it"),
+        ({"classification": replace(NO_WEIGHTS, weights="no/file")}, "weights file no/file is missing"),
+        ({"classification": replace(NO_WEIGHTS, epochs=0)}, "epochs is 0, but it must be at least 1"),
+        ({"pseudo": Pseudo(cams="other")}, r"pseudo\.cams was set, but the tables set it"),
+        ({"pseudo": Pseudo(background="threshold"), "table": "ablation"}, r"pseudo\.background is threshold, but"),
+        ({"pseudo": Pseudo(bilateral_weight=-1)}, "the weights of the CRF"),
+        ({"segmentation": Segmentation(width=7, batch_size=4)}, "width is 7, but it must be a multiple of 4"),
+        ({"segment": False}, "segment is False, but the table main"),
+        ({"seeds": (1, 1)}, r"seeds is \(1, 1\), but needs different numbers"),
+        ({"seeds": (0, -1)}, "seeds is"),
+        ({"gammas": ()}, r"gammas is \(\), but needs different numbers"),
+        ({"table": "gamma", "gammas": (0.7, 1.5)}, r"gamma is 1\.5, but it must lie between 0 and 0\.999"),
+        ({"table": "lambda", "ir_weights": (0.1, -1.0)}, r"ir_weight is -1\.0, but it must be 0 or more"),
+        ({"table": "tiles", "tiles": (4, 5)}, "tiles is 5, but it must be a square number"),
+        ({"table": "tau", "taus": (0.1, 3.0)}, "taus is"),
+        ({"scales": (0.0,)}, "scales is"),
+    ],
+)
+def test_constants_are_checked_before_the_first_row(finished, constants, sentence):
+    """Not when a later row, or a later step, comes to them after hours."""
+    dataset = load_dataset("tiny", finished)
+    with pytest.raises(UserError, match=sentence):
+        check_constants(Constants(**{"classification": NO_WEIGHTS} | constants), dataset)
+
+
+def test_the_two_protocols_stand_beside_each_other(copy, run_script):
+    """The released one chooses the epoch by the maps, so "+ PRC" needs a training of its own there."""
+    common = ["--dataset", "tiny", "--root", copy, *TRAINING, "--table", "lambda", "--ir-weights", 0.0]
+    for protocol in ("clean", "released"):
+        table = run_script("reproduce_tables.py", *common, "--protocol", protocol).stdout
+        assert f"Protocol: {protocol}." in table and "epochs 1, batch_size 4" in table
+    folder = copy / "experiments" / "tiny"
+    assert (folder / "tables" / "lambda.csv").exists() and (folder / "tables-released" / "lambda.csv").exists()
+    assert not (folder / "tables-ir_weight0-seed0" / "classifier").exists()
+    assert (folder / "tables-released-ir_weight0-seed0" / "classifier" / "model.pt").exists()
+    other = run_script("reproduce_tables.py", *common, "--classification.lr", 0.001, fails=True)
+    assert "choose another --experiment" in other.stderr
+    run_script("reproduce_tables.py", *common, "--classification.lr", 0.001, "--experiment", "slow")
+    assert (folder / "slow" / "lambda.md").exists()
 
 
 def test_perfect_regions_are_the_components_of_each_class():

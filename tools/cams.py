@@ -14,13 +14,23 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from tools.augment import normalise, to_tensor
-from tools.command import UserError
+from tools.command import UserError, check
 from tools.files import write_whole
 from tools.labels import load_image
 
 OUTPUT_STRIDE = 16
 MOST_PIXELS = 100_000_000  # of one image, and
 MOST_BYTES = 1 << 28  # of its maps at feature size: a file that declares more is refused before it is unpacked
+
+
+def check_inference(constants) -> None:
+    """Raise `UserError` for constants with which steps 2 and 6 cannot work; before anything is made."""
+    check(
+        len(constants.scales) > 0 and min(constants.scales) > 0,
+        f"scales is {constants.scales}, but needs positive numbers",
+    )
+    check(constants.images_at_once > 0, f"images_at_once is {constants.images_at_once}, but it must be at least 1")
+    check(constants.workers >= 0, f"workers is {constants.workers}, but it must be 0 or more")
 
 
 class _Images(torch.utils.data.Dataset):

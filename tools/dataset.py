@@ -44,7 +44,7 @@ class Dataset:
     left_out_of_mean: tuple[str, ...]  # classes that the headline mIoU leaves out, such as ISPRS's clutter
     scenes: dict[str, list[str]]  # split -> scene names; empty where the raw folders decide
     rules: dict = field(default_factory=dict)  # numbers of the rule that cuts this data set into patches
-    paper: dict = field(default_factory=dict)  # the paper's figures, in per cent
+    paper: dict = field(default_factory=dict)  # the paper's figures, in per cent; empty where it gives none
 
     @property
     def num_classes(self) -> int:
@@ -192,7 +192,8 @@ def _build(name: str, path: Path, folder: Path, description: dict) -> Dataset:
         left_out_of_mean=left_out,
         scenes=description.get("scenes", {}),
         rules=description.get("rules", {}),
-        paper=description.get("paper", {}),
+        # a derived or rewritten data set is not the paper's, whatever it took over from `base`
+        paper=description.get("paper", {}) if (ROOT / "datasetsprocess" / f"{name}.toml").exists() else {},
     )
 
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from tools.dataset import Dataset
 from tools.files import write_whole
-from tools.folders import ROOT
 from tools.scores import ConfusionMatrix
 
 STAGES = {  # step folder -> (title, the split it is meant for), in the order of the steps
@@ -80,7 +79,6 @@ def summarise(
             and other["miou"] > 0
         ]
         row["share_of_supervised"] = row["miou"] / bounds[0] if bounds else None
-    of_the_paper = bool(dataset.paper) and (ROOT / "datasetsprocess" / f"{dataset.name}.toml").exists()
     known = facts(runs)
     return plain(
         {
@@ -90,7 +88,7 @@ def summarise(
             "protocol": protocol,
             "classes": dataset.classes,
             "left_out_of_mean": dataset.left_out_of_mean,
-            "paper": dataset.paper if of_the_paper else {},
+            "paper": dataset.paper,
             "facts": known,
             "warnings": warnings(known, protocol, rows),
             "failures": failures,

@@ -69,6 +69,8 @@ def check_recipe(constants, patches: int) -> None:
         ("seed", 0 <= constants.seed < 2**31, "from 0 to 2147483647"),
     ):
         check(fits, f"{name} is {getattr(constants, name)}, but it must be {demand}")
+    file = Path(constants.weights)
+    check(constants.weights in ("imagenet", "none") or file.is_file(), f"the weights file {file} is missing")
     compiler = os.environ.get("CXX", "g++")
     check(
         not constants.compile or bool(shutil.which(compiler)),
