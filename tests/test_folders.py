@@ -142,6 +142,25 @@ def test_a_run_and_its_account(tmp_path):
     assert {"torch", "numpy", "python"} <= found["packages"].keys() and found["commit"] and found["command"]
 
 
+def test_the_account_tells_of_the_runs_that_made_the_files(tmp_path, monkeypatch):
+    """A later program that only finds everything there must not sign for it."""
+
+    def visit(program):
+        monkeypatch.setattr("sys.argv", [program])
+        folder = StepFolder(tmp_path / "cams", Constants())
+        folder.each(partial(write, folder=folder.folder), folder.pending(["a", "b"], ".txt"))
+        folder.close(".txt")
+        return require(folder.folder)
+
+    first = visit("first.py")
+    assert visit("second.py") == first and first["script"] == "first.py" and first["continued"] == []
+    (tmp_path / "cams" / "b.txt").unlink()
+    third = visit("third.py")
+    assert third["script"] == "first.py" and [part["script"] for part in third["continued"]] == ["third.py"]
+    write_json(tmp_path / "cams" / "run.json", third | {"finished": False})  # as if it had been killed
+    assert [part["script"] for part in visit("fourth.py")["continued"]] == ["third.py", "fourth.py"]
+
+
 def test_a_killed_run_continues(tmp_path):
     first = StepFolder(tmp_path / "cams", Constants())
     write("b", first.folder)

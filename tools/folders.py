@@ -33,6 +33,7 @@ NOT_SETTINGS = {
     "coloured_maps",
     "missing_scenes",
 }
+PART = ("script", "command", "device", "processes", "packages", "commit")  # what may differ when a run is continued
 MADE_BY = {  # step folder -> the step that makes it
     "classifier": "step 1, python train_classification.py",
     "cams": "step 2, python infer_classification.py",
@@ -112,7 +113,7 @@ class StepFolder:
         self.folder = Path(folder)
         self.process, self.processes = (state.process_index, state.num_processes) if state else (0, 1)
         self.failures: list[str] = []
-        self._start = time.time()
+        self._start, self._idle = time.time(), None
         settings = json.loads(json.dumps(dataclasses.asdict(constants) | (settings or {}), default=str))
         self.run = {
             "script": Path(sys.argv[0]).name,
@@ -128,6 +129,7 @@ class StepFolder:
             "seconds": 0.0,
             "files": 0,
             "finished": False,
+            "continued": [],  # by which further runs, each with what `PART` names
         }
         for run in (inputs or {}).values():  # what an earlier result rests on, this one rests on too
             self.run["notes"] = run.get("notes", {}) | self.run["notes"]
@@ -151,7 +153,12 @@ class StepFolder:
             except ValueError:
                 raise UserError(f"{file} is damaged: --overwrite starts {self.folder} anew") from None
             self._refuse_other_settings(before)
-            self.run["started"], self.run["seconds"] = before["started"], before["seconds"]
+            part = {key: self.run[key] for key in PART}
+            self.run = {"continued": []} | before | {"finished": False}
+            if before["finished"]:
+                self._idle = part  # told of only if it makes something: files that were lost
+            else:
+                self.run["continued"].append(part)
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UserError(
                 f"{self.folder} is not empty but has no run.json, so nobody knows how it was made: move it away"
@@ -192,7 +199,11 @@ class StepFolder:
 
     def pending(self, ids: Sequence[str], suffix: str) -> list[str]:
         """This process's share of the ids whose file <folder>/<id><suffix> is not there yet."""
-        return [id for id in ids[self.process :: self.processes] if not (self.folder / f"{id}{suffix}").exists()]
+        missing = {id for id in ids if not (self.folder / f"{id}{suffix}").exists()}
+        if missing and self._idle:
+            self.run["continued"].append(self._idle)
+            self._idle = None
+        return [id for id in ids[self.process :: self.processes] if id in missing]
 
     def fail(self, error: Exception) -> None:
         """Keep the sentence of one bad file; `close` reports them all after the good ones are done."""
@@ -242,7 +253,8 @@ class StepFolder:
 
     def close(self, suffix: str, **results) -> None:
         """Write run.json with the count of files and the time; raise `UserError` with the list if files failed."""
-        self.run["seconds"] = round(self.run["seconds"] + time.time() - self._start, 1)
+        if not self._idle:
+            self.run["seconds"] = round(self.run["seconds"] + time.time() - self._start, 1)
         made = self.folder.glob(f"*{suffix}")
         self.run["files"] = sum(path.stem != "contact_sheet" and path.name[0] != "." for path in made)
         self.run["finished"] = not self.failures
@@ -263,7 +275,7 @@ class StepFolder:
 def _read_account(file: Path) -> dict:
     """The content of a run.json; ValueError when it is none."""
     run = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(run, dict) or not {"constants", "started", "seconds"} <= run.keys():
+    if not isinstance(run, dict) or not {"constants", "started", "seconds", "finished"} <= run.keys():
         raise ValueError("not the account of a step")
     return run
 
