@@ -56,7 +56,7 @@ lint: $(VENV)/.installed
 	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/.installed
-	for script in $(filter-out %/measure.py,$(wildcard benchmarks/*.py)); do OMP_NUM_THREADS=1 $(RUN) $$script || exit 1; done
+	for script in $(filter-out %/measure.py %/maps.py,$(wildcard benchmarks/*.py)); do OMP_NUM_THREADS=1 $(RUN) $$script || exit 1; done
 
 clean:
 	rm -rf datasets/demo experiments/demo
