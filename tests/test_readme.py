@@ -48,8 +48,14 @@ test = ["2"]
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every command in code blocks and code spans that starts one of the project's scripts, or make."""
-    spans = [line for block in re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.S | re.M) for line in _joined(block)]
+    """The words of every command in code blocks and code spans that starts one of the project's scripts, or make.
+
+    Shell variables that the page sets, NAME="words", are filled in.
+    """
+    text = text.replace("\\\n", " ")
+    for name, value in re.findall(r'^(\w+)="([^"]*)"$', text, re.M):
+        text = text.replace(f"${name}", value)
+    spans = [line for block in re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.S | re.M) for line in block.splitlines()]
     spans += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     found = []
     for span in spans:
@@ -61,10 +67,6 @@ def commands(text: str) -> list[list[str]]:
         if words and (words[0] in SCRIPTS or words[0] == "make"):
             found.append(words)
     return found
-
-
-def _joined(block: str) -> list[str]:
-    return re.sub(r"\\\n", " ", block).splitlines()
 
 
 def module_of(script: str):
