@@ -34,6 +34,7 @@ STEPS = {  # script -> folder, constants, ids, suffix
 class Recipe:
     """What `tools.training` asks of a training's constants."""
 
+    weights: str = "none"
     epochs: int = 3
     batch_size: int = 4
     lr: float = 0.05
