@@ -21,11 +21,11 @@ from models.backbone import Backbone
 from models.classifier import Classifier
 from PRC_SAM.oracles import on_true_background
 from tools.augment import normalise, to_tensor
-from tools.cams import load_cams
 from tools.command import run
 from tools.dataset import Dataset, load_dataset
 from tools.folders import ROOT, experiment_folder, require
 from tools.labels import load_image, load_label
+from tools.panels import load_prediction
 from tools.scores import ConfusionMatrix
 from tools.training import load_checkpoint
 
@@ -45,9 +45,8 @@ def separation(dataset: Dataset, cams: Path, background: int) -> str:
     """mIoU of the maps, mIoU on the true background, and the foreground's IoU, recall and precision, in per cent."""
     matrix = ConfusionMatrix(dataset.num_classes)
     for id in dataset.ids("train"):
-        classes, maps = load_cams(cams / f"{id}.npz")
         truth = load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes)
-        matrix.update(truth, classes[maps.argmax(0)].astype(np.uint8))
+        matrix.update(truth, load_prediction(cams, id, dataset.num_classes))
     fore = np.arange(dataset.num_classes) != background
     counts = matrix.counts[:, : dataset.num_classes].astype(float)
     both, truth, found = counts[fore][:, fore].sum(), counts[fore].sum(), counts[:, fore].sum()
