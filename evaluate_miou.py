@@ -19,17 +19,17 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from PRC_SAM.masks import load_masks
+from report.page import accounts, write_report
+from report.patch_pictures import ERRORS, choose, load_prediction, panels, sample
+from report.score_tables import STAGES, Stage, markdown, summarise, write_csv
 from tools.command import UserError, check, run
 from tools.dataset import SPLITS, Dataset, load_dataset
 from tools.files import remove_leftovers, write_json, write_whole
-from tools.folders import ROOT, experiment_folder, require, step_name
 from tools.labels import load_label
-from tools.panels import ERRORS, choose, load_prediction, panels, sample
+from tools.masks import load_masks
 from tools.pictures import confusion_picture, contact_sheet, sample_ids
-from tools.report import accounts, write_report
 from tools.scores import ConfusionMatrix
-from tools.summary import STAGES, Stage, markdown, summarise, write_csv
+from tools.step import ROOT, experiment_folder, require, step_name
 from tools.workers import worker_pool
 
 

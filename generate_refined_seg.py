@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Literal
 
 from PRC_SAM.ios import refine_folder
-from PRC_SAM.masks import load_masks
+from report.page import refresh
 from tools.command import check, run
 from tools.dataset import load_dataset
-from tools.folders import ROOT, StepFolder, experiment_folder, process_state, require, step_name
+from tools.masks import load_masks
 from tools.pictures import step_sheet
-from tools.report import refresh
+from tools.step import ROOT, StepFolder, experiment_folder, process_state, require, step_name
 
 
 @dataclass(frozen=True)

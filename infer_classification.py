@@ -14,14 +14,14 @@ import numpy as np
 
 from models.backbone import Backbone
 from models.classifier import Classifier
-from PRC_SAM.masks import load_masks
+from report.page import refresh
 from tools.cams import check_inference, image_batches, in_background, load_cams, mirrored_scales, save_cams
 from tools.command import UserError, check, run
 from tools.dataset import load_dataset
-from tools.folders import ROOT, StepFolder, experiment_folder, require, step_name
 from tools.labels import load_image
+from tools.masks import load_masks
 from tools.pictures import contact_sheet, heat, sample_ids
-from tools.report import refresh
+from tools.step import ROOT, StepFolder, experiment_folder, require, step_name
 from tools.training import load_checkpoint, make_accelerator, precision_of
 
 

@@ -24,16 +24,16 @@ from torch.nn import functional as F
 
 from models.backbone import Backbone
 from models.deeplab import DeepLabV3Plus
-from PRC_SAM.masks import load_masks
+from report.page import refresh
 from tools.cams import check_inference, image_batches, in_background, mirrored_scales
 from tools.command import check, run
 from tools.dataset import load_dataset
-from tools.folders import ROOT, StepFolder, experiment_folder, require, step_name
 from tools.labels import save_label
+from tools.masks import load_masks
 from tools.pictures import step_sheet
 from tools.rasters import Raster
-from tools.report import refresh
-from tools.scenes import Windows, check_scenes, predict_scenes
+from tools.scene_windows import Windows, check_scenes, predict_scenes
+from tools.step import ROOT, StepFolder, experiment_folder, require, step_name
 from tools.training import load_checkpoint, make_accelerator, precision_of
 
 

@@ -15,15 +15,15 @@ from typing import Literal
 import numpy as np
 from skimage.filters import threshold_otsu
 
-from PRC_SAM.masks import load_masks
+from models.crf import dense_crf
+from report.page import refresh
 from tools.cams import load_cams
 from tools.command import UserError, check, run
-from tools.crf import dense_crf
 from tools.dataset import Dataset, load_dataset
-from tools.folders import ROOT, StepFolder, experiment_folder, process_state, require, step_name
 from tools.labels import load_image, save_label
+from tools.masks import load_masks
 from tools.pictures import step_sheet
-from tools.report import refresh
+from tools.step import ROOT, StepFolder, experiment_folder, process_state, require, step_name
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ import generate_refined_seg
 import make_pseudo_labels
 import train_classification
 import train_segmentation
+from tables.runner import Row, Runner
+from tables.table import SHARE, Lines, write_table
 from tools.cams import check_inference
 from tools.command import check, run
 from tools.dataset import Dataset, load_dataset
-from tools.folders import NOT_SETTINGS, ROOT, experiment_folder, process_state, require
-from tools.runner import Row, Runner
-from tools.tables import SHARE, Lines, write_table
+from tools.step import NOT_SETTINGS, ROOT, experiment_folder, process_state, require
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,16 @@ from models.backbone import NAMES, Backbone
 from models.classifier import Classifier
 from models.ir_loss import image_reconstruction_loss
 from models.prc import PixelRelationshipConstraint
-from PRC_SAM.masks import load_masks
+from report.page import refresh
 from tools.augment import TrainingPatches, to_tensor
 from tools.cams import OUTPUT_STRIDE, fuse_scales, image_batches, mirrored_scales
 from tools.command import UserError, check, run, stop
 from tools.dataset import Dataset, load_dataset
-from tools.folders import ROOT, StepFolder, experiment_folder
 from tools.labels import load_image, load_label
+from tools.masks import load_masks
 from tools.pictures import contact_sheet, heat, sample_ids
-from tools.report import refresh
 from tools.scores import ConfusionMatrix
+from tools.step import ROOT, StepFolder, experiment_folder
 from tools.training import check_recipe, load_checkpoint, make_accelerator, precision_of, train
 
 

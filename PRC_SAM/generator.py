@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from torchvision.ops import batched_nms
 
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
-from PRC_SAM.masks import Masks
 from PRC_SAM.sam_forward import PointDecoder, encode_images
+from tools.masks import Masks
 
 PIXELS_ON_GPU, PIXELS_ON_CPU = 1 << 26, 1 << 20  # of masks in float at full size; a processor's cache wants few
 TRIAL = 32  # points in the first batch, whose memory is measured, and in every batch on a processor

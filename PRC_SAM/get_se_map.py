@@ -1,7 +1,7 @@
 """Step 9: regions of every patch, from SAM's automatic mask generator (method, section 9).
 
 Reads  datasets/<dataset>/<split>/images/<id>.png and a SAM checkpoint
-Writes datasets/<dataset>/<split>/sam_masks/<id>.npz (PRC_SAM/masks.py describes them), contact_sheet.png, run.json
+Writes datasets/<dataset>/<split>/sam_masks/<id>.npz (tools/masks.py describes them), contact_sheet.png, run.json
 
   python PRC_SAM/get_se_map.py --dataset vaihingen --download
   python PRC_SAM/get_se_map.py --dataset demo --generator felzenszwalb     # a stand-in that needs no checkpoint
@@ -24,13 +24,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from PRC_SAM.masks import load_masks, save_masks
 from tools.command import UserError, check, run
 from tools.dataset import SPLITS, load_dataset
 from tools.files import write_whole
-from tools.folders import ROOT, StepFolder, process_state
 from tools.labels import load_image
+from tools.masks import load_masks, save_masks
 from tools.pictures import contact_sheet, regions, sample_ids
+from tools.step import ROOT, StepFolder, process_state
 
 
 @dataclass(frozen=True)

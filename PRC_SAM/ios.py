@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from PRC_SAM.masks import Masks, load_masks
 from tools.command import UserError, check
 from tools.dataset import Dataset, load_dataset
-from tools.folders import StepFolder
 from tools.labels import IGNORE, load_label, save_label
+from tools.masks import Masks, load_masks
+from tools.step import StepFolder
 
 CLASSES_FROM = ("image labels", "prediction")
 

@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 from skimage.segmentation import felzenszwalb
 
-from PRC_SAM.masks import Masks, pack_masks
+from tools.masks import Masks, pack_masks
 
 SMOOTHING = 1.2  # sigma in pixels of the blur before the segmentation; ragged outlines help nobody
 DUPLICATE = 0.8  # regions of two scales that overlap by this IoU are one: the better one stays

@@ -28,10 +28,10 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.backbone import Backbone
 from models.classifier import Classifier
+from models.crf import dense_crf
 from tools.augment import normalise, to_tensor
 from tools.cams import OUTPUT_STRIDE, image_batches, in_background, load_cams, mirrored_scales, save_cams
 from tools.command import stop
-from tools.crf import dense_crf
 from tools.labels import load_image
 from tools.training import load_checkpoint, make_accelerator
 

@@ -20,7 +20,7 @@ import tyro
 from measure import measured
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.crf import dense_crf
+from models.crf import dense_crf
 
 
 @dataclass(frozen=True)

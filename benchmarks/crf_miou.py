@@ -19,7 +19,7 @@ import tyro
 from measure import aerial_patch, measured
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tools.crf import dense_crf
+from models.crf import dense_crf
 from tools.labels import load_image, load_label
 from tools.scores import ConfusionMatrix
 

@@ -20,10 +20,10 @@ from measure import measured
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PRC_SAM.ios import intersection_optimisation
-from PRC_SAM.masks import load_masks, pack_masks, save_masks
 from PRC_SAM.regions import felzenszwalb_masks
 from tools.command import check, run
 from tools.labels import load_image
+from tools.masks import load_masks, pack_masks, save_masks
 
 
 @dataclass(frozen=True)

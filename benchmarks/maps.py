@@ -19,14 +19,14 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.backbone import Backbone
 from models.classifier import Classifier
-from PRC_SAM.oracles import on_true_background
+from report.patch_pictures import load_prediction
+from tables.oracles import on_true_background
 from tools.augment import normalise, to_tensor
 from tools.command import run
 from tools.dataset import Dataset, load_dataset
-from tools.folders import ROOT, experiment_folder, require
 from tools.labels import load_image, load_label
-from tools.panels import load_prediction
 from tools.scores import ConfusionMatrix
+from tools.step import ROOT, experiment_folder, require
 from tools.training import load_checkpoint
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)

@@ -24,9 +24,9 @@ from measure import measured
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from datasetsprocess.scene_labels import BAND
 from tools.dataset import Dataset, load_dataset
 from tools.labels import ColourDecoder
-from tools.truth import BAND
 
 
 @dataclass(frozen=True)

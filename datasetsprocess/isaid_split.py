@@ -29,12 +29,12 @@ from typing import Literal
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from datasetsprocess.cutting import Patch, Scene, class_id, rule_of, split_scenes
+from datasetsprocess.scene_files import find_sources
 from tools.command import check, run
 from tools.dataset import SPLITS, Dataset, load_dataset
-from tools.folders import ROOT
-from tools.patches import Patch, Scene, class_id, rule_of, split_scenes
 from tools.rasters import SUFFIXES, Raster
-from tools.sources import find_sources
+from tools.step import ROOT
 
 RAW_SPLITS = {"train": "train", "test": "val"}
 IMAGE, TRUTH = "images/{}", "Semantic_masks/images/{}_instance_color_RGB"

@@ -39,7 +39,7 @@ from datasetsprocess.demo_objects import (
 from tools.command import check, run
 from tools.dataset import Dataset, load_dataset
 from tools.files import write_whole
-from tools.folders import ROOT, StepFolder
+from tools.step import ROOT, StepFolder
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,13 @@ from typing import Literal
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from datasetsprocess.cutting import Patch, Scene, split_scenes
+from datasetsprocess.scene_files import find_sources
 from tools.command import check, run
 from tools.dataset import SPLITS, Dataset, load_dataset, write_image_labels
-from tools.folders import ROOT
 from tools.labels import IGNORE
-from tools.patches import Patch, Scene, covering_starts, split_scenes
-from tools.rasters import SUFFIXES, Raster
-from tools.sources import find_sources
+from tools.rasters import SUFFIXES, Raster, covering_starts
+from tools.step import ROOT
 
 
 @dataclass(frozen=True)

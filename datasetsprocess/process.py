@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.command import UserError, check, run
 from tools.dataset import SPLITS, Dataset, load_dataset, write_image_labels
 from tools.files import remove_leftovers
-from tools.folders import ROOT
 from tools.labels import IGNORE, load_image, load_label
+from tools.step import ROOT
 from tools.workers import worker_pool
 
 

@@ -32,11 +32,11 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from datasetsprocess.cutting import Patch, Scene, class_id, four_versions, rule_of, split_scenes
+from datasetsprocess.scene_files import find_sources
 from tools.command import check, run
 from tools.dataset import Dataset, load_dataset
-from tools.folders import ROOT
-from tools.patches import Patch, Scene, class_id, four_versions, rule_of, split_scenes
-from tools.sources import find_sources
+from tools.step import ROOT
 
 PLACES = {  # truth -> image and truth of an area
     "full": ("top/top_mosaic_09cm_area{}", "gts_for_participants/top_mosaic_09cm_area{}"),

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from PRC_SAM.masks import pack_masks, save_masks
 from tools.cams import save_cams
 from tools.labels import save_label
+from tools.masks import pack_masks, save_masks
 
 EVIL = "<script>alert('x')</script>"
 CLASSES = ["road", EVIL, "roof", "clutter"]

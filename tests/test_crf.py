@@ -1,4 +1,4 @@
-"""The dense CRF against brute force: float64, the whole N x N kernels, nothing shared with tools/crf.py."""
+"""The dense CRF against brute force: float64, the whole N x N kernels, nothing shared with models/crf.py."""
 
 import cv2
 import numpy as np
@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
-from tools import crf
-from tools.crf import dense_crf, permutohedral_lattice
+from models import crf
+from models.crf import dense_crf, permutohedral_lattice
 
 MODES = ("lattice", "exact")
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import evaluate_miou
+from report import score_tables as summaries
 from tests.experiments import COLOURS, EVIL, STAGES, make_experiment, scores_of
-from tools import summary as summaries
 from tools.cams import load_cams
 from tools.dataset import load_dataset
 from tools.labels import load_label, save_label

@@ -11,7 +11,7 @@ import pytest
 
 from tools.command import UserError, check, run
 from tools.files import write_json, write_whole
-from tools.folders import StepFolder, experiment_folder, require, step_name
+from tools.step import StepFolder, experiment_folder, require, step_name
 
 
 @dataclass(frozen=True)

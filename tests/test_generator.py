@@ -19,9 +19,9 @@ from PRC_SAM.checkpoints import _fetch, build_sam, find_checkpoint, load_sam, sa
 from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.get_se_map import Constants, check_constants
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
-from PRC_SAM.masks import load_masks, pack_masks
 from PRC_SAM.sam_forward import PointDecoder, encode_images
 from tools.command import UserError
+from tools.masks import load_masks, pack_masks
 
 SIZES = {
     "embed_dim": 32,

@@ -15,7 +15,7 @@ from tests.steps import account, experiment, same_results
 from tests.test_splitting import describe, digests, script, small_vaihingen
 from tools.command import UserError
 from tools.files import write_json
-from tools.folders import StepFolder
+from tools.step import StepFolder
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from PRC_SAM.ios import intersection_optimisation, refine_folder
-from PRC_SAM.masks import Masks, pack_masks, save_masks
 from tools.command import UserError
 from tools.dataset import load_dataset, write_image_labels
-from tools.folders import StepFolder
 from tools.labels import load_label, save_label
+from tools.masks import Masks, pack_masks, save_masks
+from tools.step import StepFolder
 
 
 def literal(label, masks, classes, tau):

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from PRC_SAM.masks import load_masks, pack_masks, save_masks
 from PRC_SAM.regions import felzenszwalb_masks
 from tools.command import UserError
+from tools.masks import load_masks, pack_masks, save_masks
 
 
 @given(hnp.arrays(bool, st.tuples(st.integers(0, 4), st.integers(1, 9), st.integers(1, 9))))

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from PRC_SAM.masks import load_masks
+from report import page as report
+from report.patch_pictures import choose, sample
 from tests.experiments import CLASSES, EVIL, STAGES, make_experiment, scores_of
 from tests.steps import STEPS, experiment, step
-from tools import report
 from tools.dataset import load_dataset
 from tools.labels import load_label
-from tools.panels import choose, sample
+from tools.masks import load_masks
 
 RUN = "experiments/tiny/run"
 

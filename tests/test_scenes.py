@@ -16,9 +16,8 @@ from tests.conftest import TINY_COLOURS
 from tests.steps import account, experiment, step
 from tools.command import UserError
 from tools.geotiff import GEOREFERENCE, TILE, write_tiff
-from tools.patches import covering_starts
-from tools.rasters import Raster
-from tools.scenes import Windows, blending_weight, label_strips
+from tools.rasters import Raster, covering_starts
+from tools.scene_windows import Windows, blending_weight, label_strips
 
 UTM = [  # half a metre a pixel, UTM zone 32 north, as GDAL writes it
     (33550, "d", 3, (0.5, 0.5, 0.0), True),

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasetsprocess import isaid_split, potsdam_patch_split, vaihingen_patch_split
+from datasetsprocess.cutting import Scene, four_versions, whole_tiles
+from datasetsprocess.scene_files import find_sources
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.labels import IGNORE, save_image
-from tools.patches import Scene, four_versions, whole_tiles
 from tools.rasters import Raster
-from tools.sources import find_sources
 
 SCRIPTS = {"vaihingen": "vaihingen_patch_split.py", "potsdam": "potsdam_patch_split.py", "isaid": "isaid_split.py"}
 TOP, TRUTH = "top/top_mosaic_09cm_area{}.tif", "gts_for_participants/top_mosaic_09cm_area{}.tif"

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from report.page import accounts
+from report.score_tables import facts
 from tests.steps import STEPS, TEST, TRAIN, account, experiment, same_results, step
 from tools.cams import load_cams
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.labels import load_label
-from tools.report import accounts
-from tools.summary import facts
 
 
 @pytest.mark.parametrize("script", STEPS)

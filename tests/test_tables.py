@@ -8,16 +8,16 @@ import pytest
 
 from make_pseudo_labels import Constants as Pseudo
 from make_pseudo_labels import thresholded_background
-from PRC_SAM.oracles import perfect_regions
 from reproduce_tables import Constants, check_constants, rows_of
+from tables.oracles import perfect_regions
+from tables.runner import Row
+from tables.table import show
 from tests.steps import TRAIN
 from tools.cams import load_cams
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.labels import load_label
-from tools.runner import Row
 from tools.scores import ConfusionMatrix
-from tools.tables import show
 from train_classification import Constants as Classification
 from train_segmentation import Constants as Segmentation
 

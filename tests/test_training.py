@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from tests.steps import Recipe
 from tools.augment import TrainingPatches
 from tools.command import UserError
-from tools.folders import StepFolder
+from tools.step import StepFolder
 from tools.training import check_recipe, make_accelerator, save_checkpoint, train
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tools.command import UserError
 from tools.files import write_whole
-from tools.folders import ROOT
+from tools.step import ROOT
 
 SPLITS = ("train", "test")
 MOST_SLIPS = 10  # lines of a csv that are told at once
@@ -65,7 +65,7 @@ class Dataset:
         return self.folder / split / "labels"
 
     def sam_masks(self, split: str) -> Path:
-        """<id>.npz, described in PRC_SAM/masks.py."""
+        """<id>.npz, described in tools/masks.py."""
         return self.folder / split / "sam_masks"
 
     def image_labels_file(self, split: str) -> Path:

@@ -182,3 +182,11 @@ def _whole_number(text: str) -> int | None:
     except (TypeError, ValueError):
         return None
     return int(number) if number.is_integer() and 0 <= number <= 255 else None
+
+
+def covering_starts(length: int, size: int, stride: int) -> list[int]:
+    """Where windows begin that cover `length` pixels: every `stride`, and the last moved inward to end at the border.
+
+    `stride` is at most `size`, and `size` at most `length`.
+    """
+    return [*range(0, length - size, stride), length - size]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tools.augment import TrainingPatches
 from tools.command import UserError, check
 from tools.files import write_whole
-from tools.folders import StepFolder
+from tools.step import StepFolder
 
 
 def make_accelerator(precision: str = "auto") -> Accelerator:

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
+from datasetsprocess.scene_files import Source
+from datasetsprocess.scene_labels import describe, read_truth
 from tools.command import UserError, check
 from tools.dataset import SPLITS, Dataset
 from tools.files import write_json
-from tools.folders import StepFolder
 from tools.labels import IGNORE, load_image, load_label, save_image, save_label
 from tools.rasters import KINDS, Raster
-from tools.sources import Source
-from tools.truth import describe, read_truth
+from tools.step import StepFolder
 
 PATCH_ID = re.compile(r"(.+)_(?:r\d+_c\d+|p\d+)(?:_v\d)?")
 
@@ -75,14 +75,6 @@ def whole_tiles(height: int, width: int, patch: int, stride: int) -> list[tuple[
     """Row and column of the tiles that lie wholly inside a scene; tile (r, c) begins at pixel (r, c) * stride."""
     rows, columns = ((length - patch) // stride + 1 for length in (height, width))
     return [(row, column) for row in range(rows) for column in range(columns)]
-
-
-def covering_starts(length: int, size: int, stride: int) -> list[int]:
-    """Where windows begin that cover `length` pixels: every `stride`, and the last moved inward to end at the border.
-
-    `stride` is at most `size`, and `size` at most `length`.
-    """
-    return [*range(0, length - size, stride), length - size]
 
 
 def four_versions(

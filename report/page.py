@@ -1,7 +1,7 @@
 """report.html, the account of a run that opens in any browser and needs no network.
 
 evaluate_miou.py writes it with the scores, the truth and the errors; every other step renews it with what can be shown
-without the truth. Data is prepared here; how the page looks is in report.html.j2, which escapes every name.
+without the truth. Data is prepared here; how the page looks is in page.html.j2, which escapes every name.
 """
 
 import json
@@ -12,13 +12,13 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from report.patch_pictures import ERRORS, panels, sample
+from report.score_tables import STAGES, Stage, facts, lines, made, per_class, percent, summarise, table, warnings
 from tools.dataset import SPLITS, Dataset
 from tools.files import write_whole
-from tools.folders import MADE_BY, StepFolder
-from tools.panels import ERRORS, panels, sample
 from tools.pictures import sample_ids
 from tools.scores import ConfusionMatrix
-from tools.summary import STAGES, Stage, facts, lines, made, per_class, percent, summarise, table, warnings
+from tools.step import MADE_BY, StepFolder
 
 MOST_BYTES = 4_000_000  # of pictures in the page, so that it stays below 5 MB
 UNSCORED_SAMPLES = 3  # patches of each split that are shown before there are scores to choose them by
@@ -186,7 +186,7 @@ def write_report(folder: Path, dataset: Dataset, summary: dict, runs: dict[str, 
     )
     last = {row["split"]: row for row in summary["stages"] if row["experiment"] == summary["experiment"]}
     legend = list(zip(dataset.classes, dataset.colours.tolist(), strict=True))
-    page = environment.get_template("report.html.j2").render(
+    page = environment.get_template("page.html.j2").render(
         summary=summary,
         cards=cards(summary, runs),
         table=table(summary),

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from report.score_tables import Stage, percent
 from tools.command import UserError
 from tools.dataset import Dataset
 from tools.labels import IGNORE, load_image, load_label
 from tools.pictures import colourise, heat, regions
-from tools.summary import Stage, percent
 
 ERRORS = {"right": [235] * 3, "wrong": [190, 60, 0], "not counted": [128] * 3}  # apart in brightness too
 SIDE = 256  # pixels of a picture in the page

@@ -14,12 +14,11 @@ from tools.augment import to_tensor
 from tools.command import UserError, check
 from tools.dataset import Dataset
 from tools.files import write_json
-from tools.folders import StepFolder
 from tools.geotiff import GEOREFERENCE, copy_world_file, write_tiff
 from tools.labels import IGNORE, save_label
-from tools.patches import covering_starts
 from tools.pictures import colourise, contact_sheet, overlay
-from tools.rasters import SUFFIXES, Raster
+from tools.rasters import SUFFIXES, Raster, covering_starts
+from tools.step import StepFolder
 
 TIFF = (".tif", ".tiff")
 OVERVIEW = 1024  # pixels of the longer side of the overview picture

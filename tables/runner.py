@@ -12,11 +12,11 @@ import inference_segmentation
 import make_pseudo_labels
 import train_classification
 import train_segmentation
-from PRC_SAM.oracles import on_true_background, refined_by_ios
+from tables.oracles import on_true_background, refined_by_ios
 from tools.command import check
 from tools.dataset import Dataset
-from tools.folders import experiment_folder
 from tools.scores import ConfusionMatrix
+from tools.step import experiment_folder
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from PRC_SAM.ios import intersection_optimisation
-from PRC_SAM.masks import Masks, load_masks, pack_masks
 from tools.cams import load_cams
 from tools.dataset import Dataset
 from tools.labels import IGNORE, load_label
+from tools.masks import Masks, load_masks, pack_masks
 from tools.scores import ConfusionMatrix
 
 
