@@ -6,58 +6,42 @@ Writes experiments/<dataset>/<experiment>/refined_pseudo_labels/<id>.png
     python generate_refined_pseudo.py --dataset vaihingen
 """
 
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Literal
 
-from PRC_SAM.ios import refine_folder
-from report.page import refresh
-from tools.command import check, run
-from tools.dataset import load_dataset
-from tools.masks import load_masks
-from tools.pictures import step_sheet
-from tools.step import ROOT, StepFolder, experiment_folder, process_state, require, step_name
+from PRC_SAM.refine import refine_patch
+
+from report.page import renew
+from tools.command import run
+from tools.constants import Machine, Share, constants
+from tools.folders import process_state
+from tools.step import Step
 
 
-@dataclass(frozen=True)
-class Constants:
+@constants
+class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
-    tau: float = 0.9  # a mask and a region that overlap by this share of the smaller one agree
-    workers: int = 4  # processes; 0 works in this one
-    samples: int = 8  # patches on the contact sheet
-    root: Path = ROOT  # folder that holds datasets/ and experiments/
-    overwrite: bool = False  # start anew where the folder holds results of other constants
+    tau: Share = 0.9  # IOS: minimum overlap of mask S and class region P, area(P and S) / min(area P, area S)
 
 
 def main(constants: Constants) -> None:
-    check(0 <= constants.tau <= 1, f"tau is {constants.tau}, but it must lie between 0 and 1")
-    dataset = load_dataset(constants.dataset, constants.root)
-    experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
-    source = experiment / step_name("pseudo_labels", constants.split, "train")
-    inputs = {"pseudo_labels": require(source), "sam_masks": require(dataset.sam_masks(constants.split))}
-    state = process_state()
-    folder = StepFolder(
-        experiment / step_name("refined_pseudo_labels", constants.split, "train"),
-        constants,
-        inputs,
-        state=state,
-    )
-    refine_folder(folder, source, dataset, constants.split, constants.tau, "image labels", constants.workers)
-
-    folder.join()
-    if state.is_main_process:
-        step_sheet(
-            folder.folder,
-            dataset,
-            constants.split,
-            {"pseudo-label": source, "refined": folder.folder},
-            constants.samples,
+    step = Step("refined_pseudo_labels", constants, image_labels=True)
+    source = step.sources["pseudo_labels"]
+    with step.open(".png", state=process_state(constants.device)):
+        work = partial(
+            refine_patch,
+            source=source,
+            output=step.path,
+            masks=step.sources["sam_masks"],
+            dataset=step.dataset,
+            classes=step.labels,
+            tau=constants.tau,
         )
-    folder.close(".png")
-    refresh(folder, dataset, load_masks)
+        step.each(work, step.pending(step.ids, ".png"), "refined pseudo-labels")
+        step.draw_labels({"pseudo-label": source, "refined": step.path})
 
 
 if __name__ == "__main__":
-    run(main, Constants, __doc__)
+    run(main, Constants, __doc__, then=renew)

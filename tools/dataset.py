@@ -1,6 +1,7 @@
 """What a data set is: its description (dataset.toml), its patches on disk and their image-level labels."""
 
 import csv
+import hashlib
 import io
 import re
 import tomllib
@@ -10,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from tools.command import UserError
+from tools.constants import ROOT
 from tools.files import write_whole
 from tools.step import ROOT
+from tools.steps import SPLITS
 
-SPLITS = ("train", "test")
 MOST_SLIPS = 10  # lines of a csv that are told at once
 KEYS = {
     "base",
@@ -56,6 +58,11 @@ class Dataset:
         """(K,) bool: the classes in the headline mean."""
         return np.array([name not in self.left_out_of_mean for name in self.classes])
 
+    @property
+    def legend(self) -> list[tuple[str, list[int]]]:
+        """(name, colour) of each class, for pictures."""
+        return list(zip(self.classes, self.colours.tolist(), strict=True))
+
     def images(self, split: str) -> Path:
         """<id>.png, three channels of 8 bits."""
         return self.folder / split / "images"
@@ -83,6 +90,10 @@ class Dataset:
                 "script in datasetsprocess first"
             )
         return ids
+
+    def image_labels_hash(self, split: str) -> str:
+        """SHA-256 of image_labels.csv: a run that continues must read the same labels."""
+        return hashlib.sha256(self.image_labels_file(split).read_bytes()).hexdigest()
 
     def image_labels(self, split: str) -> dict[str, np.ndarray]:
         """Image-level labels of a split: id -> (K,) bool, one for every image of the split."""

@@ -7,76 +7,98 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from torchvision.models import get_model_weights
 
+from models.backbone import Backbone
 from tools.augment import TrainingPatches
 from tools.command import UserError, check
 from tools.files import write_whole
-from tools.step import StepFolder
+from tools.progress import Progress
+
+Losses = dict[str, Tensor]  # "loss", the total, and its parts: scalars
+ComputeLoss = Callable[[nn.Module, Tensor, Tensor], Losses]  # model, images, targets -> losses
 
 
-def make_accelerator(precision: str = "auto") -> Accelerator:
+class Recipe(Protocol):
+    """The constants that a training needs."""
+
+    weights: str
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    seed: int
+    compile: bool
+    workers: int
+
+
+def make_accelerator(precision: str = "auto", device: str = "auto") -> Accelerator:
     """Accelerate's device and processes. "auto" is bf16 where GPU or CPU (AMX) compute in it, and fp32 elsewhere."""
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
     if precision == "auto":
-        on_gpu = torch.cuda.is_available()
-        fast = torch.cuda.is_bf16_supported(False) if on_gpu else torch.cpu.get_capabilities().get("amx_tile")
+        fast = torch.cpu.get_capabilities().get("amx_tile") if on_cpu else torch.cuda.is_bf16_supported(False)
         precision = "bf16" if fast else "fp32"
-    # told that there is no GPU, processes on CPUs share the work too; left alone, each would do all of it
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not torch.cuda.is_available())
+    # without cpu=True every CPU process would do all the work
+    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=on_cpu)
 
 
 def precision_of(accelerator: Accelerator) -> str:
-    """What "auto" has become, for run.json: a run continued on a machine that computes otherwise is refused."""
+    """What "auto" became, for run.json: a run must not be continued on a machine that computes differently."""
     return "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict]:
+def parameter_groups(
+    pretrained: list[nn.Module], new: list[nn.Module], lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
     """SGD groups of the recipe: pretrained weights lr, biases x2, new weights x10, new biases x20; decay on weights.
 
     BatchNorm's scale is a weight and its shift a bias.
     """
     groups = []
-    for modules, factor in ((model.pretrained, 1), (model.new, 10)):
+    for modules, factor in ((pretrained, 1), (new, 10)):
         named = [item for module in modules for item in module.named_parameters() if item[1].requires_grad]
         for bias in (False, True):
             parameters = [parameter for name, parameter in named if name.endswith("bias") == bias]
             if parameters:
-                groups.append(
-                    {
-                        "params": parameters,
-                        "lr": lr * factor * (2 if bias else 1),
-                        "weight_decay": 0.0 if bias else weight_decay,
-                    }
-                )
+                rate = lr * factor * (2 if bias else 1)
+                decay = 0.0 if bias else weight_decay
+                groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
     return groups
 
 
-def check_recipe(constants, patches: int) -> None:
-    """Raise `UserError` for a constant that no training of this many patches can work with; before a folder is made."""
-    for name, fits, demand in (
-        ("epochs", constants.epochs >= 1, "at least 1"),
-        ("batch_size", constants.batch_size >= 1, "at least 1"),
-        ("lr", 0 < constants.lr < math.inf, "above 0"),
-        ("momentum", 0 <= constants.momentum < 1, "from 0 to below 1"),
-        ("weight_decay", 0 <= constants.weight_decay < math.inf, "0 or more"),
-        ("workers", constants.workers >= 0, "0 or more"),
-        ("seed", 0 <= constants.seed < 2**31, "from 0 to 2147483647"),
-    ):
-        check(fits, f"{name} is {getattr(constants, name)}, but it must be {demand}")
+def check_recipe(constants: Recipe, patches: int) -> None:
+    """Raise `UserError` for constants that cannot work on this machine or with this many patches."""
     file = Path(constants.weights)
     check(constants.weights in ("imagenet", "none") or file.is_file(), f"the weights file {file} is missing")
     compiler = os.environ.get("CXX", "g++")
     check(
         not constants.compile or bool(shutil.which(compiler)),
-        f"compile is True, but torch.compile needs the C++ compiler {compiler}: install it, or leave out --compile",
+        f"compile is True, but torch.compile needs the C++ compiler {compiler}: install it, or use --no-compile",
     )
     EpochBatches(patches, constants.batch_size, constants.seed)
+
+
+def load_backbone(name: str, weights: str) -> Backbone:
+    """The backbone of a training; raises `UserError` where its weights cannot be read or downloaded."""
+    try:
+        return Backbone(name, weights)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:  # urllib's errors are of this class
+        address = get_model_weights(name)["IMAGENET1K_V1"].url
+        target = Path(torch.hub.get_dir()) / "checkpoints" / Path(address).name
+        raise UserError(
+            f"the ImageNet weights of {name} could not be downloaded ({error}): download {address} by other means to "
+            f"{target}, or give a file with --weights FILE, or train without them: --weights none"
+        ) from None
 
 
 class EpochBatches(Sampler):
@@ -86,10 +108,14 @@ class EpochBatches(Sampler):
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, process: int = 0, processes: int = 1):
-        if batch_size % processes:
-            raise UserError(f"batch_size is {batch_size}, which cannot be shared out evenly to {processes} processes")
-        if size < batch_size:
-            raise UserError(f"there are {size} training patches, fewer than one batch: lower batch_size ({batch_size})")
+        check(
+            batch_size % processes == 0,
+            f"batch_size is {batch_size}, which cannot be shared out evenly to {processes} processes",
+        )
+        check(
+            size >= batch_size,
+            f"there are {size} training patches, fewer than one batch: lower batch_size ({batch_size})",
+        )
         self.size, self.batch_size, self.seed, self.process, self.processes = size, batch_size, seed, process, processes
         self.epoch = 0
 
@@ -105,13 +131,13 @@ class EpochBatches(Sampler):
             yield [(self.epoch, index) for index in batch[self.process :: self.processes]]
 
 
-def save_checkpoint(path: Path, model: nn.Module, **rest) -> None:
+def save_checkpoint(path: Path, model: nn.Module, **rest: Any) -> None:
     """Whole or not at all; plain tensors and numbers only, so that it loads with weights_only=True."""
     with write_whole(path) as temporary:
         torch.save({"model": model.state_dict(), **rest}, temporary)
 
 
-def load_checkpoint(path: Path, model: nn.Module) -> dict:
+def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
     """Fill `model` from a checkpoint of `save_checkpoint`; raises `UserError` when it is damaged or does not fit."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -126,126 +152,192 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict:
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:  # the last two where it is no state dict at all
-        difference = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
+        lines = str(error).splitlines()
+        difference = lines[1].strip() if len(lines) > 1 else str(error)
         raise UserError(f"{path} was made for another backbone or number of classes ({difference[:160]})") from None
     return checkpoint
 
 
-def train(
-    model: nn.Module,
-    patches: TrainingPatches,
-    compute_loss: Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]],
-    constants,
-    folder: StepFolder,
-    accelerator: Accelerator,
-    select: Callable[[nn.Module], float] | None = None,
-) -> None:
-    """Train `model` for constants.epochs with the paper's recipe and leave model.pt, log.jsonl and TensorBoard files.
+class Training:
+    """A model under training: its optimiser, how far it is, and the files that it leaves in `folder`.
 
-    compute_loss(model, images, targets) -> {"loss": total, ...parts} of scalars. After each epoch the state goes to
-    checkpoint.pt, from which a killed training continues with equal results. Without `select` model.pt is the last
-    epoch's; with it the epoch of the highest `select(model)`.
+    After each epoch the state goes to checkpoint.pt, from which a stopped training continues with equal results, and
+    one line of figures to log.jsonl. model.pt is the last epoch's, or, with `select`, that of the highest
+    `select(model)`.
     """
-    device, main = accelerator.device, accelerator.is_main_process
-    sampler = EpochBatches(
-        len(patches), constants.batch_size, constants.seed, accelerator.process_index, accelerator.num_processes
-    )
-    # Workers see the epoch through the sampler's (epoch, index), so they may live through all epochs. The loader draws
-    # its workers' seeds, which nothing uses, from a generator of its own: dropout's would be changed by them.
-    loader = DataLoader(
-        patches,
-        batch_sampler=sampler,
-        num_workers=constants.workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=constants.workers > 0,
-        generator=torch.Generator(),
-    )
-    optimiser = torch.optim.SGD(
-        parameter_groups(model, constants.lr, constants.weight_decay),
-        lr=constants.lr,
-        momentum=constants.momentum,
-        nesterov=constants.momentum > 0,
-        fused=True,  # one pass over the weights instead of one for each operation
-    )
-    base_rates = [group["lr"] for group in optimiser.param_groups]
-    steps = constants.epochs * len(sampler)
-    checkpoint_file, first, best = folder.folder / "checkpoint.pt", 0, -math.inf
-    if checkpoint_file.exists():
-        checkpoint = load_checkpoint(checkpoint_file, model)
-        try:
-            optimiser.load_state_dict(checkpoint["optimiser"])
-            first, best = checkpoint["epoch"], checkpoint["best"]
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{checkpoint_file} is no state to continue from: train again with --overwrite") from None
-        accelerator.print(f"continuing after epoch {first} of {constants.epochs}")
-    model = model.to(device, memory_format=torch.channels_last)
-    if accelerator.num_processes > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if constants.compile:
-        model.compile()  # in place, so that the names in checkpoints stay
-    model, optimiser = accelerator.prepare(model, optimiser)
-    raw = accelerator.unwrap_model(model)
-    writer = SummaryWriter(str(folder.folder / "tensorboard"), purge_step=first * len(sampler)) if main else None
-    log_file = folder.folder / "log.jsonl"
-    if main:
-        _cut_log(log_file, first)
 
-    bar = tqdm(total=steps, initial=first * len(sampler), unit="batch", disable=None if main else True)
-    for epoch in range(first, constants.epochs):
-        # Dropout is random through (seed, epoch, process) alone: a continued training draws what the whole one drew.
-        torch.manual_seed((constants.seed * 100_003 + epoch) * 4_099 + accelerator.process_index)
-        sampler.epoch = epoch
-        bar.set_description(f"training, epoch {epoch + 1} of {constants.epochs}")
-        model.train()
+    def __init__(
+        self,
+        model: nn.Module,
+        pretrained: list[nn.Module],
+        patches: TrainingPatches,
+        constants: Recipe,
+        accelerator: Accelerator,
+    ):
+        self.constants, self.accelerator = constants, accelerator
+        self.sampler = EpochBatches(
+            len(patches), constants.batch_size, constants.seed, accelerator.process_index, accelerator.num_processes
+        )
+        # Workers get the epoch through the sampler's (epoch, index), so they may live through all epochs. DataLoader
+        # draws seeds of its workers, which nothing uses, from a generator of its own: dropout would draw others.
+        self.loader = DataLoader(
+            patches,
+            batch_sampler=self.sampler,
+            num_workers=constants.workers,
+            pin_memory=accelerator.device.type == "cuda",
+            persistent_workers=constants.workers > 0,
+            generator=torch.Generator(),
+        )
+        new = [module for module in model.children() if module not in pretrained]
+        self.optimiser: Any = torch.optim.SGD(
+            parameter_groups(pretrained, new, constants.lr, constants.weight_decay),
+            lr=constants.lr,
+            momentum=constants.momentum,
+            nesterov=constants.momentum > 0,
+            fused=True,  # one pass over the weights instead of one for each operation
+        )
+        self.base_rates = [group["lr"] for group in self.optimiser.param_groups]
+        self.raw: nn.Module = model  # without the wrapper of several processes
+        self.model: nn.Module = model
+        self.epoch, self.best = 0, -math.inf
+
+    @property
+    def steps(self) -> int:
+        """Batches of the whole training."""
+        return self.constants.epochs * len(self.sampler)
+
+    def resume(self, checkpoint_file: Path) -> None:
+        """Continue after the last finished epoch of a stopped training; raises `UserError` for a broken checkpoint."""
+        if not checkpoint_file.exists():
+            return
+        checkpoint = load_checkpoint(checkpoint_file, self.raw)
+        try:
+            before = checkpoint["optimiser"]
+            parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+            for index, state in before["state"].items():  # the fused optimiser does not check shapes itself
+                buffer = state.get("momentum_buffer")
+                if buffer is not None and buffer.shape != parameters[index].shape:
+                    raise ValueError("momentum of another shape")
+            self.optimiser.load_state_dict(before)
+            self.epoch, self.best = int(checkpoint["epoch"]), float(checkpoint["best"])
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{checkpoint_file} cannot be continued from: train again with --overwrite") from None
+        done = "is finished" if self.epoch >= self.constants.epochs else "continues"
+        self.accelerator.print(f"the training {done} after epoch {self.epoch} of {self.constants.epochs}")
+
+    def prepare(self) -> None:
+        """Move model and optimiser to the device and, where there are several, into all processes."""
+        device = self.accelerator.device
+        model = self.raw.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.accelerator.num_processes > 1 and device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if self.constants.compile:
+            model.compile()  # in place, so that the names in checkpoints stay
+        self.model, self.optimiser = self.accelerator.prepare(model, self.optimiser)
+        self.raw = self.accelerator.unwrap_model(self.model)
+
+    def train_one_epoch(self, compute_loss: ComputeLoss, bar: Progress) -> dict[str, float]:
+        """One pass over the patches -> means of the losses over it."""
+        constants, device, epoch = self.constants, self.accelerator.device, self.epoch
+        # dropout is random through (seed, epoch, process) alone, so that a resumed run repeats an uninterrupted one
+        torch.manual_seed((constants.seed * 100_003 + epoch) * 4_099 + self.accelerator.process_index)
+        self.sampler.epoch = epoch
+        self.model.train()
         sums: dict[str, Tensor] = {}
-        start = time.perf_counter()
-        for step, (images, targets) in enumerate(loader, start=epoch * len(sampler)):
-            for group, rate in zip(optimiser.param_groups, base_rates, strict=True):
-                group["lr"] = rate * (1 - step / steps) ** 0.9
+        for step, (images, targets) in enumerate(self.loader, start=epoch * len(self.sampler)):
+            for group, rate in zip(self.optimiser.param_groups, self.base_rates, strict=True):
+                group["lr"] = rate * (1 - step / self.steps) ** 0.9
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
             targets = targets.to(device, non_blocking=True)
-            with accelerator.autocast():
-                losses = compute_loss(model, images, targets)
-            optimiser.zero_grad(set_to_none=True)
-            accelerator.backward(losses["loss"])
-            optimiser.step()
+            self.optimiser.zero_grad(set_to_none=True)
+            with self.accelerator.autocast():
+                losses = compute_loss(self.model, images, targets)
+            self.accelerator.backward(losses["loss"])
+            self.optimiser.step()
             for name, value in losses.items():  # summed on the device: reading them each step would stall it
-                sums[name] = sums.get(name, 0.0) + value.detach()
+                sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
             bar.update()
-        means = {name: float(accelerator.reduce(value, "mean")) / len(sampler) for name, value in sums.items()}
-        seconds = time.perf_counter() - start
-        if not math.isfinite(means["loss"]):
-            raise UserError(
-                f"the loss became {means['loss']} in epoch {epoch + 1}: lower lr ({constants.lr}); the state after "
-                f"epoch {epoch} is kept in {checkpoint_file}"
-            )
-        row = {
-            "epoch": epoch + 1,
-            "step": (epoch + 1) * len(sampler),
-            **means,
-            "lr": optimiser.param_groups[0]["lr"],
-            "images_per_second": round(len(sampler) * constants.batch_size / seconds, 2),
-        }
-        if select:
-            row["train_miou"] = select(raw)
-        if main:
-            bar.set_postfix(loss=f"{means['loss']:.4f}")
-            with open(log_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            for name, value in row.items():
-                if name not in ("epoch", "step"):
-                    writer.add_scalar(name, value, row["step"])
-            if not select or row["train_miou"] > best:
-                save_checkpoint(folder.folder / "model.pt", raw, epoch=epoch + 1)
-            best = max(best, row.get("train_miou", best))
-            save_checkpoint(checkpoint_file, raw, optimiser=optimiser.state_dict(), epoch=epoch + 1, best=best)
-    bar.close()
+        self.epoch += 1
+        return {name: float(self.accelerator.reduce(value, "mean")) / len(self.sampler) for name, value in sums.items()}
+
+
+def train(
+    training: Training, folder: Path, compute_loss: ComputeLoss, select: Callable[[nn.Module], float] | None = None
+) -> None:
+    """Train all epochs that are left, and leave model.pt, checkpoint.pt, log.jsonl and TensorBoard files in `folder`."""
+    checkpoint_file, log_file, main = (
+        folder / "checkpoint.pt",
+        folder / "log.jsonl",
+        training.accelerator.is_main_process,
+    )
+    training.resume(checkpoint_file)
+    training.prepare()
+    left, steps = training.constants.epochs - training.epoch, len(training.sampler)
     if main:
+        _cut_log(log_file, training.epoch)
+    if left <= 0:
+        return
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=training.epoch * steps) if main else None
+    bar = Progress(training.steps, "training", "batch", initial=training.epoch * steps, shown=main)
+    while training.epoch < training.constants.epochs:
+        start = time.perf_counter()
+        bar.set_description(f"training, epoch {training.epoch + 1} of {training.constants.epochs}", refresh=False)
+        means = training.train_one_epoch(compute_loss, bar)
+        bar.note(f"loss {means['loss']:.4f}")
+        check(
+            math.isfinite(means["loss"]),
+            f"the loss became {means['loss']} in epoch {training.epoch}: lower lr ({training.constants.lr}); the state "
+            f"after epoch {training.epoch - 1} is kept in {checkpoint_file}",
+        )
+        row = {"epoch": training.epoch, "step": training.epoch * steps, **means}
+        row["lr"] = training.optimiser.param_groups[0]["lr"]
+        row["images_per_second"] = round(steps * training.constants.batch_size / (time.perf_counter() - start), 2)
+        if select:
+            row["train_miou"] = select(training.raw)
+        if not main or writer is None:
+            continue
+        _log(log_file, row)
+        for name, value in row.items():
+            if name not in ("epoch", "step"):
+                writer.add_scalar(name, value, row["step"])
+        if not select or row["train_miou"] > training.best:
+            save_checkpoint(folder / "model.pt", training.raw, epoch=training.epoch)
+        training.best = max(training.best, row.get("train_miou", training.best))
+        save_checkpoint(
+            checkpoint_file,
+            training.raw,
+            optimiser=training.optimiser.state_dict(),
+            epoch=training.epoch,
+            best=training.best,
+        )
+    bar.close()
+    if writer:
         writer.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The epochs of a log.jsonl; lines that are no JSON objects, as a power cut can leave, are passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        rows += [row] if isinstance(row, dict) else []
+    return rows
+
+
+def _log(path: Path, row: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def _cut_log(path: Path, epochs: int) -> None:
     """Drop what a killed run logged after its last checkpoint."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()[:epochs]
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    rows = [row for row in read_log(path) if row.get("epoch", math.inf) <= epochs]
+    with write_whole(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

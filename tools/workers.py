@@ -1,28 +1,56 @@
-"""Worker processes that are quiet when the run is stopped, gone when it is, and explained when the system ends one."""
+"""A pool of worker processes that ends with its parent and explains a killed worker."""
 
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
+from typing import Any
 
-from tools.command import STOPPING, UserError
+from tools.command import UserError, check
+
+MOST_TEMPORARY = 74  # characters of TMPDIR: processes talk through sockets below it, whose paths hold 107
+
+
+def check_temporary_folder() -> None:
+    """Raise `UserError` where worker processes would wait for each other for ever."""
+    folder = tempfile.gettempdir()
+    check(
+        sys.platform == "win32" or len(os.fsencode(folder)) <= MOST_TEMPORARY,
+        f"the folder for temporary files, {folder}, has a path of more than {MOST_TEMPORARY} characters, too long for "
+        "the sockets of worker processes: set TMPDIR to a shorter one, such as /tmp, or use --workers 0",
+    )
+
+
+def in_workers(work: Callable[[Any], Any], items: Sequence[Any], workers: int, chunk: int = 1) -> Iterator[Any]:
+    """Yield work(item) in the order of the items, computed in `workers` processes; 0 works in this process.
+
+    Where there are workers, `work` must be picklable (a function of a module, or a `functools.partial` of one); each
+    gets `chunk` items at a time.
+    """
+    if workers < 1 or len(items) < 2:
+        yield from map(work, items)
+        return
+    with worker_pool(min(workers, len(items))) as pool:
+        yield from pool.map(work, items, chunksize=chunk)
 
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of processes of one thread each, none of which outlives this process.
 
-    An exception in the block kills the workers: what they write appears whole or not at all, so only the files under
-    way are lost. Raises `UserError` when the system has ended a worker.
+    An exception in the block kills the workers: files are written whole or not at all, so only the files under way are
+    lost. Raises `UserError` when the system has ended a worker.
     """
+    check_temporary_folder()
     before = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")  # forking a process that has used torch threads can hang
+    context = multiprocessing.get_context("spawn")  # forking a process that has used torch's threads can hang
     with _Pool(workers, context, initializer=_begin) as pool:
         try:
             yield pool
@@ -31,35 +59,40 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
                 process.kill()
             if isinstance(error, BrokenProcessPool):
                 raise UserError(
-                    "a worker process was ended by the system, most often because the memory was full: the same "
-                    "command continues with what is left, and --workers 1 needs the least memory"
+                    "the system ended a worker process, most often because the memory was full: the same command "
+                    "continues with the rest, and --workers 1 needs the least memory"
                 ) from None
             raise
 
 
 class _Pool(ProcessPoolExecutor):
-    """Its processes, which are started when work is submitted, leave the signals that stop a run to this one."""
+    """Its processes are started by `submit`. They ignore Ctrl-C, which the main process handles for them."""
 
     def submit(self, *arguments, **named) -> Future:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # a new process inherits what is blocked
+        if threading.current_thread() is not threading.main_thread():  # signals are set in the main thread alone
+            return super().submit(*arguments, **named)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process inherits this
         try:
             return super().submit(*arguments, **named)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            signal.signal(signal.SIGINT, before)
 
 
 def _begin() -> None:
-    """Workers share the cores among themselves: threads inside each would only fight for them."""
+    """Runs first in each worker: one thread each, since the workers share the cores."""
     import cv2
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    if "torch" in sys.modules:  # loading it takes seconds, and hundreds of megabytes in each worker
+    if "torch" in sys.modules:  # importing torch takes seconds, and hundreds of megabytes in each worker
         sys.modules["torch"].set_num_threads(1)
 
 
 def _end_with_parent() -> None:
-    """Otherwise a worker would wait for work for ever after its parent was killed."""
-    wait([multiprocessing.parent_process().sentinel])
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
     os._exit(1)

@@ -1,0 +1,118 @@
+"""The constants at the top of each script: typed, checked when the script starts, and shown by --help."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from tools.command import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+T = TypeVar("T")
+_SPEED = object()
+Speed = Annotated[T, _SPEED]  # affects speed or place, not results: may differ when a run is resumed
+
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Affinity = Annotated[float, Field(ge=0, le=0.999)]  # above 0.999 even the diagonal of PRC's affinity would be cut
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Scales = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Width = Annotated[int, Field(ge=4, multiple_of=4)]  # of GroupNorm(4)
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+
+EXPECTED = {  # pydantic's name of an error -> what was expected, filled in with the limit
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "above {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "below {lt:g}",
+    "finite_number": "a finite number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "True or False",
+    "bool_type": "True or False",
+    "string_type": "a text in quotes",
+    "path_type": "a path in quotes",
+    "tuple_type": "several values in parentheses",
+    "too_short": "at least {min_length} value",
+    "literal_error": "{expected}",
+    "multiple_of": "a multiple of {multiple_of}",
+    "string_pattern_mismatch": "of the form {pattern}",
+}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def constants(cls: type[T]) -> type[T]:
+    """Class decorator: a frozen dataclass whose values, the defaults included, are checked against their types.
+
+    Raises `UserError` that names the constant, its value and what was expected.
+    """
+    config = ConfigDict(validate_default=True, extra="forbid", revalidate_instances="always")
+    checked: Any = checked_dataclass(frozen=True, kw_only=True, config=config)(cls)
+    create = checked.__init__
+
+    def __init__(self, **values):
+        try:
+            create(self, **values)
+        except ValidationError as error:
+            raise UserError(_sentence(error)) from None
+
+    checked.__init__ = __init__
+    return checked
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = next((part for part in reversed(first["loc"]) if isinstance(part, str) and part.isidentifier()), "?")
+    expected = EXPECTED.get(first["type"], "")
+    demand = expected.format(**first.get("ctx", {})) if expected else first["msg"]
+    return (
+        f"{name} is {first['input']!r}, but it must be {demand}: change the constant at the top of the script, "
+        f"or --{name.replace('_', '-')}"
+    )
+
+
+@constants
+class Place:
+    """What every script has."""
+
+    root: Speed[Path] = ROOT  # the folder that holds datasets/ and experiments/
+    overwrite: Speed[bool] = False  # replace results that were made with other constants
+    workers: Speed[Count] = 4  # worker processes; 0: work in the main process
+
+
+@constants
+class Machine(Place):
+    """What every step has."""
+
+    samples: Speed[Count] = 8  # patches on the contact sheet
+    device: Speed[Device] = "auto"  # auto | cpu | cuda | cuda:1 | mps
+
+
+def flat(values: Any) -> dict[str, Any]:
+    """name -> value of a constants block; the constants of a nested block stand beside the others."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(values):
+        value = getattr(values, field.name)
+        found |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return found
+
+
+def speed_constants(values: Any) -> set[str]:
+    """Names of the constants marked `Speed`, those of nested blocks included."""
+    found = set()
+    for name, hint in get_type_hints(type(values), include_extras=True).items():
+        if _SPEED in getattr(hint, "__metadata__", ()):
+            found.add(name)
+        elif dataclasses.is_dataclass(getattr(values, name, None)):
+            found |= speed_constants(getattr(values, name))
+    return found

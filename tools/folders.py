@@ -1,0 +1,286 @@
+"""The folder that a step writes: opened, refused or resumed, what is left to do, what failed, and its run.json."""
+
+import json
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import psutil
+
+from tools.command import UserError, check
+from tools.constants import Place, flat, speed_constants
+from tools.files import remove_leftovers, write_json, write_whole
+from tools.progress import Progress
+from tools.runs import Run, commit, package_versions, read_run
+from tools.workers import in_workers
+
+MOST_SHOWN = 20  # files of a list that one message names
+LOCK = ".lock"
+
+
+class ProcessState(Protocol):
+    """What `Accelerator` and `PartialState` have in common."""
+
+    @property
+    def device(self) -> Any: ...
+    @property
+    def process_index(self) -> int: ...
+    @property
+    def num_processes(self) -> int: ...
+    @property
+    def is_main_process(self) -> bool: ...
+    def wait_for_everyone(self) -> None: ...
+
+
+class OneProcess:
+    """The state of a step that runs in one process and needs no torch."""
+
+    device, process_index, num_processes, is_main_process = "cpu", 0, 1, True
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+
+def process_state(device: str = "auto") -> ProcessState:
+    """Accelerate's `PartialState`: which of how many processes this is, and its device."""
+    import torch  # here, since it takes seconds and the data preparation does without
+    from accelerate import PartialState
+
+    # without cpu=True every CPU process would do all the work
+    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+
+
+def and_more(lines: Sequence[str], most: int = MOST_SHOWN, between: str = "\n  ") -> str:
+    """The first lines, and how many more there are."""
+    more = f"{between}and {len(lines) - most} more" if len(lines) > most else ""
+    return between.join(lines[:most]) + more
+
+
+class StepFolder:
+    """The output folder of a step.
+
+    `constants` is the script's block. `open` gives the folder to a run: where it was made with other constants or from
+    other inputs it is refused, unless `overwrite`; where it is unfinished the run continues it. Several processes may
+    open the same folder: they share the work, and the main one writes run.json.
+    """
+
+    run: Run
+
+    def __init__(self, path: Path, constants: Place):
+        self.path, self.constants = Path(path), constants
+        self.state: ProcessState = OneProcess()
+        self.failures: list[str] = []
+        self._joined = False
+        self._resumed: dict | None = None  # account of a run that found the folder finished
+
+    @property
+    def is_main(self) -> bool:
+        return self.state.is_main_process
+
+    @contextmanager
+    def open(
+        self,
+        suffix: str,
+        *,
+        state: ProcessState | None = None,
+        inputs: dict[str, str] | None = None,
+        notes: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> Iterator[Self]:
+        """Own the folder for the block, then write run.json with the count of files that end in `suffix`.
+
+        `inputs`: name -> start of the run, or hash of the file, that is read, so that results of different inputs never
+        mix. `notes` are facts that later tables must show. `settings` are further values that must agree like the
+        constants. Raises `UserError` when the folder is refused, and at the end with the list of files that failed.
+        """
+        self.state = state or self.state
+        self._start = time.monotonic()
+        self.run = self._new_run(inputs or {}, notes or {}, settings or {})
+        if self.is_main:
+            self._open(self.constants.overwrite)
+        self.state.wait_for_everyone()  # the main process has emptied, refused or made the folder before others write
+        try:
+            yield self
+            self.join()
+            self._close(suffix)
+        finally:
+            if self.is_main:
+                (self.path / LOCK).unlink(missing_ok=True)
+
+    def _new_run(self, inputs: dict[str, str], notes: dict[str, Any], settings: dict[str, Any]) -> Run:
+        now = time.time_ns()
+        constants = json.loads(json.dumps(flat(self.constants) | settings, default=str))
+        return Run(
+            script=Path(sys.argv[0]).name,
+            command=" ".join([Path(sys.executable).name, *sys.argv]),
+            constants=constants,
+            inputs=inputs,
+            notes=notes,
+            device=str(self.state.device),
+            processes=self.state.num_processes,
+            packages=package_versions(),
+            commit=commit(),
+            started=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10**9)) + f".{now % 10**9 // 1000:06d}Z",
+            seconds=0.0,
+            finished=False,
+        )
+
+    def _open(self, overwrite: bool) -> None:
+        file = self.path / "run.json"
+        content = [path.name for path in self.path.glob("*") if path.name != LOCK] if self.path.is_dir() else []
+        known = file.exists()
+        check(
+            known or not content,
+            f"{self.path} is not empty but has no run.json, so it is not known how it was made: move it away",
+        )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        try:
+            if overwrite and known:
+                self._empty()
+            elif known:
+                self._resume(read_run(self.path, f"--overwrite starts {self.path} again"))
+            remove_leftovers(self.path)
+            self._write_run()
+        except BaseException:
+            (self.path / LOCK).unlink(missing_ok=True)
+            raise
+
+    def _resume(self, before: Run) -> None:
+        self._refuse_other_settings(before)
+        part = self.run.part()
+        self.run = before.model_copy(update={"finished": False})
+        if before.finished:
+            self._resumed = part  # recorded only if missing files are recreated
+        else:
+            self.run.continued.append(part)
+
+    def _refuse_other_settings(self, before: Run) -> None:
+        skip = speed_constants(self.constants)
+        old, new = before.constants, self.run.constants
+        other = [
+            f"{name}: {old.get(name)} there, {new.get(name)} now"
+            for name in sorted((old.keys() | new.keys()) - skip)
+            if old.get(name) != new.get(name)
+        ]
+        other += [
+            f"made from another run of {name}"
+            for name, started in before.inputs.items()
+            if self.run.inputs.get(name) != started
+        ]
+        elsewhere = ", or choose another --experiment" if "experiment" in new else ""
+        check(
+            not other,
+            f"{self.path} was made with other settings ({'; '.join(other)}): --overwrite replaces it{elsewhere}",
+        )
+
+    def _lock(self) -> None:
+        """Refuse a folder that another living run writes. A lock whose process has ended is taken over."""
+        lock, me = self.path / LOCK, psutil.Process()
+        try:
+            host, pid, born = lock.read_text(encoding="utf-8").split()
+            alive = host != socket.gethostname() or (
+                int(pid) != me.pid
+                and psutil.pid_exists(int(pid))
+                and psutil.Process(int(pid)).create_time() == float(born)
+            )
+        except (OSError, ValueError, psutil.Error):
+            alive = False
+        check(
+            not alive,
+            f"{self.path} is being written by another run (process {pid} on {host}): wait for it, or delete {lock} if "
+            "that run has ended"
+            if alive
+            else "",
+        )
+        with write_whole(lock) as temporary:
+            temporary.write_text(f"{socket.gethostname()} {me.pid} {me.create_time()!r}", encoding="utf-8")
+
+    def _empty(self) -> None:
+        """Mark the folder unfinished first and delete run.json last: an interrupted --overwrite can be recognised."""
+        file = self.path / "run.json"
+        with suppress(UserError):
+            write_json(file, read_run(self.path).model_copy(update={"finished": False}).model_dump())
+        for path in list(self.path.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path not in (file, self.path / LOCK):
+                path.unlink()
+        file.unlink()
+
+    def pending(self, ids: Sequence[str], suffix: str) -> list[str]:
+        """This process's share of the ids whose file <path>/<id><suffix> is missing."""
+        missing = {id for id in ids if not (self.path / f"{id}{suffix}").exists()}
+        if missing:
+            self.mark_changed()
+        return [id for id in ids[self.state.process_index :: self.state.num_processes] if id in missing]
+
+    def mark_changed(self) -> None:
+        """Record in run.json that this run adds to a folder that was finished."""
+        if self._resumed:
+            self.run.continued.append(self._resumed)
+            self._resumed = None
+
+    def fail(self, error: Exception | str) -> None:
+        """Keep the sentence of a bad file; the end of the step reports them all after the good files are done."""
+        self.failures.append(str(error))
+
+    def progress(self, total: int, what: str, unit: str = "image") -> Progress:
+        """Progress of the main process."""
+        return Progress(total, what, unit, shown=self.is_main)
+
+    def each(self, work: Callable[[Any], None], items: Sequence[Any], what: str, unit: str = "image") -> None:
+        """Call work(item) for each item in `constants.workers` processes; a `UserError` is kept for the end.
+
+        Where there are workers, `work` must be a function of a module, or a `functools.partial` of one.
+        """
+        with self.progress(len(items), what, unit) as bar:
+            for sentence in in_workers(partial(_attempt, work), items, self.constants.workers):
+                if sentence:
+                    self.fail(sentence)
+                bar.update()
+
+    def join(self) -> None:
+        """Wait for all processes; their failures come together in the main one, which reports them."""
+        if self.state.num_processes > 1 and not self._joined:
+            from accelerate.utils import gather_object
+
+            failures = gather_object(self.failures)
+            self.failures = failures if self.is_main else []
+        self._joined = True
+
+    def _close(self, suffix: str) -> None:
+        if not self._resumed:
+            self.run.seconds = round(self.run.seconds + time.monotonic() - self._start, 1)
+        self.run.files = count_files(self.path, suffix)
+        self.run.finished = not self.failures
+        if self.is_main:
+            self._write_run()
+        self.state.wait_for_everyone()  # a later step of the same program reads run.json in every process
+        check(
+            not self.failures,
+            f"{len(self.failures)} files could not be done; all others are finished. Fix or remove them, then run the "
+            f"same command again:\n  {and_more(self.failures)}",
+        )
+
+    def _write_run(self) -> None:
+        write_json(self.path / "run.json", self.run.model_dump())
+
+
+def count_files(folder: Path, suffix: str) -> int:
+    """Results of a step in a folder: all files that end in `suffix` but pictures for people and hidden files."""
+    return sum(path.stem != "contact_sheet" and path.name[0] != "." for path in folder.glob(f"*{suffix}"))
+
+
+def _attempt(work: Callable[[Any], None], item: Any) -> str | None:
+    try:
+        work(item)
+    except UserError as error:
+        return str(error)
+    return None

@@ -1,0 +1,42 @@
+"""A trained segmenter, ready to predict: for the patches of step 6 and for whole scenes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.backbone import Backbone
+from models.deeplab import DeepLabV3Plus
+from tools.cams import mirrored_scales
+from tools.command import check
+from tools.dataset import Dataset
+from tools.runs import Run
+from tools.training import load_checkpoint
+
+
+class Segmenter:
+    """The model of a step 5 folder on the device of `accelerator`; `run` is the folder's run.json."""
+
+    def __init__(self, folder: Path, run: Run, dataset: Dataset, accelerator: Accelerator):
+        trained = run.constants
+        check(
+            trained["dataset"] == dataset.name,
+            f"{folder} was trained on the data set {trained['dataset']}: use --dataset {trained['dataset']}, or train on "
+            f"{dataset.name}",
+        )
+        model = DeepLabV3Plus(Backbone(trained["backbone"], "none"), dataset.num_classes, trained["width"])
+        load_checkpoint(folder / "model.pt", model)
+        self.accelerator, self.model = accelerator, model.to(accelerator.device).eval()
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, scales: Sequence[float]) -> Tensor:
+        """(B,3,H,W) uint8 -> logits (B,K,H,W), summed over all scales and mirror images (method section 6)."""
+        with self.accelerator.autocast():
+            logits = mirrored_scales(self.model, images, scales, self.accelerator.device)
+            total = torch.zeros((), device=self.accelerator.device)
+            for scale in logits:
+                total = total + F.interpolate(scale, images.shape[-2:], mode="bilinear", align_corners=False)
+            return total
