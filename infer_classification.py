@@ -45,10 +45,8 @@ def main(constants: Constants) -> None:
 
     def row(id: str) -> list[np.ndarray | None]:
         """The patch with the maps of its classes."""
-        image, maps = (
-            load_image(dataset.images(step.split) / f"{id}.png"),
-            dict(zip(*load_cams(step.path / f"{id}.npz"))),
-        )
+        image = load_image(dataset.images(step.split) / f"{id}.png")
+        maps = dict(zip(*load_cams(step.path / f"{id}.npz"), strict=True))
         return [image, *(heat(image, maps[k]) if k in maps else None for k in range(dataset.num_classes))]
 
     with step.open(".npz", state=accelerator, settings={"precision": precision_of(accelerator)}):

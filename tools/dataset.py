@@ -13,7 +13,6 @@ import numpy as np
 from tools.command import UserError
 from tools.constants import ROOT
 from tools.files import write_whole
-from tools.step import ROOT
 from tools.steps import SPLITS
 
 MOST_SLIPS = 10  # lines of a csv that are told at once

@@ -185,20 +185,14 @@ class StepFolder:
         lock, me = self.path / LOCK, psutil.Process()
         try:
             host, pid, born = lock.read_text(encoding="utf-8").split()
-            alive = host != socket.gethostname() or (
-                int(pid) != me.pid
-                and psutil.pid_exists(int(pid))
-                and psutil.Process(int(pid)).create_time() == float(born)
-            )
-        except (OSError, ValueError, psutil.Error):
-            alive = False
-        check(
-            not alive,
-            f"{self.path} is being written by another run (process {pid} on {host}): wait for it, or delete {lock} if "
-            "that run has ended"
-            if alive
-            else "",
-        )
+            elsewhere = host != socket.gethostname()
+            if elsewhere or (int(pid) != me.pid and psutil.Process(int(pid)).create_time() == float(born)):
+                raise UserError(
+                    f"{self.path} is being written by another run (process {pid} on {host}): wait for it, or delete "
+                    f"{lock} if that run has ended"
+                )
+        except (OSError, ValueError, psutil.Error):  # no lock, a broken one, or its process has ended
+            pass
         with write_whole(lock) as temporary:
             temporary.write_text(f"{socket.gethostname()} {me.pid} {me.create_time()!r}", encoding="utf-8")
 

@@ -24,8 +24,8 @@ class Segmenter:
         trained = run.constants
         check(
             trained["dataset"] == dataset.name,
-            f"{folder} was trained on the data set {trained['dataset']}: use --dataset {trained['dataset']}, or train on "
-            f"{dataset.name}",
+            f"{folder} was trained on the data set {trained['dataset']}: use --dataset {trained['dataset']}, or train "
+            f"on {dataset.name}",
         )
         model = DeepLabV3Plus(Backbone(trained["backbone"], "none"), dataset.num_classes, trained["width"])
         load_checkpoint(folder / "model.pt", model)

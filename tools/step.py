@@ -1,4 +1,4 @@
-"""What steps 1 to 7 have in common: the data set, the inputs, the output folder, the contact sheet, the closing lines."""
+"""What steps 1 to 7 have in common: data set, inputs, output folder, contact sheet, closing lines."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ def experiment_folder(root: Path, dataset: str, experiment: str) -> Path:
     fits = experiment.replace("-", "").replace(".", "").replace("_", "").isalnum()
     check(
         fits,
-        f'experiment is "{experiment}", but its name must hold letters or digits, and beside them only "_", "-" and "."',
+        f'experiment is "{experiment}", but its name must hold letters or digits, and otherwise only "_", "-" and "."',
     )
     return Path(root) / "experiments" / dataset / experiment
 

@@ -264,12 +264,9 @@ class Training:
 def train(
     training: Training, folder: Path, compute_loss: ComputeLoss, select: Callable[[nn.Module], float] | None = None
 ) -> None:
-    """Train all epochs that are left, and leave model.pt, checkpoint.pt, log.jsonl and TensorBoard files in `folder`."""
-    checkpoint_file, log_file, main = (
-        folder / "checkpoint.pt",
-        folder / "log.jsonl",
-        training.accelerator.is_main_process,
-    )
+    """Train the epochs that are left; write model.pt, checkpoint.pt, log.jsonl and TensorBoard files to `folder`."""
+    checkpoint_file, log_file = folder / "checkpoint.pt", folder / "log.jsonl"
+    main = training.accelerator.is_main_process
     training.resume(checkpoint_file)
     training.prepare()
     left, steps = training.constants.epochs - training.epoch, len(training.sampler)
