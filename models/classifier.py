@@ -9,10 +9,9 @@ from models.prc import PixelRelationshipConstraint
 class Classifier(nn.Module):
     """Image-level classifier with PRC on its class activation maps.
 
-    The logits are the spatial mean of the RAW maps, so PRC is trained by the image reconstruction loss alone. The
-    stages below high (ResNet: stem, layer1, layer2) do not learn, though their BatchNorm statistics move; `train_all`
-    lets them learn, for backbones that start from random weights. `pretrained` modules learn at the base rate, `new`
-    ones at ten times it.
+    The logits are the spatial mean of the RAW maps, so only the image reconstruction loss trains PRC. The stages low
+    and mid (ResNet: stem, layer1, layer2) do not learn, but their BatchNorm statistics move. With `train_all` they
+    learn as well, for backbones that start from random weights. gamma, iterations: see PixelRelationshipConstraint.
     """
 
     def __init__(
