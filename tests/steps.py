@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from models.crf import CRF
-from report.page import renew
 from tools.constants import Count, Place, PositiveCount, Seed, Speed, constants
 
 TRAIN, TEST = [f"train_{index}" for index in range(10)], [f"test_{index}" for index in range(4)]
@@ -78,7 +77,7 @@ def step(script, root, **constants):
             values["crf"] = CRF(**of_crf)
         given = module.Constants(dataset="tiny", root=root, **values)
         module.main(given)
-        renew(given)
+        module.renew(given)
     finally:
         torch.set_num_threads(threads)
 

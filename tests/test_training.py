@@ -298,16 +298,12 @@ def test_a_damaged_log_does_not_end_a_training(training):
     file = training.folder / "run" / "log.jsonl"
     rows = log(file.parent)
     checkpoint = (file.parent / "checkpoint.pt").read_bytes()
-    for content in (
-        b"",
-        b"\xff\xfe\0",
-        b"[1]\n3\n" + b"[" * 100_000,
-        json.dumps(rows[0]).encode() + b'\n{"epoch": 2, "lo',
-    ):
+    cut = json.dumps(rows[0]).encode() + b'\n{"epoch": 2, "lo'
+    for content in (b"", b"\xff\xfe\0", b"[1]\n3\n" + b"[" * 100_000, cut):
         file.write_bytes(content)
         (file.parent / "checkpoint.pt").write_bytes(checkpoint)
         training("run", whole)
-        assert log(file.parent) == ([rows[0]] if b"lo" in content else [])
+        assert log(file.parent) == ([rows[0]] if content == cut else [])
     file.unlink()
     training("run", whole)
 
@@ -326,7 +322,7 @@ def test_momentum_of_another_shape_is_refused(training):
     file = training.folder / "run" / "checkpoint.pt"
     checkpoint = torch.load(file, weights_only=True)
     good = checkpoint["optimiser"]["state"][0]["momentum_buffer"]
-    for buffer in (torch.zeros(1), torch.zeros(0), good.T, "none"):
+    for buffer in (torch.zeros(1), torch.zeros(0), good.flatten(), "none"):
         checkpoint["optimiser"]["state"][0]["momentum_buffer"] = buffer
         torch.save(checkpoint, file)
         with pytest.raises(UserError, match=r"checkpoint\.pt cannot be continued from: train again with --overwrite"):
