@@ -27,13 +27,18 @@ from tools.step import Step
 
 
 @constants
+class Crf(CRF):
+    """Constants of the dense CRF."""
+
+
+@constants
 class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
     cams: str = ""  # the experiment whose CAMs are used; empty: this one
     background: Literal["cam", "threshold"] = "cam"  # threshold: an extension, see thresholded_background
-    crf: OmitArgPrefixes[CRF] = CRF()  # the dense CRF, models/crf.py
+    crf: OmitArgPrefixes[Crf] = Crf()  # the dense CRF; constants and comments in models/crf.py
 
 
 def thresholded_background(classes: np.ndarray, maps: np.ndarray, background: int) -> np.ndarray:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from models.crf import CRF
 from tools.constants import Count, Place, PositiveCount, Seed, Speed, constants
 
 TRAIN, TEST = [f"train_{index}" for index in range(10)], [f"test_{index}" for index in range(4)]
@@ -73,8 +72,8 @@ def step(script, root, **constants):
         module = importlib.import_module(script)
         values = STEPS[script][1] | {"workers": 0} | constants
         if script == "make_pseudo_labels":  # as on the command line, the constants of the CRF stand beside the others
-            of_crf = {field.name: values.pop(field.name) for field in fields(CRF) if field.name in values}
-            values["crf"] = CRF(**of_crf)
+            of_crf = {field.name: values.pop(field.name) for field in fields(module.Crf) if field.name in values}
+            values["crf"] = module.Crf(**of_crf)
         given = module.Constants(dataset="tiny", root=root, **values)
         module.main(given)
         module.renew(given)

@@ -128,7 +128,7 @@ def test_the_fully_supervised_bound(copy):
     folder = experiment(copy, "supervised") / "segmenter"
     assert account(folder)["notes"]["supervision"] and "stand_in" not in account(folder)["notes"]
     shutil.rmtree(copy / "datasets" / "tiny" / "train" / "labels")
-    with pytest.raises(UserError, match="lacks the label of 10 train images, train_0 for one"):
+    with pytest.raises(UserError, match="has no label of 10 train images: train_0, train_1, train_2, and 7 more"):
         step("train_segmentation", copy, experiment="again", labels="truth")
 
 
