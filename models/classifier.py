@@ -24,7 +24,6 @@ class Classifier(nn.Module):
         self.classifier = nn.Conv2d(backbone.high_channels, num_classes, 1, bias=False)
         nn.init.kaiming_normal_(self.classifier.weight)
         self.prc = PixelRelationshipConstraint(backbone.high_channels, gamma, iterations)
-        self.pretrained, self.new = [self.backbone], [self.classifier, self.prc]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,3,H,W) normalised RGB -> logits (B,K), class maps after PRC (B,K,H/16,W/16)."""

@@ -10,13 +10,13 @@ permutohedral lattice, in time linear in the number of pixels (mode "lattice"), 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from pydantic.dataclasses import dataclass
 from scipy import sparse
 
 PROBABILITY_FLOOR = 1e-5  # as in the usual densecrf helper: unary = -log of the probability clipped to [1e-5, 1]
@@ -27,7 +27,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # 0 leaves the kern
 
 @dataclass(frozen=True, kw_only=True)
 class CRF:
-    """Constants of the dense CRF. Raises `ValueError` for values outside their ranges."""
+    """Constants of the dense CRF. The types carry their ranges, which step 3's constants block checks."""
 
     crf_iterations: Annotated[int, Field(ge=0)] = 10  # mean-field iterations; 0: no CRF, the highest map wins
     crf_mode: Literal["lattice", "exact"] = "lattice"  # exact: slow above 128 px without a GPU

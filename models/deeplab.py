@@ -80,7 +80,6 @@ class DeepLabV3Plus(nn.Module):
             nn.Dropout(0.1),
             nn.Conv2d(width, num_classes, 1),
         )
-        self.pretrained, self.new = [self.backbone], [self.aspp, self.low, self.decoder]
 
     def train(self, mode: bool = True) -> "DeepLabV3Plus":
         """Switch to training, except a frozen BatchNorm: it uses its running statistics and does not update them."""

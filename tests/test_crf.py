@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 
 from models.crf import CRF, dense_crf, lattice_filter, permutohedral_lattice
+from tools.command import UserError
+from tools.constants import constants
 
 MODES = ("lattice", "exact")
 
@@ -258,8 +260,13 @@ def test_sigmas_too_small_for_the_lattice():
     ],
 )
 def test_constants_outside_their_range_are_named(name, value):
-    with pytest.raises(ValueError, match=name):
-        CRF(**{name: value})
+    @constants
+    class Block:
+        crf: CRF = LATTICE
+
+    assert Block().crf == LATTICE
+    with pytest.raises(UserError, match=f"^{name} is .*, but it must be .*--{name.replace('_', '-')}$"):
+        Block(crf=CRF(**{name: value}))
 
 
 def test_the_defaults_are_the_paper_s():
