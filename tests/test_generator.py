@@ -181,7 +181,7 @@ def test_memory_that_runs_out_halves_the_batch(monkeypatch):
 
     monkeypatch.setattr(MaskGenerator, "_points", small_memory)
     (found,) = generator([picture(96, 96)])
-    assert generator.points_at_once == 9
+    assert generator.points_at_once.size == 9
     assert len(found) == len(expected)
 
 
