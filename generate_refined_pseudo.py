@@ -10,11 +10,10 @@ from functools import partial
 from typing import Literal
 
 from PRC_SAM.refine import refine_patch
-
 from report.page import renew
 from tools.command import run
 from tools.constants import Machine, Share, constants
-from tools.folders import process_state
+from tools.devices import process_state
 from tools.step import Step
 
 

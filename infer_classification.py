@@ -16,10 +16,11 @@ from report.page import renew
 from tools.cams import image_batches, in_background, load_cams, mirrored_scales, save_cams
 from tools.command import run
 from tools.constants import Count, Machine, PositiveCount, Scales, Speed, constants
+from tools.devices import make_accelerator, precision_of
 from tools.labels import load_image
 from tools.pictures import heat
 from tools.step import Step
-from tools.training import load_checkpoint, make_accelerator, precision_of
+from tools.training import load_checkpoint
 
 
 @constants

@@ -17,10 +17,10 @@ from report.page import renew
 from tools.cams import image_batches, in_background
 from tools.command import run
 from tools.constants import Machine, PositiveCount, Scales, Speed, constants
+from tools.devices import make_accelerator, precision_of
 from tools.labels import save_label
 from tools.segmenter import Segmenter
 from tools.step import Step
-from tools.training import make_accelerator, precision_of
 
 
 @constants

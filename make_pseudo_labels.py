@@ -21,7 +21,7 @@ from tools.cams import load_cams
 from tools.command import UserError, check, run
 from tools.constants import Machine, constants
 from tools.dataset import Dataset
-from tools.folders import process_state
+from tools.devices import process_state
 from tools.labels import load_image, save_label
 from tools.step import Step
 

@@ -34,11 +34,12 @@ from tools.constants import (
     constants,
 )
 from tools.dataset import Dataset
+from tools.devices import make_accelerator, precision_of
 from tools.labels import load_image, load_label
 from tools.pictures import heat
 from tools.scores import ConfusionMatrix
 from tools.step import Step
-from tools.training import Training, check_recipe, load_backbone, load_checkpoint, make_accelerator, precision_of, train
+from tools.training import Training, check_recipe, load_backbone, load_checkpoint, train
 
 
 @constants
@@ -55,6 +56,7 @@ class Constants(Machine):
     tiles: PositiveCount = 4  # IR: parts with class colours of their own: 1, 4, 9, ...
     epochs: PositiveCount = 20  # passes over the train split
     batch_size: PositiveCount = 8  # over all processes together
+    micro_batch: Count = 0  # patches computed at once; 0: the whole batch. Smaller ones change BatchNorm's statistics
     lr: Positive = 0.1  # of pretrained weights; their biases x2, new weights x10, new biases x20
     momentum: Momentum = 1e-4  # what the released optimiser receives (0.9 was intended)
     weight_decay: NonNegative = 1e-4  # on weights only
@@ -111,7 +113,9 @@ def main(constants: Constants) -> None:
     patches = TrainingPatches(
         step.ids, dataset.images("train"), labels, dataset.num_classes, dataset.patch_size, constants.seed
     )
-    training = Training(model, [] if constants.weights == "none" else [backbone], patches, constants, accelerator)
+    compute = partial(compute_loss, ir_weight=constants.ir_weight, tiles=constants.tiles)
+    pretrained = [] if constants.weights == "none" else [backbone]
+    training = Training(model, pretrained, patches, compute, constants, accelerator)
     released = constants.protocol == "released"
     select = partial(argmax_miou, dataset=dataset, workers=constants.workers, device=accelerator.device)
 
@@ -129,8 +133,7 @@ def main(constants: Constants) -> None:
         notes={"protocol_of_the_steps": "released"} if released else {},
         settings={"precision": precision_of(accelerator)},
     ):
-        compute = partial(compute_loss, ir_weight=constants.ir_weight, tiles=constants.tiles)
-        train(training, step.path, compute, select if released else None)
+        train(training, step.path, select if released else None)
         load_checkpoint(step.path / "model.pt", model)
         model.eval()
         step.draw(row, ["image", *dataset.classes], legend=False)

@@ -39,6 +39,7 @@ class Recipe(Place):
     weights: str = "none"
     epochs: PositiveCount = 3
     batch_size: PositiveCount = 4
+    micro_batch: Count = 0
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 1e-3

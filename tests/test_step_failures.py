@@ -87,7 +87,11 @@ def test_missing_masks_are_named(copy):
         ("make_pseudo_labels", {"bilateral_sigma_xy": 0.0}, "bilateral_sigma_xy is 0.0, but it must be above 0"),
         ("make_pseudo_labels", {"bilateral_weight": -4.0}, "bilateral_weight is -4.0, but it must be at least 0"),
         ("make_pseudo_labels", {"crf_iterations": -1}, "crf_iterations is -1"),
-        ("generate_refined_pseudo", {"tau": 1.5}, r"tau is 1.5, but it must be at most 1: change the constant .* or --tau"),
+        (
+            "generate_refined_pseudo",
+            {"tau": 1.5},
+            r"tau is 1.5, but it must be at most 1: change the constant .* or --tau",
+        ),
         ("generate_refined_seg", {"tau": -0.1}, "tau is -0.1"),
     ],
 )

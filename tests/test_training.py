@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from tests.steps import Recipe
 from tools.augment import TrainingPatches
 from tools.command import UserError
+from tools.devices import make_accelerator
 from tools.folders import StepFolder
-from tools.training import Training, check_recipe, make_accelerator, save_checkpoint, train
+from tools.training import Training, check_recipe, save_checkpoint, train
 
 
 class Net(nn.Module):
@@ -54,8 +55,8 @@ def training(images, tmp_path):
         model = Net()
         patches = TrainingPatches(sorted(labels), images, labels, 2, 16, constants.seed)
         with StepFolder(tmp_path / name, constants).open(".pt"):
-            course = Training(model, [model.features], patches, constants, make_accelerator("fp32"))
-            train(course, tmp_path / name, loss, select)
+            course = Training(model, [model.features], patches, loss, constants, make_accelerator("fp32"))
+            train(course, tmp_path / name, select)
         return model
 
     start.folder = tmp_path
@@ -285,9 +286,8 @@ def test_a_damaged_image_ends_with_its_name(training, images, tmp_path):
         patches, model = TrainingPatches(sorted(labels), tmp_path, labels, 2, 16, 0), Net()
         with pytest.raises(UserError, match=r"05\.png cannot be read as an image"):
             train(
-                Training(model, [model.features], patches, constants, make_accelerator("fp32")),
+                Training(model, [model.features], patches, compute_loss, constants, make_accelerator("fp32")),
                 tmp_path / f"run{workers}",
-                compute_loss,
             )
 
 

@@ -47,15 +47,6 @@ class OneProcess:
         pass
 
 
-def process_state(device: str = "auto") -> ProcessState:
-    """Accelerate's `PartialState`: which of how many processes this is, and its device."""
-    import torch  # here, since it takes seconds and the data preparation does without
-    from accelerate import PartialState
-
-    # without cpu=True every CPU process would do all the work
-    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-
-
 def and_more(lines: Sequence[str], most: int = MOST_SHOWN, between: str = "\n  ") -> str:
     """The first lines, and how many more there are."""
     more = f"{between}and {len(lines) - most} more" if len(lines) > most else ""

@@ -11,6 +11,7 @@ import numpy as np
 
 from tools.command import UserError, check
 from tools.dataset import load_dataset
+from tools.devices import start_line
 from tools.folders import ProcessState, StepFolder
 from tools.labels import load_image, load_label
 from tools.pictures import colourise, contact_sheet, sample_ids
@@ -106,6 +107,9 @@ class Step(StepFolder):
         carried: dict[str, Any] = {}
         for run in self.inputs.values():
             carried |= run.notes
+        settings = settings or {}
+        if state and state.is_main_process:
+            print(f"step {self.info.number}, {start_line(state, settings.get('precision', ''), self.constants.device)}")
         with super().open(
             suffix, state=state, inputs=self._reads, notes=carried | (notes or {}), settings=settings
         ) as step:

@@ -20,6 +20,7 @@ from models.backbone import Backbone
 from tools.augment import TrainingPatches
 from tools.command import UserError, check
 from tools.files import write_whole
+from tools.memory import MicroBatches
 from tools.progress import Progress
 
 Losses = dict[str, Tensor]  # "loss", the total, and its parts: scalars
@@ -29,30 +30,26 @@ ComputeLoss = Callable[[nn.Module, Tensor, Tensor], Losses]  # model, images, ta
 class Recipe(Protocol):
     """The constants that a training needs."""
 
-    weights: str
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float
-    weight_decay: float
-    seed: int
-    compile: bool
-    workers: int
-
-
-def make_accelerator(precision: str = "auto", device: str = "auto") -> Accelerator:
-    """Accelerate's device and processes. "auto" is bf16 where GPU or CPU (AMX) compute in it, and fp32 elsewhere."""
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    if precision == "auto":
-        fast = torch.cpu.get_capabilities().get("amx_tile") if on_cpu else torch.cuda.is_bf16_supported(False)
-        precision = "bf16" if fast else "fp32"
-    # without cpu=True every CPU process would do all the work
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=on_cpu)
-
-
-def precision_of(accelerator: Accelerator) -> str:
-    """What "auto" became, for run.json: a run must not be continued on a machine that computes differently."""
-    return "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    @property
+    def weights(self) -> str: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def micro_batch(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def compile(self) -> bool: ...
+    @property
+    def workers(self) -> int: ...
 
 
 def parameter_groups(
@@ -159,11 +156,10 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
 
 
 class Training:
-    """A model under training: its optimiser, how far it is, and the files that it leaves in `folder`.
+    """A model under training: its patches, its loss, its optimiser, and how many epochs it has seen.
 
-    After each epoch the state goes to checkpoint.pt, from which a stopped training continues with equal results, and
-    one line of figures to log.jsonl. model.pt is the last epoch's, or, with `select`, that of the highest
-    `select(model)`.
+    The `pretrained` modules learn at the base rate, the other children of `model` at ten times the base rate.
+    compute_loss(model, images, targets) -> {"loss": total, ...parts}; `count(targets)`: what a loss is a mean over.
     """
 
     def __init__(
@@ -171,10 +167,14 @@ class Training:
         model: nn.Module,
         pretrained: list[nn.Module],
         patches: TrainingPatches,
+        compute_loss: ComputeLoss,
         constants: Recipe,
         accelerator: Accelerator,
+        *,
+        count: Callable[[Tensor], Tensor | int] = len,
     ):
         self.constants, self.accelerator = constants, accelerator
+        self.micro_batches = MicroBatches(accelerator, compute_loss, constants.micro_batch, count)
         self.sampler = EpochBatches(
             len(patches), constants.batch_size, constants.seed, accelerator.process_index, accelerator.num_processes
         )
@@ -236,7 +236,7 @@ class Training:
         self.model, self.optimiser = self.accelerator.prepare(model, self.optimiser)
         self.raw = self.accelerator.unwrap_model(self.model)
 
-    def train_one_epoch(self, compute_loss: ComputeLoss, bar: Progress) -> dict[str, float]:
+    def train_one_epoch(self, bar: Progress) -> dict[str, float]:
         """One pass over the patches -> means of the losses over it."""
         constants, device, epoch = self.constants, self.accelerator.device, self.epoch
         # dropout is random through (seed, epoch, process) alone, so that a resumed run repeats an uninterrupted one
@@ -249,22 +249,22 @@ class Training:
                 group["lr"] = rate * (1 - step / self.steps) ** 0.9
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
             targets = targets.to(device, non_blocking=True)
-            self.optimiser.zero_grad(set_to_none=True)
-            with self.accelerator.autocast():
-                losses = compute_loss(self.model, images, targets)
-            self.accelerator.backward(losses["loss"])
+            losses = self.micro_batches(self.model, self.optimiser, images, targets)
             self.optimiser.step()
             for name, value in losses.items():  # summed on the device: reading them each step would stall it
-                sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
+                sums[name] = sums.get(name, torch.zeros((), device=device)) + value
             bar.update()
         self.epoch += 1
         return {name: float(self.accelerator.reduce(value, "mean")) / len(self.sampler) for name, value in sums.items()}
 
 
-def train(
-    training: Training, folder: Path, compute_loss: ComputeLoss, select: Callable[[nn.Module], float] | None = None
-) -> None:
-    """Train the epochs that are left; write model.pt, checkpoint.pt, log.jsonl and TensorBoard files to `folder`."""
+def train(training: Training, folder: Path, select: Callable[[nn.Module], float] | None = None) -> None:
+    """Train the epochs that are left; write model.pt, checkpoint.pt, log.jsonl and TensorBoard files to `folder`.
+
+    After each epoch the state goes to checkpoint.pt, from which a stopped training continues with equal results, and
+    one line of figures to log.jsonl. model.pt is the last epoch's, or, with `select`, that of the highest
+    `select(model)`.
+    """
     checkpoint_file, log_file = folder / "checkpoint.pt", folder / "log.jsonl"
     main = training.accelerator.is_main_process
     training.resume(checkpoint_file)
@@ -279,7 +279,7 @@ def train(
     while training.epoch < training.constants.epochs:
         start = time.perf_counter()
         bar.set_description(f"training, epoch {training.epoch + 1} of {training.constants.epochs}", refresh=False)
-        means = training.train_one_epoch(compute_loss, bar)
+        means = training.train_one_epoch(bar)
         bar.note(f"loss {means['loss']:.4f}")
         check(
             math.isfinite(means["loss"]),
