@@ -22,13 +22,15 @@ class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
-    tau: Share = 0.9  # IOS: minimum overlap of mask S and class region P, area(P and S) / min(area P, area S)
+    # IOS: minimum overlap of mask S and class region P, area(P and S) / min(area P, area S); None: the data set's
+    tau: Share | None = None
 
 
 def main(constants: Constants) -> None:
     step = Step("refined_pseudo_labels", constants, image_labels=True)
     source = step.sources["pseudo_labels"]
-    with step.open(".png", state=process_state(constants.device)):
+    tau = step.method_value("tau", "tau_pseudo_labels")
+    with step.output(".png", state=process_state(constants.device)):
         work = partial(
             refine_patch,
             source=source,
@@ -36,7 +38,7 @@ def main(constants: Constants) -> None:
             masks=step.sources["sam_masks"],
             dataset=step.dataset,
             classes=step.labels,
-            tau=constants.tau,
+            tau=tau,
         )
         step.each(work, step.pending(step.ids, ".png"), "refined pseudo-labels")
         step.draw_labels({"pseudo-label": source, "refined": step.path})

@@ -24,14 +24,16 @@ class Constants(Machine):
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     protocol: Literal["clean", "released"] = "clean"  # writes classes of the prediction | released: of the test truth
     split: Literal["train", "test"] = "test"  # test | train (to measure only)
-    tau: Share = 0.1  # IOS: minimum overlap of mask S and class region P, area(P and S) / min(area P, area S)
+    # IOS: minimum overlap of mask S and class region P, area(P and S) / min(area P, area S); None: the data set's
+    tau: Share | None = None
 
 
 def main(constants: Constants) -> None:
     released = constants.protocol == "released"
     step = Step("refined_segmentation", constants, image_labels=released)
     source = step.sources["segmentation"]
-    with step.open(".png", state=process_state(constants.device)):
+    tau = step.method_value("tau", "tau_segmentation")
+    with step.output(".png", state=process_state(constants.device)):
         work = partial(
             refine_patch,
             source=source,
@@ -39,7 +41,7 @@ def main(constants: Constants) -> None:
             masks=step.sources["sam_masks"],
             dataset=step.dataset,
             classes=step.labels if released else None,
-            tau=constants.tau,
+            tau=tau,
         )
         step.each(work, step.pending(step.ids, ".png"), "refined segmentation")
         step.draw_labels({"segmentation": source, "refined": step.path})

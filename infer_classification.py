@@ -50,7 +50,7 @@ def main(constants: Constants) -> None:
         maps = dict(zip(*load_cams(step.path / f"{id}.npz"), strict=True))
         return [image, *(heat(image, maps[k]) if k in maps else None for k in range(dataset.num_classes))]
 
-    with step.open(".npz", state=accelerator, settings={"precision": precision_of(accelerator)}):
+    with step.output(".npz", state=accelerator, settings={"precision": precision_of(accelerator)}):
         pending = step.pending(step.ids, ".npz")
         with step.progress(len(pending), "CAMs") as bar, in_background() as submit:
             for ids, images in image_batches(

@@ -38,7 +38,7 @@ def main(constants: Constants) -> None:
     dataset = step.dataset
     accelerator = make_accelerator(constants.precision, constants.device)
     segmenter = Segmenter(step.sources["segmenter"], step.inputs["segmenter"], dataset, accelerator)
-    with step.open(".png", state=accelerator, settings={"precision": precision_of(accelerator)}):
+    with step.output(".png", state=accelerator, settings={"precision": precision_of(accelerator)}):
         pending = step.pending(step.ids, ".png")
         with step.progress(len(pending), "segmentation") as bar, in_background() as submit:
             for ids, images in image_batches(

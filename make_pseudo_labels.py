@@ -89,7 +89,7 @@ def main(constants: Constants) -> None:
     if on_gpu:  # the GPU computes; worker processes would only compete for it
         step.constants = replace(constants, workers=0)
     notes = {"extension": "background by Otsu's threshold"} if constants.background == "threshold" else {}
-    with step.open(".png", state=state, notes=notes):
+    with step.output(".png", state=state, notes=notes):
         work = partial(
             make_label,
             cams=step.sources["cams"],

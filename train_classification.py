@@ -50,7 +50,7 @@ class Constants(Machine):
     backbone: Literal[NAMES] = "resnet50"  # at output stride 16
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
     train_all: bool = False  # let the first stages learn as well; needed when weights is none
-    gamma: Affinity = 0.7  # PRC: affinities below this are cut, 0 to 0.999
+    gamma: Affinity | None = None  # PRC: affinities below this are cut, 0 to 0.999; None: the data set's, else 0.7
     iterations: Count = 1  # PRC: how often the affinity is applied; 0 switches PRC off
     ir_weight: NonNegative = 0.1  # weight lambda of the image reconstruction loss; 0 switches it off
     tiles: PositiveCount = 4  # IR: parts with class colours of their own: 1, 4, 9, ...
@@ -109,7 +109,9 @@ def main(constants: Constants) -> None:
     accelerator = make_accelerator(constants.precision, constants.device)
     torch.manual_seed(constants.seed)
     backbone = load_backbone(constants.backbone, constants.weights)
-    model = Classifier(backbone, dataset.num_classes, constants.gamma, constants.iterations, constants.train_all)
+    model = Classifier(
+        backbone, dataset.num_classes, step.method_value("gamma", "gamma"), constants.iterations, constants.train_all
+    )
     patches = TrainingPatches(
         step.ids, dataset.images("train"), labels, dataset.num_classes, dataset.patch_size, constants.seed
     )
@@ -127,7 +129,7 @@ def main(constants: Constants) -> None:
         by_class = dict(zip(classes, fused, strict=True))
         return [image, *(heat(image, by_class[k]) if k in by_class else None for k in range(dataset.num_classes))]
 
-    with step.open(
+    with step.output(
         ".pt",
         state=accelerator,
         notes={"protocol_of_the_steps": "released"} if released else {},

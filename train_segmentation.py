@@ -60,7 +60,7 @@ class Constants(Machine):
     batch_size: PositiveCount = 16  # over all processes together
     micro_batch: Speed[Count] = 0  # patches computed at once; 0: the whole batch, halved when the memory is full
     lr: Positive = 0.007  # of pretrained weights; their biases x2, new weights x10, new biases x20
-    momentum: Momentum = 1e-4  # what the released optimiser receives (0.9 was intended)
+    momentum: Momentum = 4e-5  # what the released optimiser receives (0.9 was intended)
     weight_decay: NonNegative = 4e-5  # on weights only
     seed: Seed = 0  # of new weights, augmentation and order
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU (AMX) compute in it, else fp32
@@ -129,7 +129,7 @@ def main(constants: Constants) -> None:
         prediction = logits[0].argmax(0).byte().cpu().numpy()
         return [image, colourise(label, dataset.colours), colourise(prediction, dataset.colours)]
 
-    with step.open(
+    with step.output(
         ".pt",
         state=accelerator,
         notes=({"supervision": "pixel truth of the train split"} if truth else {})

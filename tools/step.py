@@ -58,7 +58,7 @@ def _near(folder: Path) -> str:
 
 
 class Step(StepFolder):
-    """One run of a step: what it reads is found and checked at once, its folder is opened by `open`.
+    """One run of a step: what it reads is found and checked at once, its folder is opened by `output`.
 
     `name` is a folder of tools/steps.py. Attributes: `dataset`; `split`; `experiment`, the folder of the experiment;
     `sources`, name -> folder that is read; `inputs`, name -> its `Run`; `path`, the output folder.
@@ -76,6 +76,8 @@ class Step(StepFolder):
         self.inputs = {
             name: require(folder, constants, experiment=folder.parent.name) for name, folder in self.sources.items()
         }
+        self._settings: dict[str, Any] = {}
+        self._origins: dict[str, str] = {}
         self._reads = {name: run.started for name, run in self.inputs.items()}
         if image_labels:
             self.labels = self.dataset.image_labels(self.split)
@@ -88,32 +90,46 @@ class Step(StepFolder):
         experiment = self.experiment.parent / other if other else self.experiment
         return experiment / (STEPS[name].folder_of(self.split) if name in STEPS else name)
 
+    def method_value(self, name: str, key: str) -> float:
+        """The constant `name`, or, where it is None, the data set's value of `key` in [method]; recorded in run.json."""
+        value, self._origins[name] = self.dataset.method_value(key, getattr(self.constants, name))
+        self._settings[name] = value
+        return value
+
     @cached_property
     def ids(self) -> list[str]:
         """The patches of the split."""
         return self.dataset.ids(self.split)
 
     @contextmanager
-    def open(  # type: ignore[override]
+    def output(
         self,
         suffix: str,
         *,
-        state: ProcessState | None = None,
+        state: ProcessState,
         notes: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
     ) -> Iterator[Self]:
-        """As `StepFolder.open`; the notes of the inputs are carried on, and the closing lines say what was made."""
+        """Open the output folder as `StepFolder.open` does; say first on what device, last what was made.
+
+        The notes of the inputs are carried on.
+        """
         begin = time.monotonic()
         carried: dict[str, Any] = {}
         for run in self.inputs.values():
             carried |= run.notes
-        settings = settings or {}
-        if state and state.is_main_process:
+        settings = self._settings | (settings or {})
+        if state.is_main_process:
             print(f"step {self.info.number}, {start_line(state, settings.get('precision', ''), self.constants.device)}")
-        with super().open(
-            suffix, state=state, inputs=self._reads, notes=carried | (notes or {}), settings=settings
-        ) as step:
-            yield step
+        with self.open(
+            suffix,
+            state=state,
+            inputs=self._reads,
+            notes=carried | (notes or {}),
+            settings=settings,
+            facts={"origins": self._origins, "hardware": device_facts(state.device)},
+        ):
+            yield self
         if self.is_main:
             following = next_step(self.info)
             print(f"made: {self.path}, {self.run.files} files, {time.monotonic() - begin:.0f} s")
