@@ -89,7 +89,8 @@ class StepFolder:
 
         `inputs`: name -> start of the run, or hash of the file, that is read, so that results of different inputs never
         mix. `notes` are facts that later tables must show. `settings` are further values that must agree like the
-        constants; `facts`, further fields of `Run`, need not. Raises `UserError` when the folder is refused, and at the end with the list of files that failed.
+        constants; `facts`, further fields of `Run`, need not. Raises `UserError` when the folder is refused, and at the
+        end with the list of files that failed.
         """
         self.state = state or self.state
         self._start = time.monotonic()

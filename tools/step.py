@@ -11,7 +11,7 @@ import numpy as np
 
 from tools.command import UserError, check
 from tools.dataset import load_dataset
-from tools.devices import start_line
+from tools.devices import device_facts, start_line
 from tools.folders import ProcessState, StepFolder
 from tools.labels import load_image, load_label
 from tools.pictures import colourise, contact_sheet, sample_ids
@@ -91,7 +91,7 @@ class Step(StepFolder):
         return experiment / (STEPS[name].folder_of(self.split) if name in STEPS else name)
 
     def method_value(self, name: str, key: str) -> float:
-        """The constant `name`, or, where it is None, the data set's value of `key` in [method]; recorded in run.json."""
+        """The constant `name`; where it is None, the data set's value of `key` in [method]. run.json says which."""
         value, self._origins[name] = self.dataset.method_value(key, getattr(self.constants, name))
         self._settings[name] = value
         return value
