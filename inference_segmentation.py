@@ -48,6 +48,7 @@ def main(constants: Constants) -> None:
                 for id, label in zip(ids, labels[: len(ids)], strict=True):
                     submit(save_label, step.path / f"{id}.png", np.ascontiguousarray(label), dataset.colours)
                 bar.update(len(ids))
+        step.warn_of_labels(step.path, "compare with the pseudo-labels of step 4, and train step 5 for longer")
         step.draw_labels({"segmentation": step.path})
 
 

@@ -99,6 +99,7 @@ def main(constants: Constants) -> None:
             device=str(state.device) if on_gpu else "cpu",
         )
         step.each(work, step.pending(step.ids, ".png"), "pseudo-labels")
+        step.warn_of_labels(step.path, "look at the contact sheet of step 2, and train the classifier of step 1 better")
         step.draw_labels({"pseudo-label": step.path})
 
 

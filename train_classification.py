@@ -136,6 +136,7 @@ def main(constants: Constants) -> None:
         settings={"precision": precision_of(accelerator)},
     ):
         train(training, step.path, select if released else None)
+        step.warn(check_classifier(read_log(step.path / "log.jsonl"), patch_shares(labels, dataset.classes)))
         load_checkpoint(step.path / "model.pt", model)
         model.eval()
         step.draw(row, ["image", *dataset.classes], legend=False)

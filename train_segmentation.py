@@ -137,6 +137,7 @@ def main(constants: Constants) -> None:
         settings={"precision": precision_of(accelerator)},
     ):
         train(training, step.path, select if released else None)
+        step.warn(check_losses(read_log(step.path / "log.jsonl")))
         load_checkpoint(step.path / "model.pt", model)
         model.eval()
         step.draw(row, ["image", "learnt from", "segmenter"])

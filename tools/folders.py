@@ -213,6 +213,13 @@ class StepFolder:
             self.run.continued.append(self._resumed)
             self._resumed = None
 
+    def warn(self, sentences: Sequence[str]) -> None:
+        """Print sentences on a result that is probably worthless, and keep them in run.json."""
+        self.run.warnings = list(sentences)
+        for sentence in sentences:
+            if self.is_main:
+                print(f"warning: {sentence}", file=sys.stderr)
+
     def fail(self, error: Exception | str) -> None:
         """Keep the sentence of a bad file; the end of the step reports them all after the good files are done."""
         self.failures.append(str(error))

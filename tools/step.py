@@ -15,6 +15,7 @@ from tools.devices import device_facts, start_line
 from tools.folders import ProcessState, StepFolder
 from tools.labels import load_image, load_label
 from tools.pictures import colourise, contact_sheet, sample_ids
+from tools.result_checks import check_shares, patch_shares, pixel_shares
 from tools.runs import Run, read_run
 from tools.steps import STEPS, next_step, step_of
 
@@ -135,6 +136,14 @@ class Step(StepFolder):
             print(f"made: {self.path}, {self.run.files} files, {time.monotonic() - begin:.0f} s")
             print(f"look at: {self.path / 'contact_sheet.png'}")
             print(f"next: {following.command(self.constants)}" if following else "")
+
+    def warn_of_labels(self, folder: Path, remedy: str) -> None:
+        """Warn of label maps <folder>/<id>.png that hardly use a class, or little else than one."""
+        self.join()
+        if self.is_main:
+            classes = self.dataset.classes
+            present = patch_shares(self.dataset.image_labels("train"), classes)
+            self.warn(check_shares(pixel_shares(folder, self.ids, classes), present, remedy))
 
     def draw(self, row: Row, titles: Sequence[str], legend: bool = True) -> None:
         """Wait for all processes, then write the contact sheet: `row(id)` of some patches. Bad files are left out."""
