@@ -36,8 +36,10 @@ from tools.constants import (
 from tools.dataset import Dataset
 from tools.devices import make_accelerator, precision_of
 from tools.labels import load_image, load_label
+from tools.logs import read_log
 from tools.pictures import heat
 from tools.scores import ConfusionMatrix
+from tools.result_checks import check_classifier, patch_shares
 from tools.step import Step
 from tools.training import Training, check_recipe, load_backbone, load_checkpoint, train
 

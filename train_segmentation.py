@@ -40,8 +40,10 @@ from tools.dataset import Dataset
 from tools.devices import make_accelerator, precision_of
 from tools.folders import and_more
 from tools.labels import IGNORE, load_image, load_label
+from tools.logs import read_log
 from tools.pictures import colourise
 from tools.scores import ConfusionMatrix
+from tools.result_checks import check_losses
 from tools.step import Step
 from tools.training import Training, check_recipe, load_backbone, load_checkpoint, train
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
@@ -150,13 +150,12 @@ class Step(StepFolder):
         self.join()
         if not self.is_main:
             return
-        rows = []
+        rows: dict[str, Sequence[np.ndarray | None]] = {}
         for id in sample_ids(self.ids, self.constants.samples):
-            try:
-                rows.append(row(id))
-            except UserError:  # already among the failures
-                continue
-        contact_sheet(self.path / "contact_sheet.png", rows, titles, self.dataset.legend if legend else ())
+            with suppress(UserError):  # already among the failures
+                rows[id] = row(id)
+        sheet, colours = self.path / "contact_sheet.png", self.dataset.legend if legend else ()
+        contact_sheet(sheet, list(rows.values()), titles, colours, names=list(rows))
 
     def draw_labels(self, columns: dict[str, Path]) -> None:
         """The contact sheet of a step that makes label maps: the image, then <folder>/<id>.png of each column.

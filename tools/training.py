@@ -20,6 +20,7 @@ from models.backbone import Backbone
 from tools.augment import TrainingPatches
 from tools.command import UserError, check
 from tools.files import write_whole
+from tools.logs import read_log
 from tools.memory import MicroBatches
 from tools.progress import Progress
 
@@ -312,22 +313,6 @@ def train(training: Training, folder: Path, select: Callable[[nn.Module], float]
         writer.close()
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The epochs of a log.jsonl; lines that are no JSON objects, as a power cut can leave, are passed over."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        rows += [row] if isinstance(row, dict) else []
-    return rows
-
-
 def _log(path: Path, row: dict[str, Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -335,6 +320,6 @@ def _log(path: Path, row: dict[str, Any]) -> None:
 
 def _cut_log(path: Path, epochs: int) -> None:
     """Drop what a killed run logged after its last checkpoint."""
-    rows = [row for row in read_log(path) if row.get("epoch", math.inf) <= epochs]
+    rows = [row for row in read_log(path) if row["epoch"] <= epochs]
     with write_whole(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
