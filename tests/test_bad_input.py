@@ -102,9 +102,19 @@ FAULTS = [  # step, file, its content, sentence
 
 
 @pytest.fixture(scope="module")
-def spoilt(finished, tmp_path_factory):
-    """A copy of which each test spoils one file and mends it again."""
+def whole_copy(finished, tmp_path_factory):
     return shutil.copytree(finished, tmp_path_factory.mktemp("spoilt") / "root")
+
+
+@pytest.fixture
+def spoilt(finished, whole_copy):
+    """A copy in which each test spoils one file and puts it back.
+
+    A step that fails leaves its run.json as that of an unfinished run, so each run.json is put back here.
+    """
+    yield whole_copy
+    for file in finished.rglob("run.json"):
+        shutil.copyfile(file, whole_copy / file.relative_to(finished))
 
 
 @pytest.mark.parametrize(
