@@ -216,8 +216,12 @@ def write_image_labels(path: Path, classes: tuple[str, ...], labels: dict[str, n
             writer.writerow([id, *labels[id].astype(int)])
 
 
-def read_image_labels(path: Path, classes: tuple[str, ...], ids: list[str]) -> dict[str, np.ndarray]:
+def read_image_labels(
+    path: Path, classes: tuple[str, ...], ids: list[str], unfinished: bool = False
+) -> dict[str, np.ndarray]:
     """Read the image-level labels of `ids`: id -> (K,) bool. The columns may stand in any order.
+
+    `unfinished`: images without a line and lines without any class are not yet labelled, and are left out.
 
     Raises `UserError` for a missing file, unknown or missing classes, values other than 0 and 1, an id that is given
     twice, has no image or is missing, and an image without any class. Empty lines and columns at the end, which
@@ -258,7 +262,7 @@ def read_image_labels(path: Path, classes: tuple[str, ...], ids: list[str]) -> d
             hint = f": write {stem} alone" if stem in wanted else " (has a spreadsheet changed the id?)"
             slip = f"there is no image {id}.png beside it in images/{hint}"
         elif "1" not in values:
-            slip = f"{id} has no class at all; give it one or remove the image"
+            slip = "" if unfinished else f"{id} has no class at all; give it one or remove the image"
         else:
             labels[id] = np.array([value == "1" for value in values])
         slips += [f"line {number}: {slip}"] if slip else []
@@ -266,7 +270,7 @@ def read_image_labels(path: Path, classes: tuple[str, ...], ids: list[str]) -> d
         more = f"\n  and {len(slips) - MOST_SLIPS} lines more" if len(slips) > MOST_SLIPS else ""
         raise UserError(f"{path}, " + "\n  ".join(slips[:MOST_SLIPS]) + more)
     missing = wanted - labels.keys()
-    if missing:
+    if missing and not unfinished:
         raise UserError(
             f"{path} lacks {len(missing)} of the images, {min(missing)} for one: add their lines, or run process.py "
             "again where there are label maps"
