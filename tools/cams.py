@@ -146,7 +146,8 @@ def save_cams(
     """Store the maps of each scale at feature size: all that the full-size maps are made of, in a fraction of the disk.
 
     classes (k,) ids of the classes present, ascending; maps: for each scale (k,h,w), not negative; size: (H,W) of the
-    image; logits (K,) of all classes, the mean over scales and mirrors, for the review of the labels. Values go to float16 as shares of the class's maximum, which is kept in float32, so nothing overflows.
+    image; logits (K,) of all classes, the mean over scales and mirrors, for the review of the labels. Values go to
+    float16 as shares of the class's maximum, which is kept in float32, so nothing overflows.
     """
     peaks = np.max([scale.max((1, 2)) for scale in maps], axis=0).astype(np.float32)
     shares = [(scale / np.maximum(peaks, 1e-30)[:, None, None]).astype(np.float16) for scale in maps]
