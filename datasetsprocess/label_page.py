@@ -17,7 +17,6 @@ Command: python datasetsprocess/label_page.py --dataset fields
 import base64
 import hashlib
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +24,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.command import run
+from tools.constants import ROOT, constants
 from tools.dataset import Dataset, load_dataset, read_image_labels
 from tools.files import write_whole
-from tools.step import ROOT, experiment_folder
 
 
-@dataclass(frozen=True)
+@constants
 class Constants:
     dataset: str = "fields"  # the name of your own dataset.toml
     review: str = ""  # an experiment whose classifier checks the labels; empty: none
@@ -70,10 +69,12 @@ def main(constants: Constants) -> None:
     labels = read_image_labels(file, dataset.classes, ids, unfinished=True) if file.exists() else {}
     logits = {}
     if constants.review:
-        from tools.review import read_logits  # only here: it loads torch
+        from tools.review import read_logits  # only here: torch takes seconds to load
+        from tools.step import experiment_folder, require
 
-        experiment = experiment_folder(constants.root, constants.dataset, constants.review)
-        logits = read_logits(experiment / "cams", ids, dataset.num_classes)
+        cams = experiment_folder(constants.root, constants.dataset, constants.review) / "cams"
+        require(cams, constants, experiment=constants.review)
+        logits = read_logits(cams, ids, dataset.num_classes)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -129,12 +129,13 @@ class Page:
             self.call("Input.dispatchKeyEvent", type="keyDown", **event, **text)
             self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
+    def centre(self, selector: str) -> tuple[float, float]:
+        """The middle of the first element that the selector finds, in pixels of the window."""
+        box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+        return tuple(self.js(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})"))
+
     def click(self, selector: str, modifiers: int = 0) -> None:
-        """Click the middle of the first element that the selector finds."""
-        x, y = self.js(
-            f"(e => {{ const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; }})"
-            f"(document.querySelector({json.dumps(selector)}))"
-        )
+        x, y = self.centre(selector)
         for kind in ("mousePressed", "mouseReleased"):
             event = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1, "modifiers": modifiers}
             self.call("Input.dispatchMouseEvent", **event)
