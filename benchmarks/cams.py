@@ -30,7 +30,7 @@ from models.backbone import Backbone
 from models.classifier import Classifier
 from models.crf import dense_crf
 from tools.augment import normalise, to_tensor
-from tools.cams import OUTPUT_STRIDE, image_batches, in_background, load_cams, mirrored_scales, save_cams
+from tools.cams import OUTPUT_STRIDE, image_batches, in_background, load_cams, mirrored_cams, save_cams
 from tools.command import stop
 from tools.labels import load_image
 from tools.training import load_checkpoint, make_accelerator
@@ -98,11 +98,11 @@ def ours(
     with in_background() as submit:
         for ids, batch in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                maps = mirrored_scales(lambda x: model(x)[1].relu(), batch, constants.scales, device)
-            maps = [scale.cpu().numpy() for scale in maps]
+                logits, maps = mirrored_cams(model, batch, constants.scales, device)
+            logits, maps = logits.cpu().numpy(), [scale.cpu().numpy() for scale in maps]
             for index, id in enumerate(ids):
                 kept = [scale[index, present[id]] for scale in maps]
-                submit(save_cams, output / f"{id}.npz", present[id], kept, batch.shape[-2:])
+                submit(save_cams, output / f"{id}.npz", present[id], kept, batch.shape[-2:], logits[index])
 
 
 def write_images(folder: Path, size: int, count: int, constants: Constants) -> None:

@@ -12,7 +12,16 @@ from torch.nn import functional as F
 
 from tests.references import bilinear
 from tools.augment import normalise
-from tools.cams import fuse_scales, image_batches, in_background, load_cams, mirrored_scales, save_cams
+from tools.cams import (
+    fuse_scales,
+    image_batches,
+    in_background,
+    load_cams,
+    load_logits,
+    mirrored_cams,
+    mirrored_scales,
+    save_cams,
+)
 from tools.command import UserError
 
 
@@ -40,7 +49,7 @@ def full_size(maps, size):
 )
 def test_round_trip(tmp_path, size, peak):
     maps = smooth_maps(1, 3, size, peak=peak)
-    save_cams(tmp_path / "a.npz", np.array([0, 4, 5]), maps, size)
+    save_cams(tmp_path / "a.npz", np.array([0, 4, 5]), maps, size, np.zeros(9))
     classes, found = load_cams(tmp_path / "a.npz")
     expected = full_size(maps, size)
     assert classes.tolist() == [0, 4, 5] and found.dtype == np.float32 and found.shape == (3, *size)
@@ -51,7 +60,7 @@ def test_round_trip(tmp_path, size, peak):
 
 def test_a_file_is_small(tmp_path):
     maps = smooth_maps(2, 3, (512, 512))
-    save_cams(tmp_path / "a.npz", np.arange(3), maps, (512, 512))
+    save_cams(tmp_path / "a.npz", np.arange(3), maps, (512, 512), np.zeros(3))
     assert (tmp_path / "a.npz").stat().st_size <= 60_000
 
 
@@ -66,7 +75,7 @@ def test_fusion_equals_float64(seed, classes, height, width):
 def test_an_empty_map_stays_empty(tmp_path):
     maps = [np.zeros((2, 4, 4), np.float32), np.zeros((2, 2, 2), np.float32)]
     maps[0][1, 0, 0] = 2
-    save_cams(tmp_path / "a.npz", np.array([1, 2]), maps, (64, 64))
+    save_cams(tmp_path / "a.npz", np.array([1, 2]), maps, (64, 64), np.zeros(3))
     _, found = load_cams(tmp_path / "a.npz")
     assert not found[0].any() and found[1].max() == pytest.approx(1, abs=1e-3)
 
@@ -100,6 +109,27 @@ def test_images_and_mirrors_keep_their_places():
     assert found.dtype == torch.float32 and not found.requires_grad
     assert (found[0, 0, :, 0] == 1).all() and found[0].sum() == 32
     assert (found[1, 0, :, -1] == 1).all() and found[1].sum() == 32
+
+
+def test_logits_are_the_mean_over_scales_and_mirrors(tmp_path):
+    """A classifier whose logits see the left column and the width: the mirror sees the right one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 48), dtype=np.uint8)
+
+    def classifier(x):
+        logits = torch.stack([x[..., 0].mean((1, 2)), torch.full((len(x),), float(x.shape[-1]))], 1)
+        return logits.bfloat16().float(), -x[:, :2]
+
+    logits, maps = mirrored_cams(classifier, torch.from_numpy(pixels), (1.0,), torch.device("cpu"))
+    mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    columns = (pixels[..., [0, -1]].transpose(0, 2, 3, 1) / 255 - mean) / std
+    assert logits.shape == (3, 2) and np.abs(logits[:, 0].numpy() - columns.mean((1, 2, 3))).max() < 0.02
+    assert (maps[0] >= 0).all() and maps[0].shape == (3, 2, 32, 48)
+    logits, _ = mirrored_cams(classifier, torch.from_numpy(pixels), (0.5, 1.0, 1.5), torch.device("cpu"))
+    assert logits[:, 1].tolist() == [48.0] * 3
+    save_cams(tmp_path / "a.npz", np.array([1]), [np.ones((1, 2, 3))], (32, 48), logits[2].numpy())
+    assert load_logits(tmp_path / "a.npz").tolist() == logits[2].tolist()
+    with pytest.raises(UserError, match=r"b\.npz is missing"):
+        load_logits(tmp_path / "b.npz")
 
 
 @pytest.fixture
@@ -218,7 +248,7 @@ class Hostile:
 def test_damaged_files_are_one_sentence(tmp_path):
     maps = smooth_maps(0, 2, (32, 32))
     good, file = tmp_path / "good.npz", tmp_path / "bad.npz"
-    save_cams(good, np.array([0, 3]), maps, (32, 32))
+    save_cams(good, np.array([0, 3]), maps, (32, 32), np.zeros(4))
     content = good.read_bytes()
     with np.load(good) as arrays:
         arrays = dict(arrays)

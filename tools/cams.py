@@ -119,11 +119,35 @@ def mirrored_scales(
     return found
 
 
-def save_cams(path: Path, classes: np.ndarray, maps: Sequence[np.ndarray], size: tuple[int, int]) -> None:
+def mirrored_cams(
+    classifier: Callable[[Tensor], tuple[Tensor, Tensor]],
+    images: Tensor,
+    scales: Sequence[float],
+    device: torch.device,
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits (B,K) float32, the mean over all scales and mirrors; positive class maps as `mirrored_scales` gives them.
+
+    `classifier` maps normalised (2B,3,H',W') to logits (2B,K) and class maps (2B,K,h',w').
+    """
+    logits = []
+
+    def positive_maps(x: Tensor) -> Tensor:
+        scores, maps = classifier(x)
+        logits.append(scores.float().unflatten(0, (2, -1)))
+        return maps.relu()
+
+    maps = mirrored_scales(positive_maps, images, scales, device)
+    return torch.cat(logits).mean(0), maps
+
+
+def save_cams(
+    path: Path, classes: np.ndarray, maps: Sequence[np.ndarray], size: tuple[int, int], logits: np.ndarray
+) -> None:
     """Store the maps of each scale at feature size: all that the full-size maps are made of, in a fraction of the disk.
 
     classes (k,) ids of the classes present, ascending; maps: for each scale (k,h,w), not negative; size: (H,W) of the
-    image. Values go to float16 as shares of the class's maximum, which is kept in float32, so nothing overflows.
+    image; logits (K,) of all classes, the mean over scales and mirrors, for the review of the labels. Values go to
+    float16 as shares of the class's maximum, which is kept in float32, so nothing overflows.
     """
     peaks = np.max([scale.max((1, 2)) for scale in maps], axis=0).astype(np.float32)
     shares = [(scale / np.maximum(peaks, 1e-30)[:, None, None]).astype(np.float16) for scale in maps]
@@ -133,6 +157,7 @@ def save_cams(path: Path, classes: np.ndarray, maps: Sequence[np.ndarray], size:
             classes=classes.astype(np.uint8),
             size=np.array(size, np.int32),
             peaks=peaks,
+            logits=logits.astype(np.float32),
             **{f"scale{index}": scale for index, scale in enumerate(shares)},
         )
 
@@ -148,23 +173,14 @@ def fuse_scales(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     return total / (total.amax((1, 2), keepdim=True) + 1e-5)
 
 
-def load_cams(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """-> class ids (k,) ascending, maps (k,H,W) float32 in 0..1 at image size (method section 2).
-
-    Raises `UserError` when the file is missing, damaged, or declares more than `MOST_PIXELS` or `MOST_BYTES`.
-    """
+@contextmanager
+def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """The file of one patch. Raises `UserError` when it is missing, too large, or the block meets an error."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if sum(entry.file_size for entry in file.zip.infolist()) > MOST_BYTES:
                 raise ValueError("it unpacks to more than maps can need")
-            classes, size, peaks = file["classes"].astype(int), tuple(map(int, file["size"])), file["peaks"]
-            shares = [file[name] for name in sorted(file.files) if name.startswith("scale")]
-        if len(size) != 2 or min(size) < 1 or size[0] * size[1] > MOST_PIXELS:
-            raise ValueError(f"it declares an image of {' x '.join(map(str, size))} pixels")
-        if not shares or {peaks.shape, *(scale.shape[:-2] for scale in shares)} != {(len(classes),)}:
-            raise ValueError("its arrays do not fit together")
-        maps = [torch.from_numpy(scale.astype(np.float32) * peaks[:, None, None]) for scale in shares]
-        return classes, fuse_scales(maps, size).numpy()
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run python infer_classification.py again, it makes what lacks") from None
     except Exception as error:  # zip, npy and shape errors have no common class
@@ -172,3 +188,25 @@ def load_cams(path: Path) -> tuple[np.ndarray, np.ndarray]:
             f"{path} cannot be read as class activation maps ({error}): delete it and run python "
             "infer_classification.py again"
         ) from None
+
+
+def load_logits(path: Path) -> np.ndarray:
+    """-> (K,) float32: the logit of each class, the mean over scales and mirrors. Raises `UserError` as `load_cams`."""
+    with _opened(path) as file:
+        return file["logits"]
+
+
+def load_cams(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """-> class ids (k,) ascending, maps (k,H,W) float32 in 0..1 at image size (method section 2).
+
+    Raises `UserError` when the file is missing, damaged, or declares more than `MOST_PIXELS` or `MOST_BYTES`.
+    """
+    with _opened(path) as file:
+        classes, size, peaks = file["classes"].astype(int), tuple(map(int, file["size"])), file["peaks"]
+        shares = [file[name] for name in sorted(file.files) if name.startswith("scale")]
+        if len(size) != 2 or min(size) < 1 or size[0] * size[1] > MOST_PIXELS:
+            raise ValueError(f"it declares an image of {' x '.join(map(str, size))} pixels")
+        if not shares or {peaks.shape, *(scale.shape[:-2] for scale in shares)} != {(len(classes),)}:
+            raise ValueError("its arrays do not fit together")
+        maps = [torch.from_numpy(scale.astype(np.float32) * peaks[:, None, None]) for scale in shares]
+        return classes, fuse_scales(maps, size).numpy()

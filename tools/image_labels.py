@@ -23,12 +23,15 @@ def write_image_labels(path: Path, classes: tuple[str, ...], labels: dict[str, n
             writer.writerow([id, *labels[id].astype(int)])
 
 
-def read_image_labels(path: Path, classes: tuple[str, ...], ids: Iterable[str]) -> dict[str, np.ndarray]:
+def read_image_labels(
+    path: Path, classes: tuple[str, ...], ids: Iterable[str], unfinished: bool = False
+) -> dict[str, np.ndarray]:
     """Read the image-level labels of `ids`: id -> (K,) bool. The columns may be in any order.
 
     Empty lines and empty columns at the end, which spreadsheets add, are skipped. Raises `UserError` for a missing
     file, unknown or missing classes, values other than 0 and 1, an id that is repeated, unknown or missing, and an
-    image without any class.
+    image without any class. With `unfinished`, images without a line or without a class are not yet labelled and are
+    left out.
     """
     header, rows = _read_rows(path)
     _check_header(path, header, classes)
@@ -49,6 +52,8 @@ def read_image_labels(path: Path, classes: tuple[str, ...], ids: Iterable[str]) 
             hint = f": write {stem} without the suffix" if stem in wanted else " (has a spreadsheet changed the id?)"
             fault = f"there is no image images/{id}.png{hint}"
         elif "1" not in values:
+            if unfinished:
+                continue
             fault = f"{id} has no class: give it at least one, or remove the image"
         else:
             labels[id] = np.array([value == "1" for value in values])
@@ -58,7 +63,7 @@ def read_image_labels(path: Path, classes: tuple[str, ...], ids: Iterable[str]) 
         more = f"\n  and {len(faults) - SHOWN} more lines" if len(faults) > SHOWN else ""
         raise UserError(f"{path}, " + "\n  ".join(faults[:SHOWN]) + more)
     missing = wanted - labels.keys()
-    if missing:
+    if missing and not unfinished:
         raise UserError(
             f"{path} has no line for {len(missing)} of the images, for example {min(missing)}: add the lines, or run "
             "process.py again if there are label maps"
