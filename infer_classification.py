@@ -48,7 +48,7 @@ def main(constants: Constants) -> None:
     def row(id: str) -> list[np.ndarray | None]:
         """The patch with the maps of its classes."""
         image = load_image(dataset.images(step.split) / f"{id}.png")
-        maps = dict(zip(*load_cams(step.path / f"{id}.npz"), strict=True))
+        maps = dict(zip(*load_cams(step.path / f"{id}.npz", dataset.num_classes, image.shape[:2]), strict=True))
         return [image, *(heat(image, maps[k]) if k in maps else None for k in range(dataset.num_classes))]
 
     with step.output(".npz", state=accelerator, settings={"precision": precision_of(accelerator)}):

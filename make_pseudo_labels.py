@@ -57,12 +57,8 @@ def thresholded_background(classes: np.ndarray, maps: np.ndarray, background: in
 
 def make_label(id: str, cams: Path, output: Path, dataset: Dataset, constants: Constants, device: str) -> None:
     """One patch: maps of its classes -> CRF -> the most probable class of each pixel."""
-    classes, maps = load_cams(cams / f"{id}.npz")
     image = load_image(dataset.images(constants.split) / f"{id}.png")
-    check(
-        maps.shape[1:] == image.shape[:2],
-        f"{cams / id}.npz was made from an image of another size than {id}.png: run step 2 with --overwrite",
-    )
+    classes, maps = load_cams(cams / f"{id}.npz", dataset.num_classes, image.shape[:2])
     if constants.background == "threshold":
         maps = thresholded_background(classes, maps, dataset.background)
     if constants.crf.crf_iterations and len(classes) > 1:

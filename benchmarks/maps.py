@@ -46,7 +46,7 @@ def separation(dataset: Dataset, cams: Path, background: int) -> str:
     matrix = ConfusionMatrix(dataset.num_classes)
     for id in dataset.ids("train"):
         truth = load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes)
-        matrix.update(truth, load_prediction(cams, id, dataset.num_classes))
+        matrix.update(truth, load_prediction(cams, id, dataset.num_classes, truth.shape))
     fore = np.arange(dataset.num_classes) != background
     counts = matrix.counts[:, : dataset.num_classes].astype(float)
     both, truth, found = counts[fore][:, fore].sum(), counts[fore].sum(), counts[:, fore].sum()
