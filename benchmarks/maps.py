@@ -100,8 +100,7 @@ def affinities(dataset: Dataset, folder: Path, background: int, constants: Const
 def main(constants: Constants) -> None:
     torch.set_num_threads(1)
     dataset = load_dataset(constants.dataset, constants.root)
-    name = dataset.rules.get("background")
-    background = dataset.classes.index(name) if name in dataset.classes else -1  # without one all cells are objects
+    background = -1 if dataset.background is None else dataset.background  # without one all cells are objects
     folders = [experiment_folder(constants.root, dataset.name, experiment) for experiment in constants.experiments]
     for folder in folders:
         require(folder / "cams")

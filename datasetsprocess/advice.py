@@ -26,9 +26,10 @@ def wide_pixels(ids: np.ndarray, num_classes: int) -> np.ndarray:
     """Pixels of each class that lie in regions at least `NARROW` wide: (H,W) uint8 ids -> (K,) int64.
 
     A pixel counts if some disc of this diameter contains it and lies inside its class (the morphological opening), so
-    a region is as wide as the largest such disc: the local thickness of Hildebrand and Rueegsegger (1997), here to
-    about a pixel. A region may continue outside the image. Ignored pixels are outside every region.
+    the width at a pixel is that of the largest such disc: the local thickness of Hildebrand and Rueegsegger (1997),
+    here to about a pixel. A region may continue outside the image. Ignored pixels are outside every region.
     """
+    radius = NARROW // 2 - 1
     edge = np.zeros(ids.shape, np.uint8)
     across, down = ids[:, 1:] != ids[:, :-1], ids[1:] != ids[:-1]
     edge[:, 1:] |= across
@@ -38,9 +39,8 @@ def wide_pixels(ids: np.ndarray, num_classes: int) -> np.ndarray:
     if not edge.any():
         wide = np.ones(ids.shape, bool)
     else:
-        depth = _distance(edge == 0) + 1  # to the nearest pixel of another class
-        centres = depth >= NARROW / 2
-        wide = _distance(~centres) < NARROW / 2 if centres.any() else centres
+        centres = _distance(edge == 0) >= radius
+        wide = _distance(~centres) <= radius if centres.any() else centres
     return np.bincount(ids[wide & (ids != IGNORE)], minlength=num_classes)
 
 

@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasetsprocess.cutting import Patch, Scene, split_scenes
 from datasetsprocess.scene_files import find_sources
 from tools.command import check, run
-from tools.dataset import SPLITS, Dataset, load_dataset, write_image_labels
+from tools.dataset import SPLITS, Dataset, load_dataset
+from tools.image_labels import write_image_labels
 from tools.labels import IGNORE
 from tools.rasters import SUFFIXES, Raster, covering_starts
 from tools.step import ROOT

@@ -162,7 +162,7 @@ def test_base_in_a_circle(describe):
 def test_a_mistyped_name_lists_the_user_s_own_data_sets_first(describe):
     describe(DESCRIPTION, "fields")
     describe(DESCRIPTION, "roofs")
-    with refused(r'no data set "feilds", did you mean fields\? Your own: fields, roofs. With the project: demo, isaid,'):
+    with refused(r'no data set "feilds", did you mean fields\? Your own: fields, roofs. With the project: demo, '):
         load_dataset("feilds", describe.root)
     with refused(r'no data set "Vaihingen", did you mean vaihingen\?'):
         load_dataset("Vaihingen", describe.root)
@@ -238,7 +238,7 @@ def test_names_that_leave_the_folder(describe, name):
         (DESCRIPTION + 'rules = {crop_side = "a"}', 'rules.crop_side is "a", but it must be a list'),
         (DESCRIPTION + "rules = {max_background = {val = 1}}", "no key rules.max_background.val, the keys are train"),
         (DESCRIPTION + "rules = {rare_clas = 1}", r"no key rules.rare_clas, did you mean rare_class\?"),
-        (DESCRIPTION + "method = {tau = 1}", "there is no key method.tau, the keys are gamma, tau_pseudo_labels, tau_s"),
+        (DESCRIPTION + "method = {tau = 1}", "there is no key method.tau, the keys are gamma, tau_pseudo"),
         (DESCRIPTION + "method = {gamma = 1.0}", "method.gamma is 1.0, but it must be less than or equal to 0.999"),
         (DESCRIPTION + "method = {gamma = nan}", "method.gamma is NaN, but it must be a finite number"),
         (DESCRIPTION + "method = {tau_segmentation = -0.1}", "tau_segmentation is -0.1, but it must be greater"),

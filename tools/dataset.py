@@ -121,7 +121,7 @@ def load_dataset(name: str, root: Path = ROOT) -> Dataset:
         colours=np.array([entry.colour for entry in description.classes], np.uint8),
         ignore_colours=np.array(description.ignore_colours, np.uint8).reshape(-1, 3),
         left_out_of_mean=tuple(description.left_out_of_mean),
-        scenes=dict(description.scenes),
+        scenes={split: names for split, names in description.scenes.items()},
         rules=description.rules.model_dump(exclude_unset=True),
         paper=description.paper.model_dump() if description.paper else {},
         method=description.method,

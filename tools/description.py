@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from tools.command import UserError
-from tools.constants import ROOT, Affinity, Share
+from tools.constants import ROOT, Affinity, PositiveCount, Share
 from tools.folders import and_more
 from tools.steps import SPLITS
 
@@ -62,12 +62,12 @@ class Rules(Table):
     """How the splitters of the paper's data sets cut scenes into patches; each reads its own keys."""
 
     background: str | None = None  # iSAID: the background class
-    patches_per_scene: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
-    tries: int | None = Field(None, ge=1)
+    patches_per_scene: Annotated[list[PositiveCount], Field(min_length=1)] | None = None
+    tries: PositiveCount | None = None
     max_background: dict[Split, Share] | None = None
     rare_class: str | None = None  # Vaihingen
     rare_share: Share | None = None
-    crop_side: list[Share] | None = Field(None, min_length=2, max_length=2)
+    crop_side: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
     min_share: Share | None = None  # Potsdam
     min_share_of: dict[str, Share] | None = None
 
@@ -176,7 +176,8 @@ def _read(name: str, root: Path, seen: tuple[str, ...]) -> tuple[dict[str, Any],
         content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
         raise UserError(f"{file} is not valid TOML in UTF-8 ({error}): correct this place") from None
-    base, files = {}, {}
+    base: dict[str, Any] = {}
+    files: dict[str, Path] = {}
     if "base" in content:
         base, files = _read(content.pop("base"), root, (*seen, name))
         base.pop("paper", None)  # a derived data set is not the paper's
