@@ -62,6 +62,8 @@ class Refinement:
         if self.rule == "mean_cam":
             classes = [c for c in classes if c in maps]
         ids, planes, words = packed(label, masks, classes)
+        if not ids:
+            return label.copy()
         if self.rule == "mean_cam":
             evidence = words.sums(_sums_of_words(words, [maps[c] for c in ids]))
         else:
@@ -80,9 +82,10 @@ def refine_folder(
 ) -> None:
     """Refine <source>/<id>.png of all patches that `step`, a step that is open, has not made yet.
 
-    `source` and `maps` are names of folders that the step reads; `maps` holds the class maps of rule mean_cam, as CAMs
-    of step 2 or as probabilities of step 6. `classes`: id -> (K,) bool, the image-level labels; without them the
-    classes of a patch are those in its label map. Files that cannot be read are reported at the end of the step.
+    `source` and `maps` are names of folders that the step reads; `maps` holds the class maps of rule mean_cam: the CAMs
+    of step 2, or the probabilities that step 6 writes beside its label maps (`source` itself). `classes`: id -> (K,)
+    bool, the image-level labels; without them the classes of a patch are those in its label map. Files that cannot be
+    read are reported at the end of the step.
     """
     work = partial(
         refine_patch,
@@ -120,15 +123,19 @@ def refine_patch(
     found = load_masks(masks / f"{id}.npz", label.shape, maker)
     if classes is None:
         classes = np.setdiff1d(label, [IGNORE])
-    refined = refinement(label, found, classes, load_maps(maps / f"{id}.npz", label.shape) if maps else None)
+    class_maps = load_maps(maps / f"{id}.npz", label.shape, relative=maps != source) if maps else None
+    refined = refinement(label, found, classes, class_maps)
     save_label(output / f"{id}.png", refined, dataset.colours)
 
 
-def load_maps(path: Path, size: tuple[int, int]) -> dict[int, np.ndarray]:
-    """Class id -> map (H,W) float32 of one patch: CAMs, each divided by its maximum, or probabilities as they are."""
+def load_maps(path: Path, size: tuple[int, int], relative: bool) -> dict[int, np.ndarray]:
+    """Class id -> map (H,W) float32 of one patch: CAMs, each divided by its maximum (`relative`), or probabilities.
+
+    Raises `UserError` when the file is missing, damaged or of another size than (H, W).
+    """
     from tools.cams import load_cams  # imports torch, which takes seconds and no other rule needs
 
-    ids, maps = load_cams(path)
+    ids, maps = load_cams(path, relative)
     if maps.shape[1:] != size:
         raise UserError(
             f"{path} holds maps of {maps.shape[1]} x {maps.shape[2]} pixels, but the label map has "
@@ -143,8 +150,7 @@ def _sums_of_words(words: Words, maps: list[np.ndarray]) -> np.ndarray:
     Each run of pixels in a word adds the difference of two values of the map's cumulative sum. The cumulative sum may
     overflow, but int32 wraps around, so a difference over at most 64 pixels is exact.
     """
-    length = 1 + maps[0].size if maps else 1
-    cumulative = np.zeros((len(maps), length), np.int32)
+    cumulative = np.zeros((len(maps), maps[0].size + 1), np.int32)
     for row, values in zip(cumulative, maps, strict=True):
         np.cumsum(np.rint(values.ravel() * UNITS).astype(np.int32), out=row[1:])
     pixels = words.values.view(">u8").astype(np.uint64)  # the first pixel in the highest bit
@@ -167,8 +173,6 @@ def _trailing_zeros(numbers: np.ndarray) -> np.ndarray:
 
 def _small_on_top(label: np.ndarray, ids: list[int], words: Words, evidence: np.ndarray) -> np.ndarray:
     """Each mask takes the class of the most evidence (K,M), or none where all is 0; small masks lie on large masks."""
-    if not ids:
-        return label.copy()
     length = -(-label.size // 64)
     written = np.zeros((len(ids), length), np.uint64)
     free = ~np.zeros(length, np.uint64)  # pixels that no smaller mask has taken

@@ -137,20 +137,22 @@ def save_cams(path: Path, classes: np.ndarray, maps: Sequence[np.ndarray], size:
         )
 
 
-def fuse_scales(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """Class maps (k,h,w) of each scale -> (k,H,W) in 0..1.
+def fuse_scales(maps: Sequence[Tensor], size: tuple[int, int], relative: bool = True) -> Tensor:
+    """Class maps (k,h,w) of each scale -> (k,H,W).
 
-    Upsampled to the size rounded up to the output stride, summed, cut to the image, divided by each map's maximum.
+    Upsampled to the size rounded up to the output stride, summed, cut to the image, and if `relative` divided by each
+    map's maximum, so that they lie in 0..1.
     """
     padded = [-(-length // OUTPUT_STRIDE) * OUTPUT_STRIDE for length in size]
     total = sum(F.interpolate(scale[None], padded, mode="bilinear", align_corners=False)[0] for scale in maps)
     total = total[:, : size[0], : size[1]]
-    return total / (total.amax((1, 2), keepdim=True) + 1e-5)
+    return total / (total.amax((1, 2), keepdim=True) + 1e-5) if relative else total
 
 
-def load_cams(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def load_cams(path: Path, relative: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """-> class ids (k,) ascending, maps (k,H,W) float32 in 0..1 at image size (method section 2).
 
+    `relative` divides each map by its maximum, as CAMs are used; probabilities of step 6 are read without it.
     Raises `UserError` when the file is missing, damaged, or declares more than `MOST_PIXELS` or `MOST_BYTES`.
     """
     try:
@@ -164,7 +166,7 @@ def load_cams(path: Path) -> tuple[np.ndarray, np.ndarray]:
         if not shares or {peaks.shape, *(scale.shape[:-2] for scale in shares)} != {(len(classes),)}:
             raise ValueError("its arrays do not fit together")
         maps = [torch.from_numpy(scale.astype(np.float32) * peaks[:, None, None]) for scale in shares]
-        return classes, fuse_scales(maps, size).numpy()
+        return classes, fuse_scales(maps, size, relative).numpy()
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run python infer_classification.py again, it makes what lacks") from None
     except Exception as error:  # zip, npy and shape errors have no common class
