@@ -74,9 +74,7 @@ class Words:
         return self.sums(np.bitwise_count(planes[:, self.places] & self.values))
 
 
-def packed(
-    label: np.ndarray, masks: np.ndarray | Masks, classes: Iterable[int]
-) -> tuple[list[int], np.ndarray, Words]:
+def packed(label: np.ndarray, masks: np.ndarray | Masks, classes: Iterable[int]) -> tuple[list[int], np.ndarray, Words]:
     """The inputs of a rule -> class ids ascending, the pixels of these classes (K,words) uint64, the masks.
 
     Raises `UserError` when the masks have another size than the map.

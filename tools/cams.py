@@ -157,20 +157,24 @@ def save_cams(
         )
 
 
-def fuse_scales(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """Class maps (k,h,w) of each scale -> (k,H,W) in 0..1, H,W = size (method section 2).
+def fuse_scales(maps: Sequence[Tensor], size: tuple[int, int], relative: bool = True) -> Tensor:
+    """Class maps (k,h,w) of each scale -> (k,H,W), H,W = size (method section 2).
 
-    Upsampled to the size rounded up to the output stride, summed, cut to the image, divided by each map's maximum.
+    Upsampled to the size rounded up to the output stride, summed, cut to the image, and if `relative` divided by each
+    map's maximum, so that they lie in 0..1.
     """
     padded = [-(-length // OUTPUT_STRIDE) * OUTPUT_STRIDE for length in size]
     upsampled = [F.interpolate(scale[None], padded, mode="bilinear", align_corners=False)[0] for scale in maps]
     total = reduce(torch.add, upsampled)[:, : size[0], : size[1]]
-    return total / (total.amax((1, 2), keepdim=True) + 1e-5)
+    return total / (total.amax((1, 2), keepdim=True) + 1e-5) if relative else total
 
 
-def load_cams(path: Path, num_classes: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def load_cams(
+    path: Path, num_classes: int, size: tuple[int, int], relative: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """The maps of an image of (H,W) = size -> class ids (k,) ascending, maps (k,H,W) float32 in 0..1.
 
+    `relative` divides each map by its maximum, as CAMs are used; probabilities of step 6 are read without it.
     Raises `UserError` where the file is missing or damaged, holds other classes than 0 to num_classes - 1, belongs to
     an image of another size, or would unpack to more than this image can need.
     """
@@ -187,7 +191,8 @@ def load_cams(path: Path, num_classes: int, size: tuple[int, int]) -> tuple[np.n
         shapes = {peaks.shape, *(share.shape[:-2] for share in shares)}
         check(len(shares) > 0 and shapes == {classes.shape}, "its arrays do not fit together")
         maximum = torch.from_numpy(peaks.astype(np.float32))[:, None, None]
-        fused = fuse_scales([torch.from_numpy(share.astype(np.float32)) * maximum for share in shares], size).numpy()
+        maps = [torch.from_numpy(share.astype(np.float32)) * maximum for share in shares]
+        fused = fuse_scales(maps, size, relative).numpy()
         check(bool(((fused >= 0) & (fused <= 1)).all()), "its maps hold values outside 0 to 1")
         return np.array(ids), fused
 
