@@ -38,10 +38,10 @@ from tools.devices import make_accelerator, precision_of
 from tools.labels import load_image, load_label
 from tools.logs import read_log
 from tools.pictures import heat
-from tools.scores import ConfusionMatrix
 from tools.result_checks import check_classifier, patch_shares
+from tools.scores import ConfusionMatrix
 from tools.step import Step
-from tools.training import Training, check_recipe, load_backbone, load_checkpoint, train
+from tools.training import ClassScores, Training, check_recipe, load_backbone, load_checkpoint, train
 
 
 @constants
@@ -67,9 +67,13 @@ class Constants(Machine):
     compile: Speed[bool] = False  # torch.compile the model: faster steps after minutes of preparation
 
 
-def compute_loss(model: nn.Module, images: Tensor, labels: Tensor, ir_weight: float, tiles: int) -> dict[str, Tensor]:
+def compute_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, ir_weight: float, tiles: int, scores: ClassScores | None = None
+) -> dict[str, Tensor]:
     """Multi-label soft margin on the means of the raw maps + lambda x image reconstruction by the PRC maps."""
     logits, maps = model(images)
+    if scores:
+        scores.add(logits, labels)
     classification = F.multilabel_soft_margin_loss(logits.float(), labels)
     reconstruction = image_reconstruction_loss(maps, images, labels, tiles)
     loss = classification + ir_weight * reconstruction
@@ -117,7 +121,8 @@ def main(constants: Constants) -> None:
     patches = TrainingPatches(
         step.ids, dataset.images("train"), labels, dataset.num_classes, dataset.patch_size, constants.seed
     )
-    compute = partial(compute_loss, ir_weight=constants.ir_weight, tiles=constants.tiles)
+    scores = ClassScores(dataset.classes, accelerator)
+    compute = partial(compute_loss, ir_weight=constants.ir_weight, tiles=constants.tiles, scores=scores)
     pretrained = [] if constants.weights == "none" else [backbone]
     training = Training(model, pretrained, patches, compute, constants, accelerator)
     released = constants.protocol == "released"
@@ -137,7 +142,7 @@ def main(constants: Constants) -> None:
         notes={"protocol_of_the_steps": "released"} if released else {},
         settings={"precision": precision_of(accelerator)},
     ):
-        train(training, step.path, select if released else None)
+        train(training, step.path, select if released else None, scores.average_precision)
         step.warn(check_classifier(read_log(step.path / "log.jsonl"), patch_shares(labels, dataset.classes)))
         load_checkpoint(step.path / "model.pt", model)
         model.eval()

@@ -42,8 +42,8 @@ from tools.folders import and_more
 from tools.labels import IGNORE, load_image, load_label
 from tools.logs import read_log
 from tools.pictures import colourise
-from tools.scores import ConfusionMatrix
 from tools.result_checks import check_losses
+from tools.scores import ConfusionMatrix
 from tools.step import Step
 from tools.training import Training, check_recipe, load_backbone, load_checkpoint, train
 

@@ -122,7 +122,9 @@ def refine_patch(
     found = load_masks(masks / f"{id}.npz", label.shape, maker)
     if classes is None:
         classes = np.setdiff1d(label, [IGNORE])
-    class_maps = load_maps(maps / f"{id}.npz", dataset.num_classes, label.shape, relative=maps != source) if maps else None
+    class_maps = None
+    if maps:
+        class_maps = load_maps(maps / f"{id}.npz", dataset.num_classes, label.shape, relative=maps != source)
     refined = refinement(label, found, classes, class_maps)
     save_label(output / f"{id}.png", refined, dataset.colours)
 

@@ -25,8 +25,8 @@ def check_losses(rows: Sequence[dict[str, Any]], name: str = "loss") -> list[str
     if len(losses) < 2 or losses[-1] < FALLEN * losses[0]:
         return []
     return [
-        f"the {name} did not fall: {losses[0]:.3g} in the first epoch, {losses[-1]:.3g} in the last; change lr or train "
-        f"for more epochs ({ADVICE})"
+        f"the {name} did not fall: {losses[0]:.3g} in the first epoch, {losses[-1]:.3g} in the last; change lr or "
+        f"train for more epochs ({ADVICE})"
     ]
 
 

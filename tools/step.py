@@ -141,8 +141,9 @@ class Step(StepFolder):
         """Warn of label maps <folder>/<id>.png that hardly use a class, or little else than one."""
         self.join()
         if self.is_main:
-            classes = self.dataset.classes
-            present = patch_shares(self.dataset.image_labels("train"), classes)
+            classes, present = self.dataset.classes, {}
+            with suppress(UserError):  # a machine that only segments may have no image-level labels
+                present = patch_shares(self.dataset.image_labels("train"), classes)
             self.warn(check_shares(pixel_shares(folder, self.ids, classes), present, remedy))
 
     def draw(self, row: Row, titles: Sequence[str], legend: bool = True) -> None:

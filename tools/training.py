@@ -23,6 +23,7 @@ from tools.files import write_whole
 from tools.logs import read_log
 from tools.memory import MicroBatches
 from tools.progress import Progress
+from tools.review import average_precision
 
 Losses = dict[str, Tensor]  # "loss", the total, and its parts: scalars
 ComputeLoss = Callable[[nn.Module, Tensor, Tensor], Losses]  # model, images, targets -> losses
@@ -259,12 +260,45 @@ class Training:
         return {name: float(self.accelerator.reduce(value, "mean")) / len(self.sampler) for name, value in sums.items()}
 
 
-def train(training: Training, folder: Path, select: Callable[[nn.Module], float] | None = None) -> None:
+class ClassScores:
+    """Logits of the training patches, as they pass through the model, and the labels they should meet."""
+
+    def __init__(self, classes: tuple[str, ...], accelerator: Accelerator):
+        self.classes, self.accelerator = classes, accelerator
+        self.logits: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """A batch: logits (B,K), image-level labels (B,K)."""
+        self.logits.append(logits.detach().float())
+        self.labels.append(labels)
+
+    def average_precision(self) -> dict[str, dict[str, float]]:
+        """{"average_precision": {class: value}} of the patches added since the last call, in all processes."""
+        logits, labels = (
+            self.accelerator.gather(torch.cat(parts)).cpu().numpy() for parts in (self.logits, self.labels)
+        )
+        self.logits, self.labels = [], []
+        return {
+            "average_precision": {
+                name: round(average_precision(labels[:, k] > 0, logits[:, k]), 4)
+                for k, name in enumerate(self.classes)
+                if (labels[:, k] > 0).any()
+            }
+        }
+
+
+def train(
+    training: Training,
+    folder: Path,
+    select: Callable[[nn.Module], float] | None = None,
+    measure: Callable[[], dict[str, Any]] | None = None,
+) -> None:
     """Train the epochs that are left; write model.pt, checkpoint.pt, log.jsonl and TensorBoard files to `folder`.
 
     After each epoch the state goes to checkpoint.pt, from which a stopped training continues with equal results, and
-    one line of figures to log.jsonl. model.pt is the last epoch's, or, with `select`, that of the highest
-    `select(model)`.
+    one line of figures to log.jsonl, which `measure` may add to. model.pt is the last epoch's, or, with `select`, that
+    of the highest `select(model)`.
     """
     checkpoint_file, log_file = folder / "checkpoint.pt", folder / "log.jsonl"
     main = training.accelerator.is_main_process
@@ -287,16 +321,21 @@ def train(training: Training, folder: Path, select: Callable[[nn.Module], float]
             f"the loss became {means['loss']} in epoch {training.epoch}: lower lr ({training.constants.lr}); the state "
             f"after epoch {training.epoch - 1} is kept in {checkpoint_file}",
         )
-        row = {"epoch": training.epoch, "step": training.epoch * steps, **means}
+        row: dict[str, Any] = {"epoch": training.epoch, "step": training.epoch * steps, **means}
         row["lr"] = training.optimiser.param_groups[0]["lr"]
         row["images_per_second"] = round(steps * training.constants.batch_size / (time.perf_counter() - start), 2)
+        if measure:
+            row |= measure()
         if select:
             row["train_miou"] = select(training.raw)
         if not main or writer is None:
             continue
         _log(log_file, row)
         for name, value in row.items():
-            if name not in ("epoch", "step"):
+            if isinstance(value, dict):  # one value for each class
+                for key, part in value.items():
+                    writer.add_scalar(f"{name}/{key}", part, row["step"])
+            elif name not in ("epoch", "step"):
                 writer.add_scalar(name, value, row["step"])
         if not select or row["train_miou"] > training.best:
             save_checkpoint(folder / "model.pt", training.raw, epoch=training.epoch)
