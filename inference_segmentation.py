@@ -10,6 +10,7 @@ segment_scene.py segments whole large images.
 """
 
 from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -56,7 +57,7 @@ def main(constants: Constants) -> None:
             ):
                 logits = segmenter(images, constants.scales)
                 labels = logits.argmax(1).to(torch.uint8).cpu().numpy()
-                probabilities = [None] * len(labels)
+                probabilities: Sequence[np.ndarray | None] = [None] * len(labels)
                 if constants.keep_probabilities:
                     probabilities = small_probabilities(logits, 2 * len(constants.scales)).cpu().numpy()
                 for id, label, maps in zip(ids, labels, probabilities, strict=False):

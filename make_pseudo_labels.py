@@ -59,7 +59,7 @@ def make_label(id: str, cams: Path, output: Path, dataset: Dataset, constants: C
     """One patch: maps of its classes -> CRF -> the most probable class of each pixel."""
     image = load_image(dataset.images(constants.split) / f"{id}.png")
     classes, maps = load_cams(cams / f"{id}.npz", dataset.num_classes, image.shape[:2])
-    if constants.background == "threshold":
+    if constants.background == "threshold" and dataset.background is not None:
         maps = thresholded_background(classes, maps, dataset.background)
     if constants.crf.crf_iterations and len(classes) > 1:
         try:

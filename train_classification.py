@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import NAMES
+from models.backbone import Name
 from models.classifier import Classifier
 from models.ir_loss import check_tiles, image_reconstruction_loss
 from report.page import renew
@@ -49,7 +49,7 @@ class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     protocol: Literal["clean", "released"] = "clean"  # keeps the last epoch | released: the best on train PIXEL labels
-    backbone: Literal[NAMES] = "resnet50"  # at output stride 16
+    backbone: Name = "resnet50"  # at output stride 16
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
     train_all: bool = False  # let the first stages learn as well; needed when weights is none
     gamma: Affinity | None = None  # PRC: affinities below this are cut, 0 to 0.999; None: the data set's, else 0.7
@@ -88,7 +88,7 @@ def argmax_miou(model: nn.Module, dataset: Dataset, workers: int, device: torch.
         maps = mirrored_scales(lambda x: model(x)[1].relu(), images, [1.0], device)[0]
         for id, found in zip(ids, maps[: len(ids)].cpu(), strict=True):
             classes = np.flatnonzero(present[id])
-            prediction = classes[fuse_scales([found[classes]], images.shape[-2:]).argmax(0).numpy()]
+            prediction = classes[fuse_scales([found[classes]], (images.shape[-2], images.shape[-1])).argmax(0).numpy()]
             truth = load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes)
             matrix.update(truth, prediction.astype(np.uint8))
     return matrix.scores()["miou"]

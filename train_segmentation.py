@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import NAMES
+from models.backbone import Name
 from models.deeplab import DeepLabV3Plus
 from report.page import renew
 from tools.augment import TrainingPatches, to_tensor
@@ -54,7 +54,7 @@ class Constants(Machine):
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     protocol: Literal["clean", "released"] = "clean"  # keeps the last epoch | released: the best on train PIXEL labels
     labels: str = "refined_pseudo_labels"  # the step folder to learn from | truth (the fully supervised bound)
-    backbone: Literal[NAMES] = "resnet50"  # at output stride 16
+    backbone: Name = "resnet50"  # at output stride 16
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
     freeze_norm: bool = True  # keep the backbone's BatchNorm statistics; must be False when weights is none
     width: Width = 256  # channels of ASPP and decoder, a multiple of 4

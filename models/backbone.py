@@ -1,13 +1,14 @@
 """ImageNet backbones from torchvision, cut into three stages, output stride 16 (method sections 1 and 5)."""
 
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-NAMES = (*RESNETS, "mobilenet_v2")
+Name = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"]
+NAMES: tuple[str, ...] = get_args(Name)
 
 
 class Backbone(nn.Module):

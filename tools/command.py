@@ -50,7 +50,7 @@ def run(
     overwrite = "--overwrite" in sys.argv
     again = "the same command" + (" without --overwrite" if overwrite else "") + " continues"
     try:
-        values = tyro.cli(constants, description=re.sub(r"\n(?=Reads|Writes)", "\n\n", description or ""))
+        values: Any = tyro.cli(constants, description=re.sub(r"\n(?=Reads|Writes)", "\n\n", description or ""))
         if one_process and not first:
             return
         with _signals_as_exceptions():

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from tools.command import UserError, check
+from tools.constants import Machine
 from tools.dataset import load_dataset
 from tools.devices import device_facts, start_line
 from tools.folders import ProcessState, StepFolder
@@ -66,6 +67,8 @@ class Step(StepFolder):
     A constant with the name of an input (`cams = "other"`) takes it from another experiment. `reads` replaces the
     inputs of the table. With `image_labels` the step reads the image-level labels: `labels`.
     """
+
+    constants: Machine
 
     def __init__(self, name: str, constants: Any, *, reads: tuple[str, ...] | None = None, image_labels: bool = False):
         self.info = STEPS[name]

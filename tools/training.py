@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +55,7 @@ class Recipe(Protocol):
 
 
 def parameter_groups(
-    pretrained: list[nn.Module], new: list[nn.Module], lr: float, weight_decay: float
+    pretrained: Sequence[nn.Module], new: Sequence[nn.Module], lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """SGD groups of the recipe: pretrained weights lr, biases x2, new weights x10, new biases x20; decay on weights.
 
@@ -167,7 +167,7 @@ class Training:
     def __init__(
         self,
         model: nn.Module,
-        pretrained: list[nn.Module],
+        pretrained: Sequence[nn.Module],
         patches: TrainingPatches,
         compute_loss: ComputeLoss,
         constants: Recipe,
