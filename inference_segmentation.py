@@ -59,7 +59,7 @@ def main(constants: Constants) -> None:
                 labels = logits.argmax(1).to(torch.uint8).cpu().numpy()
                 probabilities: Sequence[np.ndarray | None] = [None] * len(labels)
                 if constants.keep_probabilities:
-                    probabilities = small_probabilities(logits, 2 * len(constants.scales)).cpu().numpy()
+                    probabilities = list(small_probabilities(logits, 2 * len(constants.scales)).cpu().numpy())
                 for id, label, maps in zip(ids, labels, probabilities, strict=False):
                     submit(save_patch, step.path, id, label, maps, dataset.colours)
                 bar.update(len(ids))
