@@ -66,7 +66,7 @@ def _on_patches(classes: tuple[str, ...], present: np.ndarray) -> list[str]:
     """Warnings on which patches have which class: `present` is (N,K) bool."""
     patches = present.sum(0)
     shares = patches / len(present)
-    frequent = [f"{name} ({shares[k]:.0%})" for k, name in enumerate(classes) if shares[k] > MOST_PATCHES]
+    frequent = [f"{name} ({shares[k]:.1%})" for k, name in enumerate(classes) if shares[k] > MOST_PATCHES]
     rare = [f"{name} ({patches[k]})" for k, name in enumerate(classes) if patches[k] < FEWEST_PATCHES]
     together = []
     for a, b in combinations(np.flatnonzero((patches >= FEWEST_PATCHES) & (shares <= MOST_PATCHES)), 2):

@@ -172,9 +172,9 @@ def test_a_mistyped_name_lists_the_user_s_own_data_sets_first(describe):
 
 @pytest.mark.parametrize("name", ["../tiny", "a/b", "", ".", "a.b", "tiny\n"])
 def test_names_that_leave_the_folder(describe, name):
-    with refused('dataset is .* the name of a data set has only letters'):
+    with refused("dataset is .* the name of a data set has only letters"):
         load_dataset(name, describe.root)
-    with refused('dataset.toml: base is .* the name of a data set has only letters'):
+    with refused("dataset.toml: base is .* the name of a data set has only letters"):
         describe(f"base = {name!r}" if "\n" not in name else 'base = "tiny\\n"', "other")
 
 

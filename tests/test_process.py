@@ -103,7 +103,8 @@ def test_test_split_without_labels(tmp_path, run_script):
     assert "segmented but not scored" in run.stdout and not (folder / "test" / "image_labels.csv").exists()
     (folder / "train" / "labels").rename(folder / "away2")
     (folder / "train" / "image_labels.csv").unlink()
-    assert "labels is missing" in run_script(SCRIPT, "--dataset", "small", "--root", tmp_path, fails=True).stderr
+    refused = run_script(SCRIPT, "--dataset", "small", "--root", tmp_path, fails=True).stderr
+    assert "labels is missing" in refused and f"label_page.py --dataset small --root {tmp_path} (docs" in refused
 
 
 def break_small(how: str, folder: Path) -> None:
@@ -203,7 +204,7 @@ def test_a_class_in_too_many_patches(described):
     dataset = described("road", "roof", "lawn")
     labels = patches(c110=40, c101=41, c011=20)
     (found,) = warnings(dataset, labels | {"q": np.array([True, False, False])}, None)
-    assert "in more than 80% of the train patches: road (80%)." in found and "Cut smaller patches" in found
+    assert "in more than 80% of the train patches: road (80.4%)." in found and "Cut smaller patches" in found
     assert warnings(dataset, patches(c110=40, c101=40, c011=20), None) == []  # exactly 80 %
 
 

@@ -79,7 +79,7 @@ def hash_image_labels(path: Path) -> str:
 def _content(path: Path) -> bytes:
     if not path.is_file():
         raise UserError(
-            f"{path} is missing: run python datasetsprocess/process.py, or write the file by hand (docs/own_data.md)"
+            f"{path} is missing: run python datasetsprocess/process.py, or label the patches (docs/own_data.md)"
         )
     return path.read_bytes()
 
