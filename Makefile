@@ -1,6 +1,7 @@
 # make demo   synthetic scenes through all nine steps on the CPU, about ten minutes after the installation
 # make install  the virtual environment alone
 # make test   the tests; make test-long those that take minutes; make lint; make bench the benchmarks
+# make test-gpu  the tests that need a GPU; make gpu  these tests and every benchmark of a GPU, at most 8 minutes
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
@@ -12,7 +13,7 @@ SMALL = --backbone resnet18 --weights none
 CLASSIFIER = $(SMALL) --train-all --epochs 12 --lr 0.003 --momentum 0.9 --workers 1
 SEGMENTER = $(SMALL) --no-freeze-norm --width 64 --epochs 7 --batch-size 8 --lr 0.003 --momentum 0.9 --workers 1
 
-.PHONY: install demo demo-data demo-supervised demo-weak test test-long lint bench clean
+.PHONY: install demo demo-data demo-supervised demo-weak test test-long test-gpu gpu lint bench clean
 
 $(VENV)/.installed: requirements.txt constraints.txt
 	@echo "installing torch and the rest into $(VENV): about 6 GB, a few minutes"
@@ -51,12 +52,18 @@ test: $(VENV)/.installed
 test-long: $(VENV)/.installed
 	$(RUN) -m pytest -m long
 
+test-gpu: $(VENV)/.installed
+	PRC_TEST_DEVICE=cuda $(RUN) -m pytest -m cuda
+
+gpu: $(VENV)/.installed
+	$(RUN) benchmarks/gpu.py
+
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/.installed
-	for script in $(filter-out %/measure.py %/maps.py,$(wildcard benchmarks/*.py)); do OMP_NUM_THREADS=1 $(RUN) $$script || exit 1; done
+	for script in $(filter-out %/measure.py %/maps.py %/gpu.py,$(wildcard benchmarks/*.py)); do OMP_NUM_THREADS=1 $(RUN) $$script || exit 1; done
 
 clean:
 	rm -rf datasets/demo experiments/demo

@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parents[1]
 # Before torch is loaded: threads that wait for each other make a busy machine many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PRC_TEST_DEVICE" not in os.environ:  # set by make test-gpu; no other test may use a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def run_script():
     """run_script("step.py", "--constant", value, ..., fails=False) -> CompletedProcess with text output."""
 
     def run(script: str, *arguments, fails: bool = False, cwd: Path = ROOT, timeout: int = 300):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run(
             [sys.executable, str(script), *map(str, arguments)],
             cwd=cwd,
