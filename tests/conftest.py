@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,6 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "PRC_TEST_DEVICE" not in os.environ:  # set by make test-gpu; no other test may use a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# These tests stop programs by Unix's signals, and find their processes in /proc, or mount a disk.
+LINUX_ALONE = ["test_full_disk.py", "test_interruption.py", "test_processes.py"]
+collect_ignore = [] if sys.platform == "linux" else LINUX_ALONE
 
 
 @pytest.fixture
@@ -88,10 +92,22 @@ def make_tiny_dataset():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, make_tiny_dataset, run_script):
-    """The root after process.py, get_se_map.py and steps 1 to 7, each run as a program."""
+    """The root after process.py, get_se_map.py and steps 1 to 7, each run as a program.
+
+    Where several processes of pytest-xdist share the tests, the first one makes it and each has a copy of its own.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return _finish(tmp_path_factory.mktemp("finished") / "root", make_tiny_dataset, run_script)
+    shared = tmp_path_factory.getbasetemp().parent / "finished"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            _finish(shared.with_name("beginning"), make_tiny_dataset, run_script).rename(shared)
+    return shutil.copytree(shared, tmp_path_factory.mktemp("finished") / "root")
+
+
+def _finish(root, make_tiny_dataset, run_script):
     from tests.steps import STEPS, options  # torch takes seconds to load, and few tests come here
 
-    root = tmp_path_factory.mktemp("root")
     make_tiny_dataset(root)
     run_script("datasetsprocess/process.py", "--dataset", "tiny", "--root", root)
     run_script(
