@@ -130,8 +130,8 @@ def label_split(dataset: Dataset, split: str, constants: Constants) -> list[str]
             return []
         check(
             file.exists(),
-            f"{dataset.labels(split)} is missing, so the classes of the {split} images are not known: write {file} by "
-            "hand, starting from image_labels_blank.csv (docs/own_data.md), or cut scenes that have a truth",
+            f"{dataset.labels(split)} is missing, so the classes of the {split} images are not known: label them on the page "
+            f"that python datasetsprocess/label_page.py --dataset {dataset.name} writes, or cut scenes that have a truth",
         )
         labels = dataset.image_labels(split)
         print(f"{split}: {len(ids)} images without label maps; {file} was written by a person and is kept")

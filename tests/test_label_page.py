@@ -14,7 +14,8 @@ from datasetsprocess import label_page, process
 from tests.browser import CHROMIUM, CONTROL, SHIFT, Browser
 from tools.cams import save_cams
 from tools.command import UserError
-from tools.dataset import load_dataset, read_image_labels, write_image_labels
+from tools.dataset import load_dataset
+from tools.image_labels import read_image_labels, write_image_labels
 
 EVIL = '<script>document.title = "evil"</script>'
 CLASSES = ("field", EVIL, 'roof, "old"', "water")
@@ -276,7 +277,7 @@ def test_a_dropped_csv_is_loaded_and_its_slips_are_listed(plots, browser, tmp_pa
     lines = [f"{id},{row}" for id, row in zip(GRID, rows, strict=False)] + [f"{GRID[1]},1,1,1,1", "gone,1,0,0,0"]
     file.write_text("\ufeff" + "\r\n".join([header, *lines, ",,,,", f'"{ODD[0]}",0,0,1,1', ""]), newline="")
     page.drop(file)
-    page.until("document.querySelectorAll('.notice').length === 2")
+    page.until("document.querySelectorAll('.notice').length === 1")
     found = kept(page)
     assert [found[id] for id in (*GRID[:4], ODD[0])] == ["1000", "0100", "0000", "0000", "0011"]
     words = page.js("document.querySelector('.notice.warning').textContent")
@@ -450,7 +451,7 @@ def test_review(reviewed, browser):
     page.press("ArrowRight")
     assert page.js(doubt) == "" and page.js("document.querySelectorAll('.cell .doubtful').length") == 2
     says = page.js("[...document.querySelectorAll('#classes .says')].map(each => each.textContent)")
-    assert says == ["95 %", "5 %", "5 %", "5 %"]
+    assert says == ["classifier 95 %", *["classifier 5 %"] * 3]
     show(page, "doubt")
     assert page.js("shown.map(index => page.ids[index])") == [ODD[0], GRID[2]]
     assert page.complaints() == []
