@@ -43,7 +43,8 @@ SCROLL = """(async (frames, step) => {
   times.sort((one, other) => one - other);
   return { blank, loading, median: times[frames >> 1], longest: times.at(-1) };
 })"""
-DRAWN = "Promise.all([...document.querySelectorAll('.cell img')].map(image => image.decode())).then(() => performance.now())"
+DRAWN = """Promise.all([...document.querySelectorAll(".cell img")].map(image => image.decode()))
+  .then(() => performance.now())"""
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.command import run
 from tools.constants import ROOT, constants
-from tools.dataset import Dataset, load_dataset, read_image_labels
+from tools.dataset import Dataset, load_dataset
 from tools.files import write_whole
+from tools.image_labels import read_image_labels
 
 
 @constants

@@ -64,6 +64,15 @@ class Browser:
                 return answer["result"]
             self.events.append(answer)
 
+    def wait(self, method: str, session: str) -> None:
+        """Take the next event of this kind out of `events`, which may have arrived already."""
+        while True:
+            for event in self.events:
+                if event["method"] == method and event.get("sessionId") == session:
+                    self.events.remove(event)
+                    return
+            self.events.append(self._receive())
+
     def _receive(self) -> dict:
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._in], [], [], self.seconds)
@@ -93,7 +102,7 @@ class Page:
         if before:
             self.call("Page.addScriptToEvaluateOnNewDocument", source=before)
         self.call("Page.navigate", url=path.resolve().as_uri())
-        self.until("document.readyState === 'complete'")
+        browser.wait("Page.loadEventFired", self.session)
 
     def call(self, method: str, **parameters) -> dict:
         return self.browser.call(method, self.session, **parameters)
@@ -114,9 +123,8 @@ class Page:
             time.sleep(0.02)
 
     def reload(self) -> None:
-        self.js("window.before = true")
         self.call("Page.reload")
-        self.until("!window.before && document.readyState === 'complete'")
+        self.browser.wait("Page.loadEventFired", self.session)
 
     def press(self, *keys: str, modifiers: int = 0) -> None:
         for key in keys:

@@ -14,7 +14,8 @@ from datasetsprocess import label_page, process
 from tests.browser import CHROMIUM, CONTROL, SHIFT, Browser
 from tools.cams import save_cams
 from tools.command import UserError
-from tools.dataset import load_dataset, read_image_labels, write_image_labels
+from tools.dataset import load_dataset
+from tools.image_labels import read_image_labels, write_image_labels
 
 EVIL = '<script>document.title = "evil"</script>'
 CLASSES = ("field", EVIL, 'roof, "old"', "water")
@@ -30,18 +31,19 @@ classes = [
 """
 GRID = [f"north_r{row:03d}_c{column:03d}" for row in range(3) for column in range(4)]
 ODD = ["odd #1, 100% 'x'", "south_p0001", "south_r000_c000_v1"]
-needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs chromium, which was not found on the PATH")
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
+    if not CHROMIUM:
+        pytest.skip("needs chromium, which was not found on the PATH")
     browser = Browser(tmp_path_factory.mktemp("browser"))
     yield browser
     browser.close()
 
 
 @pytest.fixture
-def plots(tmp_path, request, browser_of_test):
+def plots(tmp_path, request):
     """A data set of 15 patches, named after the test, since the browser keeps the work by the name of the data set."""
 
     class Plots:
@@ -54,8 +56,8 @@ def plots(tmp_path, request, browser_of_test):
             label_page.main(label_page.Constants(dataset=self.name, root=self.root, **constants))
             return self.train / "label_images.html"
 
-        def open(self, **options):
-            return browser_of_test.open(self.write(), **options)
+        def open(self, browser, **options):
+            return browser.open(self.write(), **options)
 
         def label(self, labels):
             write_image_labels(self.csv, CLASSES, {id: np.array(list(map(int, bits))) for id, bits in labels.items()})
@@ -67,27 +69,24 @@ def plots(tmp_path, request, browser_of_test):
     return Plots()
 
 
-@pytest.fixture
-def browser_of_test(request):
-    """The browser where the test is marked as needing one."""
-    marked = any(mark.name == "skipif" for mark in request.node.iter_markers())
-    return request.getfixturevalue("browser") if marked and CHROMIUM else None
-
-
 def kept(page):
     """id -> label, as the page has them now."""
     return dict(page.js("page.ids.map((id, index) => [id, labels[index]])"))
 
 
+def show(page, value):
+    """Choose a filter."""
+    page.js(f"element('filter').value = '{value}'; element('filter').dispatchEvent(new Event('change'));")
+
+
 # with keys and mouse -------------------------------------------------------------------------------------------------
 
 
-@needs_chromium
 def test_twelve_patches_by_keyboard_and_mouse(plots, browser):
     """Labelled, reloaded, exported; process.py accepts the file; nothing but the page and its images is loaded."""
     for id in ODD:
         (plots.train / "images" / f"{id}.png").unlink()
-    page = plots.open()
+    page = plots.open(browser)
     assert page.js("document.activeElement.id") == "grid"
     page.press("1", "3")  # two classes for the first patch
     page.press("ArrowRight", "2", "2", "4")  # one set and removed again
@@ -107,7 +106,7 @@ def test_twelve_patches_by_keyboard_and_mouse(plots, browser):
     page.click("#cell-10")
     page.press("4", "1")
     page.press("z", modifiers=CONTROL)
-    labels = "1010 0001 0001 0010 1000 0100 0001 0001 0001 0100 0001 0100".split()
+    labels = ["1010", "0001", "0001", "0010", "1000", "0100", "0001", "0001", "0001", "0100", "0001", "0100"]
     expected = dict(zip(GRID, labels, strict=True))
     assert kept(page) == expected
     assert page.js("document.querySelector('#left').textContent") == "all 12 labelled"
@@ -130,9 +129,8 @@ def test_twelve_patches_by_keyboard_and_mouse(plots, browser):
     assert asked and all(request.startswith(allowed) for request in asked)
 
 
-@needs_chromium
-def test_a_keyboard_alone_reaches_everything(plots):
-    page = plots.open()
+def test_a_keyboard_alone_reaches_everything(plots, browser):
+    page = plots.open(browser)
     reached = []
     for _ in range(30):
         page.press("Tab")
@@ -142,10 +140,8 @@ def test_a_keyboard_alone_reaches_everything(plots):
     wanted = {"undo", "keys", "load", "export", "filter", "size", "several", "back", "forward", "around", "same"}
     assert wanted - {"undo"} <= set(reached)  # there is nothing to undo yet, so that button is off
     assert {f"{k + 1}{name}0" for k, name in enumerate(CLASSES)} <= set(reached)
-    names = page.js(
-        "[...document.querySelectorAll('button:not([hidden])')].map(b => b.ariaLabel || b.textContent.trim())"
-    )
-    assert all(names)
+    buttons = "[...document.querySelectorAll('button:not([hidden])')]"
+    assert all(page.js(f"{buttons}.map(button => button.ariaLabel || button.textContent.trim())"))
     page.press("?")
     assert page.js("document.querySelector('#help').open")
     page.press("1", "Escape")  # keys do nothing behind the open window
@@ -164,21 +160,16 @@ def test_a_keyboard_alone_reaches_everything(plots):
     page.press("z", modifiers=CONTROL)
     page.press("Escape", "Home", ".")
     assert page.js("labels[shown[at]]") == "0000" and page.js("at") == selected  # the next one without a label
-    active = page.js(
-        "document.getElementById(document.querySelector('#grid').getAttribute('aria-activedescendant')).title"
-    )
+    active = page.js("element(grid.getAttribute('aria-activedescendant')).title")
     assert active.startswith(page.js("page.ids[shown[at]]") + ": not yet labelled")
 
 
-@needs_chromium
-def test_filters_and_counts(plots):
+def test_filters_and_counts(plots, browser):
     plots.label(dict(zip(GRID, ["1000", "1100", "0010"] * 4, strict=True)))
-    page = plots.open()
+    page = plots.open(browser)
 
     def choose(value):
-        page.js(
-            f"(f => {{ f.value = '{value}'; f.dispatchEvent(new Event('change')); }})(document.querySelector('#filter'))"
-        )
+        show(page, value)
         return page.js("shown.map(index => page.ids[index])")
 
     assert choose("all") == GRID + ODD
@@ -198,9 +189,8 @@ def test_filters_and_counts(plots):
     assert page.complaints() == []
 
 
-@needs_chromium
-def test_touch(plots):
-    page = plots.open(size=(390, 844))
+def test_touch(plots, browser):
+    page = plots.open(browser, size=(390, 844))
     page.call("Emulation.setTouchEmulationEnabled", enabled=True)
     assert page.js("document.documentElement.scrollWidth") == 390
     assert page.js("Math.min(...[...document.querySelectorAll('#classes button')].map(b => b.offsetHeight))") >= 40
@@ -223,15 +213,15 @@ def test_touch(plots):
 # what is kept --------------------------------------------------------------------------------------------------------
 
 
-@needs_chromium
 @pytest.mark.parametrize("fault", ["full", "blocked"])
-def test_a_browser_that_keeps_nothing(plots, fault):
+def test_a_browser_that_keeps_nothing(plots, browser, fault):
     """The work goes on with a warning, and leaves by the export."""
     before = {
         "full": "Storage.prototype.setItem = () => { throw new DOMException('no', 'QuotaExceededError'); }",
-        "blocked": "Object.defineProperty(window, 'localStorage', {get() { throw new DOMException('no', 'SecurityError'); }})",
+        "blocked": "Object.defineProperty(window, 'localStorage', "
+        "{get() { throw new DOMException('no', 'SecurityError'); }})",
     }[fault]
-    page = plots.open(before=before)
+    page = plots.open(browser, before=before)
     assert page.js("document.querySelectorAll('.warning').length") == (fault == "blocked")
     page.press("1")
     words = page.js("document.querySelector('.warning').textContent")
@@ -243,16 +233,15 @@ def test_a_browser_that_keeps_nothing(plots, fault):
     assert not page.js("lost")  # the page may be closed
 
 
-@needs_chromium
 def test_work_that_was_kept_is_joined_with_a_page_that_was_written_again(plots, browser):
     """Other labels in the csv, another order of the classes, a patch that has gone and one that is new."""
-    page = plots.open()
+    page = plots.open(browser)
     page.press("1", "ArrowRight", "2", "ArrowRight", "4")
     plots.label({GRID[0]: "0010", GRID[1]: "0100", GRID[3]: "0010"})
     (plots.train / "images" / f"{GRID[2]}.png").rename(plots.train / "images" / "new.png")
     lines = DESCRIPTION.splitlines()
     (plots.folder / "dataset.toml").write_text("\n".join(lines[:4] + lines[5:8] + [lines[4]] + lines[8:]))
-    page = plots.open()
+    page = plots.open(browser)
     found = kept(page)  # the classes are in the order 1 2 3 0 now
     assert [found[id] for id in (GRID[0], GRID[1], GRID[3], "new")] == ["0001", "1000", "0100", "0000"]
     notice = page.js("document.querySelector('.notice').textContent")
@@ -265,10 +254,9 @@ def test_work_that_was_kept_is_joined_with_a_page_that_was_written_again(plots, 
     assert stored == {GRID[0]: "0001", GRID[2]: "0010"}  # the patch that has gone is not forgotten
 
 
-@needs_chromium
 def test_two_tabs_do_not_overwrite_each_other(plots, browser):
-    first = plots.open()
-    second = plots.open()
+    first = plots.open(browser)
+    second = plots.open(browser)
     first.press("1")
     second.until("labels[0] === '1000'")
     second.press("ArrowRight", "2")
@@ -280,9 +268,8 @@ def test_two_tabs_do_not_overwrite_each_other(plots, browser):
 # csv files ------------------------------------------------------------------------------------------------------------
 
 
-@needs_chromium
-def test_a_dropped_csv_is_loaded_and_its_slips_are_listed(plots, tmp_path):
-    page = plots.open()
+def test_a_dropped_csv_is_loaded_and_its_slips_are_listed(plots, browser, tmp_path):
+    page = plots.open(browser)
     page.press("4")
     file = tmp_path / "by a colleague.csv"
     header = ",".join(["id", "field", f'"{EVIL.replace(chr(34), chr(34) * 2)}"', '"roof, ""old"""', "water"])
@@ -290,7 +277,7 @@ def test_a_dropped_csv_is_loaded_and_its_slips_are_listed(plots, tmp_path):
     lines = [f"{id},{row}" for id, row in zip(GRID, rows, strict=False)] + [f"{GRID[1]},1,1,1,1", "gone,1,0,0,0"]
     file.write_text("\ufeff" + "\r\n".join([header, *lines, ",,,,", f'"{ODD[0]}",0,0,1,1', ""]), newline="")
     page.drop(file)
-    page.until("document.querySelectorAll('.notice').length === 2")
+    page.until("document.querySelectorAll('.notice').length === 1")
     found = kept(page)
     assert [found[id] for id in (*GRID[:4], ODD[0])] == ["1000", "0100", "0000", "0000", "0011"]
     words = page.js("document.querySelector('.notice.warning').textContent")
@@ -316,10 +303,9 @@ def test_a_dropped_csv_is_loaded_and_its_slips_are_listed(plots, tmp_path):
     assert page.complaints() == []
 
 
-@needs_chromium
-def test_the_page_reads_csv_files_as_the_steps_do(plots, tmp_path):
+def test_the_page_reads_csv_files_as_the_steps_do(plots, browser, tmp_path):
     """Texts with quotes, line ends, empty columns and slips in random places: the same labels, or refused by both."""
-    page, rng, ids = plots.open(), np.random.default_rng(0), GRID[:3] + ODD
+    page, rng, ids = plots.open(browser), np.random.default_rng(0), GRID[:3] + ODD
     texts = []
     for _ in range(300):
         rows = [["id", *rng.permutation(CLASSES)]]
@@ -338,9 +324,7 @@ def test_the_page_reads_csv_files_as_the_steps_do(plots, tmp_path):
             for row in rows
         )
         texts.append(rng.choice(["", "\ufeff"]) + (text if rng.random() < 0.5 else text.rstrip("\r\n")))
-    answers = page.js(
-        f"{json.dumps(texts)}.map(text => {{ const {{ found, slips }} = readLabels(text); return [[...found], slips]; }})"
-    )
+    answers = page.js(f"{json.dumps(texts)}.map(readLabels).map(({{ found, slips }}) => [[...found], slips])")
     refused = 0
     for text, (found, slips) in zip(texts, answers, strict=True):
         (tmp_path / "labels.csv").write_bytes(text.encode())
@@ -361,9 +345,8 @@ def test_the_page_reads_csv_files_as_the_steps_do(plots, tmp_path):
 # how it shows ---------------------------------------------------------------------------------------------------------
 
 
-@needs_chromium
-def test_names_are_text_and_nothing_else_may_run(plots):
-    page = plots.open()
+def test_names_are_text_and_nothing_else_may_run(plots, browser):
+    page = plots.open(browser)
     assert page.js("document.title").startswith("Labels: plots & <script>")
     assert page.js("[...document.querySelectorAll('.name')].map(each => each.textContent)") == list(CLASSES)
     page.js(
@@ -377,9 +360,8 @@ def test_names_are_text_and_nothing_else_may_run(plots):
     assert EVIL not in text and not re.search(r"https?://", text) and text.count("<script") == 2
 
 
-@needs_chromium
-def test_neighbours_lie_around_the_patch(plots):
-    page = plots.open()
+def test_neighbours_lie_around_the_patch(plots, browser):
+    page = plots.open(browser)
 
     def shown():
         page.until("[...document.querySelectorAll('#view img')].every(image => image.complete && image.naturalWidth)")
@@ -400,18 +382,17 @@ def test_neighbours_lie_around_the_patch(plots):
     page.press("End")  # a version of a patch has no neighbours
     assert shown() == {ODD[-1]: ("0%", "0%")} and page.js("document.querySelector('#around').disabled")
     (plots.folder / "dataset.toml").write_text("stride = 16\n" + DESCRIPTION)
-    page = plots.open()
+    page = plots.open(browser)
     page.press(*["ArrowRight"] * 5)
     assert shown()["north_r000_c002"] == ("50%", "0%")  # neighbours that overlap lie where they belong
 
 
-@needs_chromium
-def test_ten_thousand_patches(plots):
+def test_ten_thousand_patches(plots, browser):
     """Only what is visible exists; wherever one scrolls to, the view is full."""
     image = plots.train / "images" / f"{GRID[0]}.png"
     for number in range(10_000):
         os.link(image, plots.train / "images" / f"p_{number:05d}.png")
-    page = plots.open()
+    page = plots.open(browser)
     assert page.js("shown.length") == 10_015
     covered = """(() => {
       const box = grid.getBoundingClientRect(), inside = [];
@@ -421,8 +402,8 @@ def test_ten_thousand_patches(plots):
     })()"""
     assert 20 < page.js(covered) < 250
     for share in (0.5, 0.9, 0.2, 1, 0.7, 0):
-        scroll = f"new Promise(done => {{ grid.scrollTop = {share} * grid.scrollHeight; requestAnimationFrame(() => done()); }})"
-        page.js(scroll)
+        page.js(f"grid.scrollTop = {share} * grid.scrollHeight")
+        page.js("new Promise(requestAnimationFrame)")
         assert 20 < page.js(covered) < 250
         page.until("[...document.querySelectorAll('.cell img')].every(image => image.complete && image.naturalWidth)")
     page.press("End", "1")
@@ -454,7 +435,6 @@ def reviewed(plots):
     return plots
 
 
-@needs_chromium
 def test_review(reviewed, browser):
     page = browser.open(reviewed.write(review="prc"))
     assert page.js("shown.slice(0, 4).map(index => page.ids[index])") == [GRID[5], ODD[0], GRID[2], GRID[0]]
@@ -471,8 +451,8 @@ def test_review(reviewed, browser):
     page.press("ArrowRight")
     assert page.js(doubt) == "" and page.js("document.querySelectorAll('.cell .doubtful').length") == 2
     says = page.js("[...document.querySelectorAll('#classes .says')].map(each => each.textContent)")
-    assert says == ["95 %", "5 %", "5 %", "5 %"]
-    page.js("(f => { f.value = 'doubt'; f.dispatchEvent(new Event('change')); })(document.querySelector('#filter'))")
+    assert says == ["classifier 95 %", *["classifier 5 %"] * 3]
+    show(page, "doubt")
     assert page.js("shown.map(index => page.ids[index])") == [ODD[0], GRID[2]]
     assert page.complaints() == []
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from tests.experiments import CLASSES, make_experiment
 from tools.cams import save_cams
 from tools.command import UserError
-from tools.dataset import load_dataset, write_image_labels
+from tools.dataset import load_dataset
+from tools.image_labels import write_image_labels
 from tools.review import average_precision, doubt, read_logits, review
 
 CAMS = "experiments/tiny/run/cams"
