@@ -236,6 +236,11 @@ def test_mean_cam_names_what_is_missing(small):
     shutil.rmtree(experiment(root) / "cams")
     with pytest.raises(UserError, match="cams is missing: run step 2"):
         generate_refined_pseudo.main(generate_refined_pseudo.Constants(**values, overwrite=True))
+    for content in (None, b"PK"):
+        file = experiment(root) / "segmentation" / "p.npz"
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(UserError, match=r"inference_segmentation\.py --keep-probabilities --overwrite"):
+            generate_refined_seg.main(generate_refined_seg.Constants(**values))
     file = experiment(root) / "segmentation" / "run.json"
     file.write_text(file.read_text().replace("true", "false", 1))
     with pytest.raises(UserError, match=r"run step 6, .*inference_segmentation\.py .*--keep-probabilities --overwrite"):

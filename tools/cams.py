@@ -155,6 +155,7 @@ def load_cams(path: Path, relative: bool = True) -> tuple[np.ndarray, np.ndarray
     `relative` divides each map by its maximum, as CAMs are used; probabilities of step 6 are read without it.
     Raises `UserError` when the file is missing, damaged, or declares more than `MOST_PIXELS` or `MOST_BYTES`.
     """
+    maker = "infer_classification.py" if relative else "inference_segmentation.py --keep-probabilities --overwrite"
     try:
         with np.load(path, allow_pickle=False) as file:
             if sum(entry.file_size for entry in file.zip.infolist()) > MOST_BYTES:
@@ -168,9 +169,8 @@ def load_cams(path: Path, relative: bool = True) -> tuple[np.ndarray, np.ndarray
         maps = [torch.from_numpy(scale.astype(np.float32) * peaks[:, None, None]) for scale in shares]
         return classes, fuse_scales(maps, size, relative).numpy()
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run python infer_classification.py again, it makes what lacks") from None
+        raise UserError(f"{path} is missing: run python {maker}, which creates missing files") from None
     except Exception as error:  # zip, npy and shape errors have no common class
         raise UserError(
-            f"{path} cannot be read as class activation maps ({error}): delete it and run python "
-            "infer_classification.py again"
+            f"{path} cannot be read as class activation maps ({error}): delete it and run python {maker} again"
         ) from None
