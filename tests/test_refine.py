@@ -113,6 +113,15 @@ def test_more_than_half_is_more_than_half():
     np.testing.assert_array_equal(Refinement("sepl", background=0)(label, masks, [0, 1, 2]), expected)
 
 
+def test_of_masks_of_equal_size_the_lower_class_is_on_top():
+    label = np.array([[2, 2, 0, 1, 1]], np.uint8)
+    masks = np.array([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]], bool).reshape(2, 1, 5)
+    for order in ([0, 1], [1, 0]):
+        for rule in ("sepl", "vote"):
+            found = Refinement(rule, background=0)(label, masks[order], [1, 2])
+            np.testing.assert_array_equal(found, [[2, 2, 1, 1, 1]])
+
+
 def test_masks_of_another_size_are_refused():
     for rule in ("ios", "sepl", "vote", "mean_cam"):
         with pytest.raises(UserError, match="4 x 4 pixels, but the masks have 4 x 5"):
@@ -135,11 +144,9 @@ def small(tmp_path):
     for split, source, maps in (("train", "pseudo_labels", "cams"), ("test", "segmentation", "segmentation")):
         for id, present in LABELS.items():
             save_image(dataset.images(split) / f"{id}.png", rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-            save_label(
-                experiment(tmp_path) / source / f"{id}.png",
-                rng.integers(0, 3, (4, 4)).astype(np.uint8).repeat(4, 0).repeat(4, 1),
-                dataset.colours,
-            )
+            found = np.arange(3) if split == "train" else np.flatnonzero(present)
+            label = rng.choice(found, (4, 4)).astype(np.uint8).repeat(4, 0).repeat(4, 1)
+            save_label(experiment(tmp_path) / source / f"{id}.png", label, dataset.colours)
             masks = [np.roll(np.arange(256) < 30 * n, 50 * n).reshape(16, 16) for n in range(1, 6)]
             save_masks(dataset.sam_masks(split) / f"{id}.npz", pack_masks(np.array(masks)))
             ids = np.arange(3) if split == "test" else np.flatnonzero(present)
@@ -189,6 +196,9 @@ def test_steps_apply_the_rule_to_every_patch(small, module, rule):
 
 def test_the_released_protocol_writes_the_classes_of_the_image_level_label(small):
     root, dataset = small
+    for id in LABELS:  # the prediction holds all classes
+        file = experiment(root) / "segmentation" / f"{id}.png"
+        save_label(file, np.arange(256, dtype=np.uint8).reshape(16, 16) % 3, dataset.colours)
     values = {"dataset": "tiny", "root": root, "rule": "vote", "workers": 0}
     generate_refined_seg.main(generate_refined_seg.Constants(**values, protocol="released"))
     for id, present in LABELS.items():
@@ -236,6 +246,11 @@ def test_mean_cam_names_what_is_missing(small):
     shutil.rmtree(experiment(root) / "cams")
     with pytest.raises(UserError, match="cams is missing: run step 2"):
         generate_refined_pseudo.main(generate_refined_pseudo.Constants(**values, overwrite=True))
+    for content in (None, b"PK"):
+        file = experiment(root) / "segmentation" / "p.npz"
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(UserError, match=r"inference_segmentation\.py --keep-probabilities --overwrite"):
+            generate_refined_seg.main(generate_refined_seg.Constants(**values))
     file = experiment(root) / "segmentation" / "run.json"
     file.write_text(file.read_text().replace("true", "false", 1))
     with pytest.raises(UserError, match=r"run step 6, .*inference_segmentation\.py .*--keep-probabilities --overwrite"):

@@ -179,7 +179,7 @@ def load_cams(
     an image of another size, or would unpack to more than this image can need.
     """
     most = 4 * num_classes * size[0] * size[1] + (1 << 16)  # bytes: full-size maps of all classes, and headers
-    with _opened(path, most) as file:
+    with _opened(path, most, relative) as file:
         classes, stored, peaks = file["classes"], tuple(file["size"].tolist()), file["peaks"]
         shares = [file[name] for name in sorted(file.files) if name.startswith("scale")]
         check(stored == tuple(size), f"it belongs to an image of {stored} pixels, not {tuple(size)}")
@@ -198,23 +198,22 @@ def load_cams(
 
 
 @contextmanager
-def _opened(path: Path, most: int) -> Iterator[np.lib.npyio.NpzFile]:
+def _opened(path: Path, most: int, relative: bool = True) -> Iterator[np.lib.npyio.NpzFile]:
     """Yield the open file. Raises `UserError` where it is missing or unpacks to more than `most` bytes, and for every
-    error inside the block.
+    error inside the block; the remedy depends on whether the file holds CAMs (`relative`) or probabilities.
     """
+    maker = "infer_classification.py" if relative else "inference_segmentation.py --keep-probabilities --overwrite"
     try:
         with np.load(path, allow_pickle=False) as file:
             unpacked = sum(entry.file_size for entry in file.zip.infolist())
             check(unpacked <= most, f"it unpacks to {unpacked} bytes, more than the {most} that this image can need")
             yield file
     except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: run python infer_classification.py again; it creates the missing files"
-        ) from None
+        raise UserError(f"{path} is missing: run python {maker}, which creates missing files") from None
     except Exception as error:  # zip, npy and shape errors have no common class
         raise UserError(
             f"{path} cannot be read as class activation maps ({error}): delete it, or use --overwrite, and run python "
-            "infer_classification.py again"
+            f"{maker} again"
         ) from None
 
 
