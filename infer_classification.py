@@ -59,11 +59,11 @@ def main(constants: Constants) -> None:
             ):
                 with accelerator.autocast():
                     logits, maps = mirrored_cams(model, images, constants.scales, accelerator.device)
-                logits, maps = logits.cpu().numpy(), [scale.cpu().numpy() for scale in maps]
+                scores, arrays = logits.cpu().numpy(), [scale.cpu().numpy() for scale in maps]
                 for index, id in enumerate(ids):
                     classes = np.flatnonzero(step.labels[id])
-                    present = [scale[index, classes] for scale in maps]
-                    submit(save_cams, step.path / f"{id}.npz", classes, present, images.shape[-2:], logits[index])
+                    present = [scale[index, classes] for scale in arrays]
+                    submit(save_cams, step.path / f"{id}.npz", classes, present, images.shape[-2:], scores[index])
                 bar.update(len(ids))
         step.draw(row, ["image", *dataset.classes], legend=False)
 

@@ -29,7 +29,7 @@ from tools.folders import and_more
 from tools.image_labels import write_image_labels
 from tools.labels import IGNORE, load_image, load_label
 from tools.progress import Progress
-from tools.steps import SPLITS, STEPS
+from tools.steps import SPLITS, STEPS, command
 from tools.workers import in_workers
 
 
@@ -130,8 +130,9 @@ def label_split(dataset: Dataset, split: str, constants: Constants) -> list[str]
             return []
         check(
             file.exists(),
-            f"{dataset.labels(split)} is missing, so the classes of the {split} images are not known: label them on the page "
-            f"that python datasetsprocess/label_page.py --dataset {dataset.name} writes, or cut scenes that have a truth",
+            f"{dataset.labels(split)} is missing, so the classes of the {split} images are not known: run "
+            f"{command('datasetsprocess/label_page.py', constants)} to label them in a browser and save the result as "
+            f"{file}, or cut scenes that have a truth",
         )
         labels = dataset.image_labels(split)
         print(f"{split}: {len(ids)} images without label maps; {file} was written by a person and is kept")

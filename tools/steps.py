@@ -35,14 +35,17 @@ class StepInfo:
         return f"step {self.number}, {self.command(constants, **others)}"
 
     def command(self, constants: Any, **others: str) -> str:
-        """The command that runs this step on the data set, experiment and root of `constants`."""
-        given = {name: getattr(constants, name, None) for name in ("dataset", "experiment", "root")} | others
-        if self.folder == "sam_masks":
-            given.pop("experiment", None)
-        if given["root"] == ROOT:
-            given["root"] = None
-        words = [f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value]
-        return " ".join(["python", self.script, *words])
+        """As the function `command`; step 9 has no experiment."""
+        return command(self.script, constants, **others | ({"experiment": ""} if self.folder == "sam_masks" else {}))
+
+
+def command(script: str, constants: Any, **others: str) -> str:
+    """The command that runs a script on the data set, experiment and root of `constants`; `others` replaces these."""
+    given = {name: getattr(constants, name, None) for name in ("dataset", "experiment", "root")} | others
+    if given["root"] == ROOT:
+        given["root"] = None
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value]
+    return " ".join(["python", script, *words])
 
 
 STEPS = {
