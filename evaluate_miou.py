@@ -121,7 +121,7 @@ def score_image(id: str, dataset: Dataset, split: str, folders: dict[str, Path])
         return {}, [str(error)]
     for name, folder in folders.items():
         try:
-            prediction = load_prediction(folder, id, dataset.num_classes)
+            prediction = load_prediction(folder, id, dataset.num_classes, truth.shape)
             if prediction.shape != truth.shape:
                 raise UserError(
                     f"{folder / id} is {prediction.shape[1]} x {prediction.shape[0]} pixels, but {file} is "

@@ -1,20 +1,18 @@
 """Step 4: refine the pseudo-labels with SAM's masks by IOS, the intersection optimisation strategy (method section 4).
 
-Reads  pseudo_labels/ and datasets/<dataset>/<split>/sam_masks with image_labels.csv
+Reads  pseudo_labels/ and datasets/<dataset>/<split>/sam_masks with image_labels.csv; for rule mean_cam also cams/
 Writes experiments/<dataset>/<experiment>/refined_pseudo_labels/<id>.png
 
     python generate_refined_pseudo.py --dataset vaihingen
 """
 
-from functools import partial
 from typing import Literal
 
-from PRC_SAM.refine import refine_patch
-
+from PRC_SAM.refine import Refinement, Rule, refine_folder
 from report.page import renew
 from tools.command import run
 from tools.constants import Machine, Share, constants
-from tools.folders import process_state
+from tools.devices import process_state
 from tools.step import Step
 
 
@@ -23,24 +21,19 @@ class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
-    tau: Share = 0.9  # IOS: minimum overlap of mask S and class region P, area(P and S) / min(area P, area S)
+    rule: Rule = "ios"  # ios (the paper's) | sepl | vote | mean_cam, see PRC_SAM/refine.py
+    # IOS: minimum overlap of mask S and class region P, area(P and S) / min(area P, area S); None: the data set's
+    tau: Share | None = None
+    cams: str = ""  # mean_cam: the experiment whose CAMs are used; empty: this one
 
 
 def main(constants: Constants) -> None:
-    step = Step("refined_pseudo_labels", constants, image_labels=True)
-    source = step.sources["pseudo_labels"]
-    with step.open(".png", state=process_state(constants.device)):
-        work = partial(
-            refine_patch,
-            source=source,
-            output=step.path,
-            masks=step.sources["sam_masks"],
-            dataset=step.dataset,
-            classes=step.labels,
-            tau=constants.tau,
-        )
-        step.each(work, step.pending(step.ids, ".png"), "refined pseudo-labels")
-        step.draw_labels({"pseudo-label": source, "refined": step.path})
+    maps = ("cams",) if constants.rule == "mean_cam" else ()
+    step = Step("refined_pseudo_labels", constants, reads=("pseudo_labels", "sam_masks", *maps), image_labels=True)
+    tau = step.method_value("tau", "tau_pseudo_labels")
+    with step.output(".png", state=process_state(constants.device)):
+        refine_folder(step, "pseudo_labels", Refinement(constants.rule, tau, step.dataset.background), step.labels)
+        step.draw_labels({"pseudo-label": step.sources["pseudo_labels"], "refined": step.path})
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
 """Step 7: refine the segmentation with SAM's masks by IOS (method section 7).
 
 Reads  segmentation/ and datasets/<dataset>/<split>/sam_masks; under the released protocol also the image-level labels
-       of the split, which come from its truth
+       of the split, which come from its truth; for rule mean_cam also the probabilities that step 6 kept
 Writes experiments/<dataset>/<experiment>/refined_segmentation/<id>.png
 
     python generate_refined_seg.py --dataset vaihingen
 """
 
-from functools import partial
 from typing import Literal
 
-from PRC_SAM.refine import refine_patch
-
+from PRC_SAM.refine import Refinement, Rule, refine_folder
 from report.page import renew
-from tools.command import run
+from tools.command import check, run
 from tools.constants import Machine, Share, constants
-from tools.folders import process_state
+from tools.devices import process_state
 from tools.step import Step
+from tools.steps import STEPS
 
 
 @constants
@@ -25,25 +24,24 @@ class Constants(Machine):
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     protocol: Literal["clean", "released"] = "clean"  # writes classes of the prediction | released: of the test truth
     split: Literal["train", "test"] = "test"  # test | train (to measure only)
-    tau: Share = 0.1  # IOS: minimum overlap of mask S and class region P, area(P and S) / min(area P, area S)
+    rule: Rule = "ios"  # ios (the paper's) | sepl | vote | mean_cam, see PRC_SAM/refine.py
+    # IOS: minimum overlap of mask S and class region P, area(P and S) / min(area P, area S); None: the data set's
+    tau: Share | None = None
 
 
 def main(constants: Constants) -> None:
     released = constants.protocol == "released"
     step = Step("refined_segmentation", constants, image_labels=released)
-    source = step.sources["segmentation"]
-    with step.open(".png", state=process_state(constants.device)):
-        work = partial(
-            refine_patch,
-            source=source,
-            output=step.path,
-            masks=step.sources["sam_masks"],
-            dataset=step.dataset,
-            classes=step.labels if released else None,
-            tau=constants.tau,
-        )
-        step.each(work, step.pending(step.ids, ".png"), "refined segmentation")
-        step.draw_labels({"segmentation": source, "refined": step.path})
+    check(
+        constants.rule != "mean_cam" or step.inputs["segmentation"].constants.get("keep_probabilities", False),
+        "rule mean_cam needs the segmenter's probabilities: run "
+        f"{STEPS['segmentation'].hint(constants, split=step.split)} --keep-probabilities --overwrite",
+    )
+    tau = step.method_value("tau", "tau_segmentation")
+    refinement = Refinement(constants.rule, tau, step.dataset.background)
+    with step.output(".png", state=process_state(constants.device)):
+        refine_folder(step, "segmentation", refinement, step.labels if released else None, maps="segmentation")
+        step.draw_labels({"segmentation": step.sources["segmentation"], "refined": step.path})
 
 
 if __name__ == "__main__":

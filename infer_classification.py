@@ -1,7 +1,8 @@
 """Step 2: class activation maps at four scales and their mirrors, with PRC (method section 2).
 
 Reads  classifier/ and datasets/<dataset>/<split>/images with image_labels.csv
-Writes experiments/<dataset>/<experiment>/cams/<id>.npz: the maps of the classes present, at feature size, in float16
+Writes experiments/<dataset>/<experiment>/cams/<id>.npz: the maps of the classes present, at feature size, in float16,
+       and the mean logit of every class, for datasetsprocess/label_page.py --review
 
     python infer_classification.py --dataset vaihingen
 """
@@ -13,13 +14,14 @@ import numpy as np
 from models.backbone import Backbone
 from models.classifier import Classifier
 from report.page import renew
-from tools.cams import image_batches, in_background, load_cams, mirrored_scales, save_cams
+from tools.cams import image_batches, in_background, load_cams, mirrored_cams, save_cams
 from tools.command import run
 from tools.constants import Count, Machine, PositiveCount, Scales, Speed, constants
+from tools.devices import make_accelerator, precision_of
 from tools.labels import load_image
 from tools.pictures import heat
 from tools.step import Step
-from tools.training import load_checkpoint, make_accelerator, precision_of
+from tools.training import load_checkpoint
 
 
 @constants
@@ -46,22 +48,22 @@ def main(constants: Constants) -> None:
     def row(id: str) -> list[np.ndarray | None]:
         """The patch with the maps of its classes."""
         image = load_image(dataset.images(step.split) / f"{id}.png")
-        maps = dict(zip(*load_cams(step.path / f"{id}.npz"), strict=True))
+        maps = dict(zip(*load_cams(step.path / f"{id}.npz", dataset.num_classes, image.shape[:2]), strict=True))
         return [image, *(heat(image, maps[k]) if k in maps else None for k in range(dataset.num_classes))]
 
-    with step.open(".npz", state=accelerator, settings={"precision": precision_of(accelerator)}):
+    with step.output(".npz", state=accelerator, settings={"precision": precision_of(accelerator)}):
         pending = step.pending(step.ids, ".npz")
         with step.progress(len(pending), "CAMs") as bar, in_background() as submit:
             for ids, images in image_batches(
                 dataset.images(step.split), pending, constants.images_at_once, constants.workers, step.fail
             ):
                 with accelerator.autocast():
-                    maps = mirrored_scales(lambda x: model(x)[1].relu(), images, constants.scales, accelerator.device)
-                maps = [scale.cpu().numpy() for scale in maps]
+                    logits, maps = mirrored_cams(model, images, constants.scales, accelerator.device)
+                scores, arrays = logits.cpu().numpy(), [scale.cpu().numpy() for scale in maps]
                 for index, id in enumerate(ids):
                     classes = np.flatnonzero(step.labels[id])
-                    present = [scale[index, classes] for scale in maps]
-                    submit(save_cams, step.path / f"{id}.npz", classes, present, images.shape[-2:])
+                    present = [scale[index, classes] for scale in arrays]
+                    submit(save_cams, step.path / f"{id}.npz", classes, present, images.shape[-2:], scores[index])
                 bar.update(len(ids))
         step.draw(row, ["image", *dataset.classes], legend=False)
 

@@ -1,26 +1,29 @@
 """Step 6: label maps by the segmenter, four scales and their mirrors, no CRF (method section 6).
 
 Reads  segmenter/ and datasets/<dataset>/<split>/images
-Writes experiments/<dataset>/<experiment>/segmentation/<id>.png: class ids
+Writes experiments/<dataset>/<experiment>/segmentation/<id>.png: class ids; with keep_probabilities also
+       <id>.npz: class probabilities
 
     python inference_segmentation.py --dataset vaihingen
 
 segment_scene.py segments whole large images.
 """
 
+from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 
 from report.page import renew
-from tools.cams import image_batches, in_background
+from tools.cams import image_batches, in_background, save_cams
 from tools.command import run
 from tools.constants import Machine, PositiveCount, Scales, Speed, constants
+from tools.devices import make_accelerator, precision_of
 from tools.labels import save_label
-from tools.segmenter import Segmenter
+from tools.segmenter import Segmenter, small_probabilities
 from tools.step import Step
-from tools.training import make_accelerator, precision_of
 
 
 @constants
@@ -31,6 +34,14 @@ class Constants(Machine):
     scales: Scales = (0.5, 1.0, 1.5, 2.0)  # each with its mirror image
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as in step 5
     images_at_once: Speed[PositiveCount] = 8  # patches of one batch; lower it when the GPU's memory is short
+    keep_probabilities: bool = False  # also write <id>.npz, the class probabilities that rule mean_cam of step 7 reads
+
+
+def save_patch(folder: Path, id: str, label: np.ndarray, maps: np.ndarray | None, colours: np.ndarray) -> None:
+    """Write the label map (H,W) of a patch last: its presence marks the patch as done. `maps` (K,h,w) or None."""
+    if maps is not None:
+        save_cams(folder / f"{id}.npz", np.arange(len(maps)), [maps], label.shape)
+    save_label(folder / f"{id}.png", np.ascontiguousarray(label), colours)
 
 
 def main(constants: Constants) -> None:
@@ -38,16 +49,21 @@ def main(constants: Constants) -> None:
     dataset = step.dataset
     accelerator = make_accelerator(constants.precision, constants.device)
     segmenter = Segmenter(step.sources["segmenter"], step.inputs["segmenter"], dataset, accelerator)
-    with step.open(".png", state=accelerator, settings={"precision": precision_of(accelerator)}):
+    with step.output(".png", state=accelerator, settings={"precision": precision_of(accelerator)}):
         pending = step.pending(step.ids, ".png")
         with step.progress(len(pending), "segmentation") as bar, in_background() as submit:
             for ids, images in image_batches(
                 dataset.images(step.split), pending, constants.images_at_once, constants.workers, step.fail
             ):
-                labels = segmenter(images, constants.scales).argmax(1).to(torch.uint8).cpu().numpy()
-                for id, label in zip(ids, labels[: len(ids)], strict=True):
-                    submit(save_label, step.path / f"{id}.png", np.ascontiguousarray(label), dataset.colours)
+                logits = segmenter(images, constants.scales)
+                labels = logits.argmax(1).to(torch.uint8).cpu().numpy()
+                probabilities: Sequence[np.ndarray | None] = [None] * len(labels)
+                if constants.keep_probabilities:
+                    probabilities = list(small_probabilities(logits, 2 * len(constants.scales)).cpu().numpy())
+                for id, label, maps in zip(ids, labels, probabilities, strict=False):
+                    submit(save_patch, step.path, id, label, maps, dataset.colours)
                 bar.update(len(ids))
+        step.warn_of_labels(step.path, "compare with the pseudo-labels of step 4, and train step 5 for longer")
         step.draw_labels({"segmentation": step.path})
 
 

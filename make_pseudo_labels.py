@@ -21,9 +21,14 @@ from tools.cams import load_cams
 from tools.command import UserError, check, run
 from tools.constants import Machine, constants
 from tools.dataset import Dataset
-from tools.folders import process_state
+from tools.devices import process_state
 from tools.labels import load_image, save_label
 from tools.step import Step
+
+
+@constants
+class Crf(CRF):
+    """Constants of the dense CRF."""
 
 
 @constants
@@ -33,7 +38,7 @@ class Constants(Machine):
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
     cams: str = ""  # the experiment whose CAMs are used; empty: this one
     background: Literal["cam", "threshold"] = "cam"  # threshold: an extension, see thresholded_background
-    crf: OmitArgPrefixes[CRF] = CRF()  # the dense CRF, models/crf.py
+    crf: OmitArgPrefixes[Crf] = Crf()  # the dense CRF; constants and comments in models/crf.py
 
 
 def thresholded_background(classes: np.ndarray, maps: np.ndarray, background: int) -> np.ndarray:
@@ -52,13 +57,9 @@ def thresholded_background(classes: np.ndarray, maps: np.ndarray, background: in
 
 def make_label(id: str, cams: Path, output: Path, dataset: Dataset, constants: Constants, device: str) -> None:
     """One patch: maps of its classes -> CRF -> the most probable class of each pixel."""
-    classes, maps = load_cams(cams / f"{id}.npz")
     image = load_image(dataset.images(constants.split) / f"{id}.png")
-    check(
-        maps.shape[1:] == image.shape[:2],
-        f"{cams / id}.npz was made from an image of another size than {id}.png: run step 2 with --overwrite",
-    )
-    if constants.background == "threshold":
+    classes, maps = load_cams(cams / f"{id}.npz", dataset.num_classes, image.shape[:2])
+    if constants.background == "threshold" and dataset.background is not None:
         maps = thresholded_background(classes, maps, dataset.background)
     if constants.crf.crf_iterations and len(classes) > 1:
         try:
@@ -84,7 +85,7 @@ def main(constants: Constants) -> None:
     if on_gpu:  # the GPU computes; worker processes would only compete for it
         step.constants = replace(constants, workers=0)
     notes = {"extension": "background by Otsu's threshold"} if constants.background == "threshold" else {}
-    with step.open(".png", state=state, notes=notes):
+    with step.output(".png", state=state, notes=notes):
         work = partial(
             make_label,
             cams=step.sources["cams"],
@@ -94,6 +95,7 @@ def main(constants: Constants) -> None:
             device=str(state.device) if on_gpu else "cpu",
         )
         step.each(work, step.pending(step.ids, ".png"), "pseudo-labels")
+        step.warn_of_labels(step.path, "look at the contact sheet of step 2, and train the classifier of step 1 better")
         step.draw_labels({"pseudo-label": step.path})
 
 

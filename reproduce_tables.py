@@ -121,7 +121,7 @@ def main(constants: Constants) -> None:
         require(dataset.sam_masks(split))
     prefix = constants.experiment + ("-released" if constants.protocol == "released" else "")
     folder = experiment_folder(constants.root, dataset.name, prefix)
-    background = dataset.rules.get("background") in dataset.classes  # is there a background class?
+    background = dataset.background is not None
     lines: Lines = {}
 
     def put(row: str, column: str, value: float) -> None:

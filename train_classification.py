@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import NAMES
+from models.backbone import Name
 from models.classifier import Classifier
 from models.ir_loss import check_tiles, image_reconstruction_loss
 from report.page import renew
@@ -34,11 +34,14 @@ from tools.constants import (
     constants,
 )
 from tools.dataset import Dataset
+from tools.devices import make_accelerator, precision_of
 from tools.labels import load_image, load_label
+from tools.logs import read_log
 from tools.pictures import heat
+from tools.result_checks import check_classifier, patch_shares
 from tools.scores import ConfusionMatrix
 from tools.step import Step
-from tools.training import Training, check_recipe, load_backbone, load_checkpoint, make_accelerator, precision_of, train
+from tools.training import ClassScores, Training, check_recipe, load_backbone, load_checkpoint, train
 
 
 @constants
@@ -46,15 +49,16 @@ class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     protocol: Literal["clean", "released"] = "clean"  # keeps the last epoch | released: the best on train PIXEL labels
-    backbone: Literal[NAMES] = "resnet50"  # at output stride 16
+    backbone: Name = "resnet50"  # at output stride 16
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
     train_all: bool = False  # let the first stages learn as well; needed when weights is none
-    gamma: Affinity = 0.7  # PRC: affinities below this are cut, 0 to 0.999
+    gamma: Affinity | None = None  # PRC: affinities below this are cut, 0 to 0.999; None: the data set's, else 0.7
     iterations: Count = 1  # PRC: how often the affinity is applied; 0 switches PRC off
     ir_weight: NonNegative = 0.1  # weight lambda of the image reconstruction loss; 0 switches it off
     tiles: PositiveCount = 4  # IR: parts with class colours of their own: 1, 4, 9, ...
     epochs: PositiveCount = 20  # passes over the train split
     batch_size: PositiveCount = 8  # over all processes together
+    micro_batch: Count = 0  # patches computed at once; 0: the whole batch. Smaller ones change BatchNorm's statistics
     lr: Positive = 0.1  # of pretrained weights; their biases x2, new weights x10, new biases x20
     momentum: Momentum = 1e-4  # what the released optimiser receives (0.9 was intended)
     weight_decay: NonNegative = 1e-4  # on weights only
@@ -63,9 +67,13 @@ class Constants(Machine):
     compile: Speed[bool] = False  # torch.compile the model: faster steps after minutes of preparation
 
 
-def compute_loss(model: nn.Module, images: Tensor, labels: Tensor, ir_weight: float, tiles: int) -> dict[str, Tensor]:
+def compute_loss(
+    model: nn.Module, images: Tensor, labels: Tensor, ir_weight: float, tiles: int, scores: ClassScores | None = None
+) -> dict[str, Tensor]:
     """Multi-label soft margin on the means of the raw maps + lambda x image reconstruction by the PRC maps."""
     logits, maps = model(images)
+    if scores:
+        scores.add(logits, labels)
     classification = F.multilabel_soft_margin_loss(logits.float(), labels)
     reconstruction = image_reconstruction_loss(maps, images, labels, tiles)
     loss = classification + ir_weight * reconstruction
@@ -80,7 +88,7 @@ def argmax_miou(model: nn.Module, dataset: Dataset, workers: int, device: torch.
         maps = mirrored_scales(lambda x: model(x)[1].relu(), images, [1.0], device)[0]
         for id, found in zip(ids, maps[: len(ids)].cpu(), strict=True):
             classes = np.flatnonzero(present[id])
-            prediction = classes[fuse_scales([found[classes]], images.shape[-2:]).argmax(0).numpy()]
+            prediction = classes[fuse_scales([found[classes]], (images.shape[-2], images.shape[-1])).argmax(0).numpy()]
             truth = load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes)
             matrix.update(truth, prediction.astype(np.uint8))
     return matrix.scores()["miou"]
@@ -107,11 +115,16 @@ def main(constants: Constants) -> None:
     accelerator = make_accelerator(constants.precision, constants.device)
     torch.manual_seed(constants.seed)
     backbone = load_backbone(constants.backbone, constants.weights)
-    model = Classifier(backbone, dataset.num_classes, constants.gamma, constants.iterations, constants.train_all)
+    model = Classifier(
+        backbone, dataset.num_classes, step.method_value("gamma", "gamma"), constants.iterations, constants.train_all
+    )
     patches = TrainingPatches(
         step.ids, dataset.images("train"), labels, dataset.num_classes, dataset.patch_size, constants.seed
     )
-    training = Training(model, [] if constants.weights == "none" else [backbone], patches, constants, accelerator)
+    scores = ClassScores(dataset.classes, accelerator)
+    compute = partial(compute_loss, ir_weight=constants.ir_weight, tiles=constants.tiles, scores=scores)
+    pretrained = [] if constants.weights == "none" else [backbone]
+    training = Training(model, pretrained, patches, compute, constants, accelerator)
     released = constants.protocol == "released"
     select = partial(argmax_miou, dataset=dataset, workers=constants.workers, device=accelerator.device)
 
@@ -123,14 +136,14 @@ def main(constants: Constants) -> None:
         by_class = dict(zip(classes, fused, strict=True))
         return [image, *(heat(image, by_class[k]) if k in by_class else None for k in range(dataset.num_classes))]
 
-    with step.open(
+    with step.output(
         ".pt",
         state=accelerator,
         notes={"protocol_of_the_steps": "released"} if released else {},
         settings={"precision": precision_of(accelerator)},
     ):
-        compute = partial(compute_loss, ir_weight=constants.ir_weight, tiles=constants.tiles)
-        train(training, step.path, compute, select if released else None)
+        train(training, step.path, select if released else None, scores.average_precision)
+        step.warn(check_classifier(read_log(step.path / "log.jsonl"), patch_shares(labels, dataset.classes)))
         load_checkpoint(step.path / "model.pt", model)
         model.eval()
         step.draw(row, ["image", *dataset.classes], legend=False)

@@ -15,24 +15,37 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import NAMES
+from models.backbone import Name
 from models.deeplab import DeepLabV3Plus
 from report.page import renew
 from tools.augment import TrainingPatches, to_tensor
 from tools.cams import image_batches, mirrored_scales
 from tools.command import check, run, stop
-from tools.constants import Machine, Momentum, NonNegative, Positive, PositiveCount, Seed, Speed, Width, constants
+from tools.constants import (
+    Count,
+    Machine,
+    Momentum,
+    NonNegative,
+    Positive,
+    PositiveCount,
+    Seed,
+    Speed,
+    Width,
+    constants,
+)
 from tools.dataset import Dataset
+from tools.devices import make_accelerator, precision_of
 from tools.folders import and_more
 from tools.labels import IGNORE, load_image, load_label
+from tools.logs import read_log
 from tools.pictures import colourise
+from tools.result_checks import check_losses
 from tools.scores import ConfusionMatrix
 from tools.step import Step
-from tools.training import Training, check_recipe, load_backbone, load_checkpoint, make_accelerator, precision_of, train
+from tools.training import Training, check_recipe, load_backbone, load_checkpoint, train
 
 
 @constants
@@ -41,14 +54,15 @@ class Constants(Machine):
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     protocol: Literal["clean", "released"] = "clean"  # keeps the last epoch | released: the best on train PIXEL labels
     labels: str = "refined_pseudo_labels"  # the step folder to learn from | truth (the fully supervised bound)
-    backbone: Literal[NAMES] = "resnet50"  # at output stride 16
+    backbone: Name = "resnet50"  # at output stride 16
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
     freeze_norm: bool = True  # keep the backbone's BatchNorm statistics; must be False when weights is none
     width: Width = 256  # channels of ASPP and decoder, a multiple of 4
     epochs: PositiveCount = 50  # passes over the train split
     batch_size: PositiveCount = 16  # over all processes together
+    micro_batch: Speed[Count] = 0  # patches computed at once; 0: the whole batch, halved when the memory is full
     lr: Positive = 0.007  # of pretrained weights; their biases x2, new weights x10, new biases x20
-    momentum: Momentum = 1e-4  # what the released optimiser receives (0.9 was intended)
+    momentum: Momentum = 4e-5  # what the released optimiser receives (0.9 was intended)
     weight_decay: NonNegative = 4e-5  # on weights only
     seed: Seed = 0  # of new weights, augmentation and order
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU (AMX) compute in it, else fp32
@@ -56,12 +70,14 @@ class Constants(Machine):
 
 
 def compute_loss(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy over all labelled pixels of a batch, in all processes; 0 where every pixel is ignored."""
+    """Mean cross-entropy of the labelled pixels; 0 where every pixel is ignored."""
     summed = F.cross_entropy(model(images).float(), labels, ignore_index=IGNORE, reduction="sum")
-    labelled = (labels != IGNORE).sum()
-    if torch.distributed.is_initialized():  # gradients will be averaged, but the parts differ in labelled pixels
-        labelled = reduce(labelled.float(), "mean")
-    return {"loss": summed / labelled.clamp_min(1)}
+    return {"loss": summed / labelled_pixels(labels).clamp_min(1)}
+
+
+def labelled_pixels(labels: Tensor) -> Tensor:
+    """What the loss is a mean over: parts of a batch are weighted with it."""
+    return (labels != IGNORE).sum()
 
 
 def train_miou(model: nn.Module, dataset: Dataset, workers: int, device: torch.device) -> float:
@@ -103,7 +119,8 @@ def main(constants: Constants) -> None:
     patches = TrainingPatches(
         ids, dataset.images("train"), source, dataset.num_classes, dataset.patch_size, constants.seed
     )
-    training = Training(model, [] if constants.weights == "none" else [backbone], patches, constants, accelerator)
+    pretrained = [] if constants.weights == "none" else [backbone]
+    training = Training(model, pretrained, patches, compute_loss, constants, accelerator, count=labelled_pixels)
     select = partial(train_miou, dataset=dataset, workers=constants.workers, device=accelerator.device)
 
     def row(id: str) -> list[np.ndarray]:
@@ -114,14 +131,15 @@ def main(constants: Constants) -> None:
         prediction = logits[0].argmax(0).byte().cpu().numpy()
         return [image, colourise(label, dataset.colours), colourise(prediction, dataset.colours)]
 
-    with step.open(
+    with step.output(
         ".pt",
         state=accelerator,
         notes=({"supervision": "pixel truth of the train split"} if truth else {})
         | ({"protocol_of_the_steps": "released"} if released else {}),
         settings={"precision": precision_of(accelerator)},
     ):
-        train(training, step.path, compute_loss, select if released else None)
+        train(training, step.path, select if released else None)
+        step.warn(check_losses(read_log(step.path / "log.jsonl")))
         load_checkpoint(step.path / "model.pt", model)
         model.eval()
         step.draw(row, ["image", "learnt from", "segmenter"])

@@ -22,15 +22,15 @@ from segment_anything.utils.amg import (
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
-from PRC_SAM.sam_forward import PointDecoder, encode_images
+from PRC_SAM.sam_forward import PointDecoder, encode_images, relative_positions
 from tools.masks import Masks
+from tools.memory import Parts
 
 PIXELS_ON_GPU, PIXELS_ON_CPU = 1 << 26, 1 << 20  # of masks in float at full size; a processor's cache wants few
-TRIAL = 32  # points in the first batch, whose memory is measured, and in every batch on a processor
-MOST_MEMORY = 8 << 30  # bytes for a batch of points: larger ones are no faster
+POINTS_AT_ONCE = 64  # a constant: the size of a batch changes the last digits of the results
 
 
 @dataclass(frozen=True)
@@ -76,29 +76,27 @@ class Found:
         return Found(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Found)))
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
-    """ "auto" is bf16 on a GPU that computes in it and fp32 elsewhere."""
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-
-
 class MaskGenerator:
     """Call with a list of (H,W,3) uint8 RGB images, or of what `prepare` made of them -> a list of `Masks`.
 
-    precision "fp32" agrees with the stock generator up to rounding; "bf16" runs the encoder in bfloat16 and, on a GPU,
-    the decoder's products in TF32. `batch` images (or crops) are encoded at once, fewer when the memory does not hold
-    them.
+    precision "fp32" agrees with the stock generator up to rounding (on a GPU after tools.devices.set_precision); "bf16"
+    runs the encoder in bfloat16 and, on a GPU, the decoder's products in TF32. `batch` images (or crops) are encoded at
+    once, fewer where the memory does not hold them. Only a memory that is too small changes the size of a batch, and
+    with it the last digits of the results: neither the number of images nor that of processes does.
     """
 
     def __init__(self, sam: Sam, settings: Settings | None = None, precision: str = "fp32", batch: int = 4):
         self.sam, self.settings, self.precision, self.batch = sam.eval(), settings or Settings(), precision, batch
+        self.images_at_once = Parts(batch, "images", "images_at_once")
+        self.points_at_once = Parts(self.settings.points_per_batch or POINTS_AT_ONCE, "points", "points_per_batch")
         self.decoder = PointDecoder(sam)
         self.resize = ResizeLongestSide(sam.image_encoder.img_size)
         self.grids = build_all_layer_point_grids(
             self.settings.points_per_side, self.settings.crop_n_layers, self.settings.crop_n_points_downscale_factor
         )
-        self.points_at_once = self.settings.points_per_batch
+        with torch.inference_mode():
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            self.positions = relative_positions(sam.image_encoder, dtype)
         self._prompts: dict[tuple, Tensor] = {}
         self._resampling: dict[tuple, tuple[Tensor, Tensor]] = {}
 
@@ -145,22 +143,26 @@ class MaskGenerator:
         return results
 
     def _encode(self, crops: list[Tensor]) -> Iterator[Tensor]:
-        """(3,h,w) uint8 each -> (C,h',w') embeddings, `batch` at a time."""
-        start, device = 0, self.sam.device
-        while start < len(crops):
-            try:
-                batch = crops[start : start + self.batch]
-                images = torch.stack([self.sam.preprocess(crop.to(device)) for crop in batch])
-                with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                    embeddings = encode_images(self.sam.image_encoder, images)
-            except torch.OutOfMemoryError:
-                if self.batch == 1:
-                    raise
-                self.batch = self.batch // 2
-                torch.cuda.empty_cache()
-                continue
-            start += len(images)
-            yield from embeddings.float()
+        """(3,h,w) uint8 each -> (C,h',w') embeddings. The last batch is filled up with repetitions, to be as large."""
+
+        def encode(some: list[Tensor]) -> Tensor:
+            images = torch.stack([self.sam.preprocess(self._to_device(crop)) for crop in some])
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                return encode_images(self.sam.image_encoder, images, self.positions)
+
+        for start in range(0, len(crops), self.batch):
+            some = crops[start : start + self.batch]
+            full = some + some[:1] * (self.batch - len(some))
+            embeddings = self.images_at_once(
+                lambda size, full=full: torch.cat([encode(full[at : at + size]) for at in range(0, len(full), size)]),
+                self.batch,
+            )
+            yield from embeddings[: len(some)]
+
+    def _to_device(self, image: Tensor) -> Tensor:
+        if self.sam.device.type == "cuda":
+            image = image.pin_memory()  # a copy from other memory would wait for all work that the GPU has to do before
+        return image.to(self.sam.device, non_blocking=True)
 
     @contextmanager
     def _decoder_precision(self) -> Iterator[None]:
@@ -176,22 +178,10 @@ class MaskGenerator:
     def _crop(self, embedding: Tensor, crop: Crop, size: tuple[int, int]) -> Found:
         """All masks of one crop, in the frame of the whole image and without duplicates, in falling predicted IoU."""
         tokens = self._tokens(crop)
-        parts, start = [], 0
-        while start < len(tokens):
-            batch = tokens[start : start + (self.points_at_once or TRIAL)]
-            try:
-                with memory_of(self.sam.device) as memory:
-                    parts.append(self._points(embedding, batch, crop, size))
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                self.points_at_once = len(batch) // 2
-                torch.cuda.empty_cache()
-                continue
-            start += len(batch)
-            if self.points_at_once == 0:  # the first batch shows what a point costs
-                self.points_at_once = memory.batch(len(batch))
-        found = Found.join(parts)
+        found = self.points_at_once(
+            lambda points: Found.join([self._points(embedding, some, crop, size) for some in tokens.split(points)]),
+            len(tokens),
+        )
         return found.take(_nms(found.boxes, found.scores, self.settings.box_nms_thresh))
 
     def _tokens(self, crop: Crop) -> Tensor:
@@ -224,10 +214,12 @@ class MaskGenerator:
                 full, score, stability = full[stable], score[stable], stability[stable]
             masks = full > self.sam.mask_threshold
             boxes = outer_boxes(masks)
-            inside = ~is_box_near_crop_edge(boxes, crop.box, [0, 0, size[1], size[0]])
-            masks = F.pad(masks[inside], (x0, size[1] - x1, y0, size[0] - y1))
-            boxes = boxes[inside] + boxes.new_tensor([x0, y0, x0, y0])
-            parts.append(Found(pack_bits(masks), boxes, score[inside], stability[inside]))
+            if crop.layer > 0:  # drop what the crop's edge cuts through; the rest goes to its place in the image
+                inside = ~is_box_near_crop_edge(boxes, crop.box, [0, 0, size[1], size[0]])
+                masks = F.pad(masks[inside], (x0, size[1] - x1, y0, size[0] - y1))
+                boxes = boxes[inside] + boxes.new_tensor([x0, y0, x0, y0])
+                score, stability = score[inside], stability[inside]
+            parts.append(Found(pack_bits(masks), boxes, score, stability))
         return Found.join(parts)
 
     def _stability(self, logits: Tensor) -> Tensor:
@@ -267,34 +259,8 @@ class MaskGenerator:
         return found.take(_nms(found.boxes, prefer, max(self.settings.box_nms_thresh, self.settings.crop_nms_thresh)))
 
 
-@dataclass
-class Memory:
-    """How much memory a batch took, and how many points the free memory holds."""
-
-    device: torch.device
-    taken: int = 0
-
-    def batch(self, points: int) -> int:
-        if self.device.type != "cuda":
-            return TRIAL
-        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        free = torch.cuda.mem_get_info(self.device)[0] + cached
-        return max(1, int(min(free * 0.8, MOST_MEMORY) * points / max(self.taken, 1)))
-
-
-@contextmanager
-def memory_of(device: torch.device) -> Iterator[Memory]:
-    memory = Memory(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    yield memory
-    if device.type == "cuda":
-        memory.taken = torch.cuda.max_memory_allocated(device) - before
-
-
 def _nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    return batched_nms(boxes.float(), scores, torch.zeros_like(scores), threshold)
+    return nms(boxes.float(), scores, threshold)
 
 
 def _finish(found: Found, size: tuple[int, int]) -> Masks:

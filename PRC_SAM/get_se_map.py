@@ -43,7 +43,7 @@ class Constants:
     download: bool = False  # fetch a missing official checkpoint (vit_h 2.6 GB, vit_l 1.2 GB, vit_b 0.4 GB)
     # SAM's own settings and defaults
     points_per_side: int = 32  # points of the prompt grid along each side
-    points_per_batch: int = 0  # points decoded at once; 0: as many as the memory holds
+    points_per_batch: int = 0  # points decoded at once; 0: 64
     pred_iou_thresh: float = 0.88  # masks of a lower predicted IoU are dropped
     stability_score_thresh: float = 0.95  # masks that change more with the cutoff are dropped
     stability_score_offset: float = 1.0  # by how much the cutoff is shifted for that
@@ -74,12 +74,13 @@ def main(constants: Constants) -> None:
     device, generate, notes = "cpu", None, {"stand_in": "felzenszwalb regions in place of SAM masks"}
     if constants.generator == "sam":
         from PRC_SAM.checkpoints import find_checkpoint, load_sam
-        from PRC_SAM.generator import MaskGenerator, choose_precision
+        from PRC_SAM.generator import MaskGenerator
+        from tools.devices import set_precision
 
         with state.main_process_first():  # it fetches, the others find
             checkpoint = find_checkpoint(constants.model, constants.checkpoint, constants.root, constants.download)
         device, notes = state.device, {}
-        constants = replace(constants, precision=choose_precision(constants.precision, device))
+        constants = replace(constants, precision=set_precision(constants.precision, device, bf16_on_cpu=False))
         generate = MaskGenerator.from_constants(load_sam(constants.model, checkpoint).to(device), constants)
     failures = []
     for split in splits:

@@ -10,6 +10,8 @@ The results are SAM's up to rounding; what differs is the order of the arithmeti
   transposed convolutions, whose kernels do not overlap.
 """
 
+from typing import NamedTuple
+
 import torch
 from segment_anything.modeling import ImageEncoderViT, Sam
 from segment_anything.modeling.image_encoder import get_rel_pos, window_partition, window_unpartition
@@ -17,40 +19,70 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def encode_images(encoder: ImageEncoderViT, images: Tensor) -> Tensor:
-    """(B,3,S,S) normalised and padded images -> (B,C,h,w) embeddings, h = w = S / 16."""
+class Positions(NamedTuple):
+    """SAM's decomposed relative positions for an attention over h x w pixels of C channels a head."""
+
+    rows: Tensor  # (h,h,C): of each row of a query to each row of a key
+    columns: Tensor  # (w,w,C)
+    one_hot: Tensor  # (h*w,h+w): each pixel's row and column
+
+
+def relative_positions(encoder: ImageEncoderViT, dtype: torch.dtype = torch.float32) -> list[Positions | None]:
+    """The positions of every block, which depend on the weights alone: found anew, each would make a GPU wait."""
+    side = encoder.img_size // encoder.patch_embed.proj.kernel_size[0]
+    one_hot = {}
+    for length in {block.window_size or side for block in encoder.blocks}:
+        place = torch.arange(length**2, device=encoder.patch_embed.proj.weight.device)
+        pair = F.one_hot(place // length, length), F.one_hot(place % length, length)
+        one_hot[length] = torch.cat(pair, dim=-1).to(dtype)
+    return [
+        Positions(
+            get_rel_pos(length, length, block.attn.rel_pos_h).to(dtype),
+            get_rel_pos(length, length, block.attn.rel_pos_w).to(dtype),
+            one_hot[length],
+        )
+        if block.attn.use_rel_pos
+        else None
+        for block in encoder.blocks
+        for length in [block.window_size or side]
+    ]
+
+
+def encode_images(encoder: ImageEncoderViT, images: Tensor, positions: list[Positions | None] | None = None) -> Tensor:
+    """(B,3,S,S) normalised and padded images -> (B,C,h,w) float32 embeddings, h = w = S / 16.
+
+    positions: of `relative_positions`, for a caller who encodes more than one batch.
+    """
     x = encoder.patch_embed(images)
     if encoder.pos_embed is not None:
         x = x + encoder.pos_embed
-    for block in encoder.blocks:
+    for block, place in zip(encoder.blocks, positions or relative_positions(encoder), strict=True):
         y, size = block.norm1(x), x.shape[1:3]
         if block.window_size > 0:
             y, padded = window_partition(y, block.window_size)
-            y = window_unpartition(_attention(block.attn, y), block.window_size, padded, size)
+            y = window_unpartition(_attention(block.attn, y, place), block.window_size, padded, size)
         else:
-            y = _attention(block.attn, y)
+            y = _attention(block.attn, y, place)
         x = x + y
         x = x + block.mlp(block.norm2(x))
     with torch.autocast(x.device.type, enabled=False):
         return encoder.neck(x.float().permute(0, 3, 1, 2))
 
 
-def _attention(attention: nn.Module, x: Tensor) -> Tensor:
+def _attention(attention: nn.Module, x: Tensor, positions: Positions | None) -> Tensor:
     """Self-attention over the pixels of x (B,h,w,C), with SAM's decomposed relative positions."""
     batch, height, width, _ = x.shape
     q, k, v = attention.qkv(x).view(batch, height * width, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     channels = v.shape[-1]
     scaled = q * attention.scale
-    if attention.use_rel_pos:
+    if positions:
         # bias(q, k) = r_h[row of k] + r_w[column of k]: a dot product of (r_h, r_w) with two one-hot vectors
         pixels = q.reshape(-1, height, width, channels)
-        rows = torch.einsum("bhwc,hkc->bhwk", pixels, get_rel_pos(height, height, attention.rel_pos_h).to(q.dtype))
-        columns = torch.einsum("bhwc,wkc->bhwk", pixels, get_rel_pos(width, width, attention.rel_pos_w).to(q.dtype))
+        rows = torch.einsum("bhwc,hkc->bhwk", pixels, positions.rows.to(q.dtype))
+        columns = torch.einsum("bhwc,wkc->bhwk", pixels, positions.columns.to(q.dtype))
         bias = torch.cat([rows, columns], dim=-1).view(*q.shape[:3], height + width)
-        place = torch.arange(height * width, device=x.device)
-        one_hot = torch.cat([F.one_hot(place // width, height), F.one_hot(place % width, width)], dim=-1).to(q.dtype)
         scaled = torch.cat([scaled, bias], dim=-1)
-        k = torch.cat([k, one_hot.expand(*k.shape[:2], -1, -1)], dim=-1)
+        k = torch.cat([k, positions.one_hot.to(q.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
         pad = -scaled.shape[-1] % 8  # what the fused kernels want: equal widths, in steps of 8
         scaled, k, v = (F.pad(t, (0, scaled.shape[-1] + pad - t.shape[-1])) for t in (scaled, k, v))
     y = F.scaled_dot_product_attention(scaled, k, v, scale=1.0)[..., :channels]

@@ -1,10 +1,10 @@
-"""Dense CRF: lattice and exact mode against the plain way; time, memory, agreement, growth with pixels and classes.
+"""Dense CRF: modes lattice and exact against the plain way; time, memory, agreement, growth with pixels and classes.
 
-The plain way is NumPy with both N x N kernels written out, for sizes where they fit. Each line is measured in a process
-of its own: its memory is the peak above what the process held before. Ratio is the time over that of the lattice;
-agreement is the share of labels equal to those of the exact mode, where that was run.
+The plain way is NumPy with both N x N kernels in memory, for small sizes. Each line is measured in a process of its
+own; its memory is the peak above what the process held before. Ratio: the time divided by the time of the lattice.
+Agreement: the share of labels equal to those of mode exact, where it was run.
 
-Command: python benchmarks/crf.py, or with --image FILE on the centre of an image of your own.
+Command: python benchmarks/crf.py, or with --image FILE for the centre of an image of your own.
 """
 
 import multiprocessing
@@ -20,26 +20,26 @@ import tyro
 from measure import measured
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.crf import dense_crf
+from models.crf import CRF, dense_crf
 
 
 @dataclass(frozen=True)
 class Constants:
-    image: Path | None = None  # an 8-bit image; none: blobs with texture and noise
+    image: Path | None = None  # an 8-bit image; None: blobs with texture and noise
     sizes: tuple[int, ...] = (64, 128, 256, 512, 1024)  # sides of the square images in pixels, with num_classes[0]
-    num_classes: tuple[int, ...] = (4, 2, 8, 16)  # the others at classes_size
-    classes_size: int = 512  # side of the images over which the number of classes grows
-    exact_up_to: int = 128  # largest side for the exact mode: its time grows with the 4th power of the side
-    plain_up_to: int = 64  # largest side for the plain way: so does its memory
+    num_classes: tuple[int, ...] = (4, 2, 8, 16)  # the others are measured at classes_size
+    classes_size: int = 512  # side of the images for the other numbers of classes
+    exact_up_to: int = 128  # largest side for mode exact: its time grows with the 4th power of the side
+    plain_up_to: int = 64  # largest side for the plain way: its memory grows with the 4th power of the side
     iterations: int = 10  # of the mean field
-    repeats: int = 3  # the fastest counts
-    threads: int = 1  # of torch and OpenCV; with NumPy's own, set OMP_NUM_THREADS as well
-    device: str = "cpu"  # of lattice and exact: cpu | cuda
+    repeats: int = 3  # the fastest of them is reported
+    threads: int = 1  # of torch and OpenCV; set OMP_NUM_THREADS for NumPy
+    device: str = "cpu"  # of mode exact: cpu | cuda
     seed: int = 0  # of the synthetic image and the class maps
 
 
 def load_image(constants: Constants, size: int) -> np.ndarray:
-    """Square image (size, size, 3), or (0, 0, 3) where the file is smaller."""
+    """Square image (size, size, 3); (0, 0, 3) where the file is smaller."""
     if constants.image is None:
         random = np.random.default_rng(constants.seed)
         regions = smooth_maps(random, 6, size, 20).argmax(0)
@@ -47,7 +47,7 @@ def load_image(constants: Constants, size: int) -> np.ndarray:
         return np.clip(random.integers(60, 200, (6, 3))[regions] + 40 * texture, 0, 255).astype(np.uint8)
     image = cv2.imread(str(constants.image))
     if image is None:
-        sys.exit(f"error: {constants.image} is missing or no image: name an 8-bit image with --image")
+        sys.exit(f"error: {constants.image} is missing or cannot be read: give an 8-bit image with --image")
     top, left = ((side - size) // 2 for side in image.shape[:2])
     return image[top : top + size, left : left + size, ::-1].copy() if min(top, left) >= 0 else image[:0, :0]
 
@@ -60,9 +60,9 @@ def smooth_maps(random: np.random.Generator, classes: int, size: int, sigma: flo
 
 
 def plain(p: np.ndarray, image: np.ndarray, iterations: int) -> np.ndarray:
-    """The plain way: whole kernels."""
+    """The plain way, with whole kernels."""
     size = image.shape[0]
-    position = np.stack(np.mgrid[:size, :size], -1).reshape(-1, 2).astype(np.float32)
+    position = np.moveaxis(np.mgrid[:size, :size], 0, -1).reshape(-1, 2).astype(np.float32)
     kernels = []
     for weight, features in ((3, position), (4, np.hstack([position / 67, image.reshape(-1, 3) / np.float32(3)]))):
         kernel = np.exp(-((features[:, None] - features[None]) ** 2).sum(-1) / 2)
@@ -77,17 +77,16 @@ def plain(p: np.ndarray, image: np.ndarray, iterations: int) -> np.ndarray:
 
 
 def measure(way: str, size: int, classes: int, constants: Constants) -> tuple[float, float, np.ndarray]:
-    """Fastest time in seconds, peak memory in MB (the device's if it is a GPU), labels (size, size)."""
+    """Fastest time in seconds, peak memory in MB (of the GPU where one is used), labels (size, size)."""
     torch.set_num_threads(constants.threads)
     cv2.setNumThreads(constants.threads)
     image, p = load_image(constants, size), smooth_maps(np.random.default_rng(constants.seed + 1), classes, size)
-    small = np.ones((1, 8, 8), np.float32), image[:8, :8], constants.iterations
-    for mode in () if way == "plain" else (way,):
-        dense_crf(*small, mode=mode, device=constants.device)  # what a first call loads is no part of the cost
     if way == "plain":
         q, seconds, memory = measured(lambda: plain(p, image, constants.iterations), constants.repeats)
     else:
-        work = partial(dense_crf, p, image, constants.iterations, mode=way, device=constants.device)
+        crf = CRF(crf_iterations=constants.iterations, crf_mode="exact" if way == "exact" else "lattice")
+        dense_crf(p[:, :8, :8], image[:8, :8], crf, constants.device)  # loads libraries: not a part of the cost
+        work = partial(dense_crf, p, image, crf, constants.device)
         q, seconds, memory = measured(work, constants.repeats, constants.device)
     return seconds, memory, q.argmax(0)
 
@@ -99,7 +98,7 @@ def main(constants: Constants) -> None:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for size, classes in cases:
             if load_image(constants, size).size == 0:
-                print(f"{size:5} x {size:<4} left out: {constants.image} is smaller")
+                print(f"{size:5} x {size:<4} not measured: {constants.image} is smaller")
                 continue
             limits = {"lattice": size, "exact": constants.exact_up_to, "plain": constants.plain_up_to}
             found = {way: pool.apply(measure, (way, size, classes, constants)) for way in limits if size <= limits[way]}

@@ -1,13 +1,14 @@
-"""How much mIoU lies between the CRF's lattice and its exact mode, on images with truth; time of both.
+"""The difference in mIoU between the CRF's modes lattice and exact, on images with truth; the time of both.
 
-CAM-like maps are made from the truth: each class's mask, blurred to the coarseness of a feature map (16 px), times a
-gain of its own, plus smooth noise; divided by its maximum, as stored maps are. Agreement is the share of equal labels.
+Maps like CAMs are made from the truth: the mask of each class, blurred to the resolution of a feature map (16 px),
+times a random gain, plus smooth noise, divided by its maximum as stored maps are. Agreement: the share of equal labels.
 Without a folder the images are synthetic.
 
-Command: OMP_NUM_THREADS=1 python benchmarks/crf_miou.py, or with --split datasets/NAME/train on real patches
+Command: OMP_NUM_THREADS=1 python benchmarks/crf_miou.py, or with --split datasets/NAME/train for real patches
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,25 +20,25 @@ import tyro
 from measure import aerial_patch, measured
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.crf import dense_crf
+from models.crf import CRF, dense_crf
 from tools.labels import load_image, load_label
 from tools.scores import ConfusionMatrix
 
 
 @dataclass(frozen=True)
 class Constants:
-    split: Path | None = None  # a folder with images/ and labels/ of this project's data sets; None: synthetic
+    split: Path | None = None  # a folder with images/ and labels/ of a data set; None: synthetic images
     sizes: tuple[int, ...] = (64, 128)  # pixels; crops at the centre
     counts: tuple[int, ...] = (16, 4)  # images of each size
-    num_classes: int = 16  # of the split; ids from here on, but 255, are refused
+    num_classes: int = 16  # of the split
     blur: float = 16.0  # pixels, sigma
-    noise: float = 0.4  # standard deviation, where a map's maximum is about 1
-    device: str = "cpu"  # cpu | cuda
+    noise: float = 0.4  # standard deviation; the maximum of a map is about 1
+    device: str = "cpu"  # of mode exact: cpu | cuda
     seed: int = 0
 
 
-def patches(constants: Constants, size: int, count: int):
-    """Yield images (S,S,3) and truth (S,S) that holds at least two classes."""
+def patches(constants: Constants, size: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield images (S,S,3) and their truth (S,S), which holds at least two classes."""
     random = np.random.default_rng(constants.seed)
     if constants.split is None:
         for _ in range(count):
@@ -74,24 +75,24 @@ def main(constants: Constants) -> None:
     cv2.setNumThreads(1)
     for size, count in zip(constants.sizes, constants.counts, strict=True):
         random = np.random.default_rng(constants.seed)
-        matrices = {name: ConfusionMatrix(constants.num_classes) for name in ("maps", "lattice", "exact")}
-        seconds, equal, done = {"lattice": [], "exact": []}, [], 0
+        modes = {"lattice": CRF(), "exact": CRF(crf_mode="exact")}
+        matrices = {name: ConfusionMatrix(constants.num_classes) for name in ("maps", *modes)}
+        seconds: dict[str, list[float]] = {name: [] for name in modes}
+        equal: list[float] = []
         for image, truth in patches(constants, size, count):
             classes, maps = cam_like(truth, random, constants)
             labels = {"maps": maps.argmax(0)}
-            for mode, times in seconds.items():
-                work = partial(dense_crf, maps, image, mode=mode, device=constants.device)
-                q, taken, _ = measured(work, 1, constants.device)
-                labels[mode] = q.argmax(0)
-                times.append(taken)
+            for name, crf in modes.items():
+                q, taken, _ = measured(partial(dense_crf, maps, image, crf, constants.device), 1, constants.device)
+                labels[name] = q.argmax(0)
+                seconds[name].append(taken)
             for name, found in labels.items():
                 matrices[name].update(truth, classes[found].astype(np.uint8))
-            equal.append(np.mean(labels["lattice"] == labels["exact"]))
-            done += 1
+            equal.append(float(np.mean(labels["lattice"] == labels["exact"])))
         miou = {name: 100 * matrix.scores()["miou"] for name, matrix in matrices.items()}
         print(
-            f"{done} of {size} x {size}: mIoU of the maps {miou['maps']:.2f}, lattice {miou['lattice']:.2f}, exact "
-            f"{miou['exact']:.2f}, difference {miou['lattice'] - miou['exact']:+.2f}; equal labels "
+            f"{len(equal)} of {size} x {size}: mIoU of the maps {miou['maps']:.2f}, lattice {miou['lattice']:.2f}, "
+            f"exact {miou['exact']:.2f}, difference {miou['lattice'] - miou['exact']:+.2f}; equal labels "
             f"{np.mean(equal):.2%}; lattice {np.median(seconds['lattice']):.3f} s, exact "
             f"{np.median(seconds['exact']):.3f} s an image",
             flush=True,

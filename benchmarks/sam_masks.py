@@ -24,8 +24,9 @@ from tqdm import trange
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PRC_SAM.checkpoints import SIZES, build_sam, load_sam, save_sam
-from PRC_SAM.generator import MaskGenerator, Settings, choose_precision
+from PRC_SAM.generator import MaskGenerator, Settings
 from tools.command import run
+from tools.devices import set_precision
 from tools.labels import load_image
 
 SMALL = {
@@ -76,7 +77,7 @@ def main(constants: Constants) -> None:
             "min_mask_region_area",
         )
     }
-    precision = choose_precision(constants.precision, device)
+    precision = set_precision(constants.precision, device, bf16_on_cpu=False)
     print(f"{device} {torch.get_num_threads()} threads, {precision}, {constants.size} px, {settings}")
     stock = SamAutomaticMaskGenerator(sam, **settings)
     ours = MaskGenerator(sam, Settings(**settings), precision, constants.images_at_once)
@@ -86,7 +87,7 @@ def main(constants: Constants) -> None:
     found, seconds, memory = measured(lambda: [masks for batch in batches for masks in ours(batch)], 1, device)
     stock_seconds, seconds = stock_seconds / len(compared), seconds / len(images)
     print(f"stock {stock_seconds:7.3f} s an image, {stock_memory:.0f} MB more")
-    print(f"ours  {seconds:7.3f} s an image, {memory:.0f} MB more, {ours.points_at_once} points at once")
+    print(f"ours  {seconds:7.3f} s an image, {memory:.0f} MB more, {ours.points_at_once.size} points at once")
     print(f"ratio {stock_seconds / seconds:7.1f}")
     agreement(theirs, found)
 

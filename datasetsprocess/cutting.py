@@ -6,29 +6,27 @@ counted in strides, or <scene>_p<number> for a random patch; then _v<version> fo
 """
 
 import re
-import shlex
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from datasetsprocess.scene_files import Source
 from datasetsprocess.scene_labels import Unknown, describe, read_truth
 from tools.command import UserError, check
-from tools.constants import ROOT
-from tools.dataset import SPLITS, Dataset
+from tools.dataset import Dataset
 from tools.files import read_json, write_json
 from tools.folders import StepFolder
 from tools.labels import IGNORE, load_image, load_label, save_image, save_label
 from tools.rasters import KINDS, Raster
+from tools.steps import SPLITS, command_line
 
-Rules = TypeVar("Rules", bound=BaseModel)
 PATCH_ID = re.compile(r"(.+)_(?:r\d+_c\d+|p\d+)(?:_v\d)?")
 
 
@@ -89,16 +87,15 @@ def four_versions(
     return [(way(image), way(ids)) for way in ways]
 
 
-def rules_of(dataset: Dataset, model: type[Rules]) -> Rules:
-    """The data set's [rules], checked against a pydantic model; raises `UserError`."""
-    try:
-        return model.model_validate(dataset.rules)
-    except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        raise UserError(
-            f'the [rules] in the dataset.toml of "{dataset.name}" cannot be used ({found[:300]}): copy them from the '
-            "description that comes with the project, or set base and leave out [rules]"
-        ) from None
+def rule_of(dataset: Dataset, *keys: str) -> list[Any]:
+    """The values of the data set's [rules]; raises `UserError` for a missing one."""
+    missing = [key for key in keys if key not in dataset.rules]
+    check(
+        not missing,
+        f'{", ".join(missing)} missing in the [rules] of "{dataset.name}": copy them from the dataset.toml that comes '
+        "with the project, or set base and leave out [rules]",
+    )
+    return [dataset.rules[key] for key in keys]
 
 
 def class_id(dataset: Dataset, name: str) -> int:
@@ -167,8 +164,7 @@ def split_scenes(
     if failures:
         raise UserError("\n".join(failures))
     check(total > 0, f"no patch was cut for {dataset.name}: the scenes are too small, or the [rules] drop all patches")
-    root = "" if constants.root == ROOT else f" --root {shlex.quote(str(constants.root))}"
-    print(f"next: python datasetsprocess/process.py --dataset {dataset.name}{root}")
+    print(f"next: {command_line('datasetsprocess/process.py', constants)}")
 
 
 def _settings(dataset: Dataset, split: str, with_truth: bool) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""What the demo's synthetic scenes are painted with: a canvas, materials, streets, buildings, trees, cars and the rest.
+"""The parts of the demo's synthetic scenes: canvas, materials, streets, buildings, trees, cars and clutter.
 
-Lengths are in pixels of about 15 cm: a car is 13 x 28 of them, a patch of 128 pixels shows part of a street.
+Lengths are in pixels of about 15 cm: a car has 13 x 28 pixels, a patch of 128 pixels shows part of a street.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,7 +14,7 @@ import numpy as np
 IMSURF, BUILDING, LOWVEG, TREE, CAR, CLUTTER = range(6)  # the order of the classes in demo.toml
 
 # Reflectance in near infrared, red, green (0 to 255) when new and when worn; strength of the fine grain. Vegetation is
-# bright in the near infrared. Classes overlap on purpose: dry lawn, soil, tiles and paving have neighbouring colours.
+# bright in the near infrared. Classes overlap on purpose: dry lawn, soil, tiles and paving have similar colours.
 MATERIALS = {
     "asphalt": ((104, 106, 110), (128, 126, 126), 0.05),
     "paving": ((150, 142, 136), (128, 116, 108), 0.08),
@@ -39,7 +41,7 @@ MATERIALS = {
     "rubble": ((150, 134, 118), (122, 108, 98), 0.16),
     "glass": ((46, 52, 58), (46, 52, 58), 0.03),
 }
-PITCHED_ROOFS = ["tiles", "tiles", "tiles", "slate", "sheet"]  # named as often as they are built
+PITCHED_ROOFS = ["tiles", "tiles", "tiles", "slate", "sheet"]  # listed as often as they are to be drawn
 FLAT_ROOFS = ["membrane", "roof gravel", "mossy", "sheet", "slate"]
 TREES = ["broadleaf", "broadleaf", "broadleaf", "conifer", "autumn"]
 CAR_PAINTS = np.array(
@@ -69,7 +71,7 @@ def noise(rng: np.random.Generator, size: int, grain: float) -> np.ndarray:
 
 @dataclass
 class Canvas:
-    """What lies on the ground: reflectance (S, S, 3), class ids (S, S) and height above ground (S, S) in pixels."""
+    """The ground and the objects on it: reflectance (S, S, 3), class ids (S, S), height in pixels (S, S)."""
 
     rng: np.random.Generator
     size: int
@@ -84,24 +86,24 @@ class Canvas:
         self.height = np.zeros((size, size), np.float32)
         self.grain = 0.45 * noise(rng, size, 1) + 0.75 * noise(rng, size, 3)
         self.wear = 0.5 * noise(rng, size, 7) + 0.6 * noise(rng, size, 28) + 0.6 * noise(rng, size, 90)
-        self.angle = rng.uniform(0, np.pi)  # of the street plan against the image
+        self.angle = rng.uniform(0, np.pi)  # between street plan and image
         self.waves = [
             (rng.normal(0, 2 * np.pi / 1100, 2), rng.uniform(0, 2 * np.pi), rng.uniform(-20, 20, 2)) for _ in range(3)
         ]
 
-    def choose(self, options: list):
-        """One of the options; each as likely as it is named."""
-        return options[self.rng.integers(len(options))]
+    def choose(self, options: Sequence | np.ndarray) -> Any:
+        """One of the options; an option that is listed twice is twice as likely."""
+        return options[int(self.rng.integers(len(options)))]
 
     def to_image(self, plan) -> np.ndarray:
-        """Plan coordinates (..., 2), streets along the axes, to image x, y (..., 2): turned and gently bent."""
+        """Plan coordinates (..., 2), streets along the axes, to image x, y (..., 2): rotated and slightly bent."""
         plan = np.asarray(plan, np.float64)
         bent = plan + sum(shift * np.sin(plan @ wave + phase)[..., None] for wave, phase, shift in self.waves)
         c, s = np.cos(self.angle), np.sin(self.angle)
         return bent @ np.array([[c, s], [-s, c]]) + self.size / 2
 
     def place(self, plan, direction: float = 0) -> tuple[np.ndarray, float]:
-        """Image position (2,) and angle of an object at a plan position, turned by `direction` against the streets."""
+        """Image position (2,) and angle of an object at a plan position; `direction` is its angle to the streets."""
         ahead = np.array([np.cos(direction), np.sin(direction)])
         here, there = self.to_image([plan - ahead, plan + ahead])
         return (here + there) / 2, float(np.arctan2(*(there - here)[::-1]))
@@ -111,7 +113,7 @@ class Canvas:
         (x, y), reach = np.round(centre).astype(int), int(np.ceil(reach)) + 1
         rows, columns = (slice(*np.clip((v - reach, v + reach + 1), 0, self.size)) for v in (y, x))
         dy, dx = np.ogrid[rows, columns]
-        dy, dx = np.float32(dy - centre[1]), np.float32(dx - centre[0])
+        dy, dx = (dy - centre[1]).astype(np.float32), (dx - centre[0]).astype(np.float32)
         c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
         return (rows, columns), dx * c + dy * s, dy * c - dx * s
 
@@ -125,14 +127,14 @@ class Canvas:
     def paint(self, window, mask, kind: int, material, height=0.0, fade: float = 0.1) -> None:
         """Cover `mask` (within `window`) with a material: a name, a list to choose from, or a colour (3,).
 
-        `fade` is how far the brightness may stray from one object to the next.
+        `fade` is how much the brightness may differ between objects.
         """
         rng = self.rng
         if isinstance(material, list):
             material = self.choose(material)
         new, worn, grain = MATERIALS[material] if isinstance(material, str) else (material, material, 0.03)
         tint = rng.uniform(1 - fade, 1 + fade) * (1 + rng.normal(0, fade / 7, 3))
-        new, worn = np.float32(new * tint), np.float32(worn * tint)
+        new, worn = ((np.array(shade) * tint).astype(np.float32) for shade in (new, worn))
         wear = 1 / (1 + np.exp(-1.8 * (self.wear[window][mask] + np.float32(rng.normal(0, 0.8)))))
         texture = 1 + grain * self.grain[window][mask]
         self.colour[window][mask] = (new + wear[:, None] * (worn - new)) * texture[:, None]
@@ -157,7 +159,7 @@ def stations(line: np.ndarray, spacing: float, margin: float) -> tuple[np.ndarra
 
 def draw_roads(canvas: Canvas, cuts, half_width: float, pavement: float) -> list[np.ndarray]:
     """Paint streets along cuts of the plan: pavement, kerb, asphalt, dashes. Returns centre lines (n, 2) in pixels."""
-    lines = [canvas.to_image(np.linspace(*np.array(cut, float), 48)) for cut in cuts]
+    lines = [canvas.to_image(np.linspace(np.array(start, float), np.array(end, float), 48)) for start, end in cuts]
 
     def strokes(paths: list[np.ndarray], width: float) -> np.ndarray:
         fixed = [np.round(path * 16).astype(np.int32) for path in paths]  # four fractional bits
@@ -182,7 +184,7 @@ def draw_building(canvas: Canvas, centre, angle: float, half, height: float, pit
     canvas.paint(window, mask, BUILDING, material, height + pitch * (b - np.abs(across)), fade=0.2)
     if pitch:
         canvas.colour[window][mask & (np.mod(across, 4) < 1.4)] *= 0.8  # courses of the covering
-        count, largest = rng.integers(1, 3), 3  # chimneys
+        count, largest = int(rng.integers(1, 3)), 3  # chimneys
     else:
         rim = mask & ((np.abs(along) > a - 2.5) | (np.abs(across) > b - 2.5))
         canvas.height[window][rim] += 2
@@ -197,7 +199,7 @@ def draw_building(canvas: Canvas, centre, angle: float, half, height: float, pit
 
 
 def draw_tree(canvas: Canvas, centre, radius: float, material) -> None:
-    """Crown with a ragged edge and lit and shaded lumps, over whatever is lower than it."""
+    """Crown with an uneven edge and surface; it covers only what is lower."""
     window, x, y = canvas.frame(centre, 0, 1.4 * radius)
     lumps = 0.16 * canvas.wear[window] + 0.10 * canvas.grain[window]
     bulge = 1 - (x * x + y * y) / radius**2 + lumps
@@ -216,7 +218,7 @@ def draw_grove(canvas: Canvas, where, spacing: float, radii=(7, 17), share: floa
 
 
 def draw_car(canvas: Canvas, centre, angle: float) -> None:
-    """Car of about 13 x 28 pixels with dark windows; hidden where something higher stands."""
+    """Car of about 13 x 28 pixels with dark windows; hidden by higher objects."""
     rng = canvas.rng
     a, b = rng.normal(14, 1), rng.normal(6.6, 0.35)
     window, along, across = canvas.frame(centre, angle + rng.normal(0, 0.04), 18)
@@ -240,7 +242,7 @@ def draw_traffic(canvas: Canvas, line: np.ndarray, half_width: float, density: f
 
 
 def draw_car_park(canvas: Canvas, box, full: float) -> None:
-    """Rows of stalls with white lines, a share `full` of them taken."""
+    """Rows of stalls with white lines; a share `full` of the stalls has a car."""
     u0, v0, u1, v1 = box
     canvas.cover(box, IMSURF, ["asphalt", "asphalt", "paving"])
     for v in np.arange(v0 + 20, v1 - 17, 48):
@@ -254,7 +256,7 @@ def draw_car_park(canvas: Canvas, box, full: float) -> None:
 
 
 def draw_clutter(canvas: Canvas, box) -> None:
-    """One of the things that Vaihingen counts as clutter: water, a tennis ground, containers, a building site."""
+    """One of the objects that are clutter in Vaihingen: water, a tennis court, containers, a building site."""
     rng, (u0, v0, u1, v1) = canvas.rng, box
     centre, angle = canvas.place(((u0 + u1) / 2, (v0 + v1) / 2))
     reach = min(u1 - u0, v1 - v0) / 2
@@ -265,7 +267,7 @@ def draw_clutter(canvas: Canvas, box) -> None:
         bays = 0.1 * np.sin(2 * np.arctan2(across, along) + rng.uniform(0, 6)) + 0.04 * canvas.wear[window]
         canvas.paint(window, np.hypot(p, q) < 0.75 + bays, CLUTTER, "water")
     elif kind == "court":
-        p, q = np.maximum(p, np.abs(along) / 58), np.maximum(q, np.abs(across) / 58) / 0.55  # 58: as long as they get
+        p, q = np.maximum(p, np.abs(along) / 58), np.maximum(q, np.abs(across) / 58) / 0.55  # at most 58
         canvas.paint(window, (p < 1) & (q < 1), CLUTTER, ["clay court", "hard court"])
         ends, sides = np.abs(p - 0.8) < 0.015, (np.abs(q - 0.75) < 0.03) | (np.abs(q - 0.55) < 0.03)
         canvas.paint(window, (ends & (q < 0.78)) | (sides & (p < 0.81)) | ((p < 0.012) & (q < 0.8)), CLUTTER, "marking")

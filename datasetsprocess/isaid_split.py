@@ -25,18 +25,18 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasetsprocess.cutting import Patch, Scene, class_id, rules_of, split_scenes
+from datasetsprocess.cutting import Patch, Scene, class_id, rule_of, split_scenes
 from datasetsprocess.scene_files import find_sources, scene_files
 from tools.command import check, run
-from tools.constants import Count, Place, PositiveCount, Seed, Share, Speed, constants
+from tools.constants import Count, Place, Seed, Speed, constants
 from tools.dataset import Dataset, load_dataset
 from tools.rasters import Raster
+from tools.steps import SPLITS
 
 RAW_SPLITS = {"train": "train", "test": "val"}
 IMAGE, TRUTH = "images/{}", "Semantic_masks/images/{}_instance_color_RGB"
@@ -53,41 +53,32 @@ class Constants(Place):
     workers: Speed[Count] = min(8, os.cpu_count() or 1)  # worker processes of about 200 MB; 0: the main process
 
 
-class Rules(BaseModel):
-    """[rules] of dataset.toml."""
-
-    background: str  # class
-    patches_per_scene: Annotated[list[PositiveCount], Field(min_length=1)]  # one of these numbers is drawn for a scene
-    tries: PositiveCount  # places that are tried at most
-    max_background: dict[Literal["train", "test"], Share]  # a patch is cut where the background covers less
-
-
-def patch_rule(dataset: Dataset) -> tuple[Rules, int]:
-    """The rules, and the class id of the background."""
-    rules = rules_of(dataset, Rules)
+def patch_rule(dataset: Dataset) -> tuple[int, list[int], int, dict[str, float]]:
+    """Background class id, possible numbers of patches, tries, and split -> maximum share of the background."""
+    background, numbers, tries, largest = rule_of(dataset, "background", "patches_per_scene", "tries", "max_background")
     check(
-        len(rules.max_background) == 2,
-        f'max_background in the [rules] of "{dataset.name}" must have a share for train and for test',
+        set(largest) == set(SPLITS),
+        f'max_background in the [rules] of "{dataset.name}" must have a share for {" and ".join(SPLITS)}',
     )
-    return rules, class_id(dataset, rules.background)
+    return class_id(dataset, background), numbers, tries, largest
 
 
 def patches(scene: Scene) -> Iterator[Patch]:
     """Random patches of a scene in which the background leaves enough of other classes, from top to bottom."""
-    rules, background = patch_rule(scene.dataset)
+    background, numbers, tries, largest = patch_rule(scene.dataset)
     assert scene.ids is not None
     (height, width), size = scene.ids.shape, scene.dataset.patch_size
     if min(height, width) < size:
         scene.notes["scenes smaller than a patch, skipped"] += 1
         return
     random = scene.random()
-    wanted = int(random.choice(rules.patches_per_scene))
+    wanted = int(random.choice(numbers))
     found: list[tuple[int, int]] = []
-    for _ in range(rules.tries):
+    for _ in range(tries):
         if len(found) == wanted:
             break
         y, x = (int(random.integers(0, length - size, endpoint=True)) for length in (height, width))
-        if np.mean(scene.ids[y : y + size, x : x + size] == background) < rules.max_background[scene.split]:
+        if np.mean(scene.ids[y : y + size, x : x + size] == background) < largest[scene.split]:
             found.append((y, x))
     if len(found) < wanted:
         scene.notes[f"scenes with {'too few patches' if found else 'no patch'}, too much background"] += 1

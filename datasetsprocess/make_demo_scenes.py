@@ -1,7 +1,7 @@
 """Paint the synthetic aerial scenes of the demo, in Vaihingen's raw layout.
 
-Not part of the paper: the scenes stand in for Vaihingen where its archive is not at hand. Each is built in the order in
-which an aerial image arises: layout (streets and districts), ground, objects with heights, light, sensor.
+Not part of the paper: the scenes are used by `make demo`, where Vaihingen itself is not available. A scene is built in
+the order in which an aerial image arises: layout (streets and districts), ground, objects with heights, light, sensor.
 
 Reads   the description of the data set: colours, scenes of each split
 Writes  <root>/datasets/<dataset>/raw/top/top_mosaic_09cm_area<N>.tif                   8 bit: near infrared, red, green
@@ -12,13 +12,12 @@ Command: python datasetsprocess/make_demo_scenes.py
 """
 
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
-import tifffile
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any folder
 from datasetsprocess.demo_objects import (
@@ -37,25 +36,24 @@ from datasetsprocess.demo_objects import (
     noise,
 )
 from tools.command import check, run
+from tools.constants import Place, PositiveCount, Seed, constants
 from tools.dataset import Dataset, load_dataset
 from tools.files import write_whole
-from tools.step import ROOT, StepFolder
+from tools.folders import StepFolder
 
 
-@dataclass(frozen=True)
-class Constants:
+@constants
+class Constants(Place):
     dataset: str = "demo"  # the name of the data set: its description lists the scenes of each split
-    root: Path = ROOT  # holds datasets/ and experiments/
-    seed: int = 0  # the same seed gives the same bytes, another seed other scenes
-    size: int = 1024  # side of a scene in pixels
-    overwrite: bool = False  # paint everything anew
+    seed: Seed = 0  # the same seed gives the same bytes, another seed gives other scenes
+    size: PositiveCount = 1024  # side of a scene in pixels
 
 
-# Layout: boxes (u0, v0, u1, v1) of a street plan that is larger than the image, and turned and bent against it
+# Layout: boxes (u0, v0, u1, v1) of a street plan that is larger than the image, and rotated and bent relative to it
 
 
 def split(rng: np.random.Generator, box, smallest: float) -> tuple[list, list]:
-    """Cut a box at random into boxes with sides from about 0.8 `smallest`: (boxes, cuts as pairs of end points)."""
+    """Cut a box at random into boxes with sides of at least about 0.8 `smallest`: (boxes, cuts as pairs of points)."""
     u0, v0, u1, v1 = box
     if max(u1 - u0, v1 - v0) < 2 * smallest * rng.uniform(1, 1.3):
         return [box], []
@@ -152,7 +150,7 @@ def industry(canvas: Canvas, box) -> None:
             pitch = canvas.choose([0, 0, 0.12])
             draw_building(canvas, centre, angle, ((u1 - u0) / 2, (v1 - v0) / 2), rng.uniform(24, 36), pitch, FLAT_ROOFS)
         elif use == "car park":
-            draw_car_park(canvas, lot, canvas.choose([0, 0.2, 0.6]))  # markings alone must not tell of cars
+            draw_car_park(canvas, lot, canvas.choose([0, 0.2, 0.6]))  # empty ones too: markings must not imply cars
         else:
             draw_clutter(canvas, lot)
 
@@ -172,14 +170,14 @@ def park(canvas: Canvas, box) -> None:
 
 
 def wood(canvas: Canvas, box) -> None:
-    """Closed canopy with a few clearings."""
+    """Dense trees with a few clearings."""
     canvas.cover(box, LOWVEG, "forest floor")
     canopy = canvas.inside(box) & (noise(canvas.rng, canvas.size, 80) > -1.9)
     draw_grove(canvas, canopy, 12, radii=(11, 19))
 
 
 def fields(canvas: Canvas, box) -> None:
-    """Strips of crops, meadow and bare soil with rows and tramlines, here and there a hedge around."""
+    """Strips of crops, meadow and bare soil with rows and wheel tracks, some surrounded by a hedge."""
     rng = canvas.rng
     ground = canvas.cover(box, LOWVEG, "meadow")
     for strip in split(rng, inset(box, 12), 130)[0]:
@@ -192,7 +190,7 @@ def fields(canvas: Canvas, box) -> None:
         draw_grove(canvas, ground & ~canvas.inside(inset(box, 34)), 30, share=0.4)
 
 
-# dealt like cards, so that a scene has most of the kinds
+# drawn without replacement until all are used, so that a scene has most kinds
 DISTRICTS = (town, town, suburb, industry, industry, park, wood, fields)
 
 
@@ -207,9 +205,9 @@ def light(canvas: Canvas) -> np.ndarray:
     dy, dx = np.gradient(cv2.GaussianBlur(height, (0, 0), 0.7))
     incidence = (1 - (dx * sun[0] + dy * sun[1]) / slope) / np.sqrt(1 + dx**2 + dy**2)  # 1 on level ground
     shaded = np.zeros(height.shape, bool)
-    for reach in np.arange(1.5, height.max() / slope, 1.5):  # what stands `reach` pixels towards the sun
-        shift = np.float32([[1, 0, -reach * sun[0]], [0, 1, -reach * sun[1]]])
-        towards_sun = cv2.warpAffine(height, shift, height.shape, flags=cv2.INTER_NEAREST)
+    for reach in np.arange(1.5, height.max() / slope, 1.5):  # a pixel is shaded by higher ones towards the sun
+        shift = np.array([[1, 0, -reach * sun[0]], [0, 1, -reach * sun[1]]], np.float32)
+        towards_sun = cv2.warpAffine(height, shift, height.shape[::-1], flags=cv2.INTER_NEAREST)
         shaded |= towards_sun > height + reach * slope + 0.5
     direct = np.clip(incidence, 0.1, 1.5) * (1 - cv2.GaussianBlur(shaded.astype(np.float32), (0, 0), 0.8))
     sky = np.array([0.32, 0.39, 0.42]) * rng.uniform(0.9, 1.15)
@@ -230,10 +228,11 @@ def sensor(rng: np.random.Generator, radiance: np.ndarray) -> np.ndarray:
 def make_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """One scene: image (size, size, 3) uint8 (near infrared, red, green) and class ids (size, size) uint8."""
     canvas = Canvas(rng, size)
-    reach = 0.75 * size + 60  # the turned plan has to cover the corners of the image
+    reach = 0.75 * size + 60  # the rotated plan has to cover the corners of the image
     boxes, avenues = split(rng, (-reach, -reach, reach, reach), 290)
-    avenues = sorted(avenues, key=np.ptp)[int(0.6 * len(avenues)) :]  # the longest; elsewhere districts meet directly
-    streets, deck = [], []
+    avenues = sorted(avenues, key=np.ptp)[int(0.6 * len(avenues)) :]  # the longest; other districts meet directly
+    streets: list = []
+    deck: list[int] = []
     for box in boxes:
         deck = deck or list(rng.permutation(len(DISTRICTS)))
         district = DISTRICTS[deck.pop()]
@@ -249,35 +248,34 @@ def make_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
 
 
 def write_scene(name: str, raw: Path, dataset: Dataset, seed: int, size: int) -> None:
-    """Paint one scene and write its truth and, last, its image: a scene with an image is complete."""
+    """Paint one scene and write its truth and then its image, so that a scene with an image is complete."""
     image, ids = make_scene(np.random.default_rng([seed, *name.encode()]), size)
     for folder, pixels in (("gts_for_participants", dataset.colours[ids]), ("top", image)):
         with write_whole(raw / folder / f"{name}.tif") as temporary:
-            tifffile.imwrite(temporary, pixels, photometric="rgb", compression="zlib", metadata=None)
+            Image.fromarray(pixels).save(temporary, format="TIFF", compression="tiff_adobe_deflate")
 
 
 def main(constants: Constants) -> None:
     dataset = load_dataset(constants.dataset, constants.root)
     check(
         dataset.num_classes == 6,
-        f"dataset {dataset.name} has {dataset.num_classes} classes, but these scenes have "
-        "the six of demo.toml, in its order",
+        f"dataset {dataset.name} has {dataset.num_classes} classes, but these scenes need the six of demo.toml, in the "
+        "same order",
     )
     areas = [area for split in dataset.scenes.values() for area in split]
     check(
         len(areas) > 0,
         f"dataset {dataset.name} lists no scenes: its description needs a [scenes] table as in demo.toml",
     )
-    check(constants.seed >= 0, f"seed is {constants.seed}, but it must be 0 or more")
     check(
         constants.size >= dataset.patch_size,
         f"size is {constants.size}, but a scene must hold a patch of {dataset.patch_size} pixels",
     )
-    step = StepFolder(dataset.folder / "raw", constants)
-    names = step.pending([f"top_mosaic_09cm_area{area}" for area in areas], ".tif")
-    write = partial(write_scene, raw=step.folder, dataset=dataset, seed=constants.seed, size=constants.size)
-    step.each(write, names, description="scenes")
-    step.close("/*.tif")
+    with StepFolder(dataset.folder / "raw", constants).open("/*.tif") as step:
+        pending = step.pending([f"top/top_mosaic_09cm_area{area}" for area in areas], ".tif")
+        names = [Path(id).name for id in pending]
+        write = partial(write_scene, raw=step.path, dataset=dataset, seed=constants.seed, size=constants.size)
+        step.each(write, names, "scenes", unit="scene")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,11 @@ from datasetsprocess.cutting import Patch, Scene, split_scenes
 from datasetsprocess.scene_files import find_sources, scene_files
 from tools.command import check, run
 from tools.constants import Count, Place, Share, Speed, constants
-from tools.dataset import SPLITS, Dataset, load_dataset, write_image_labels
+from tools.dataset import Dataset, load_dataset
+from tools.image_labels import write_image_labels
 from tools.labels import IGNORE
 from tools.rasters import SUFFIXES, Nodata, Raster, covering_starts
+from tools.steps import SPLITS
 
 
 @constants

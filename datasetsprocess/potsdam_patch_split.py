@@ -30,13 +30,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasetsprocess.cutting import Patch, Scene, class_id, four_versions, rules_of, split_scenes
+from datasetsprocess.cutting import Patch, Scene, class_id, four_versions, rule_of, split_scenes
 from datasetsprocess.scene_files import find_sources
 from tools.command import run
-from tools.constants import Count, Place, Seed, Share, Speed, constants
+from tools.constants import Count, Place, Seed, Speed, constants
 from tools.dataset import Dataset, load_dataset
 
 PLACES = {  # truth -> image and truth of a scene
@@ -56,18 +55,11 @@ class Constants(Place):
     workers: Speed[Count] = min(8, os.cpu_count() or 1)  # worker processes of about 200 MB; 0: the main process
 
 
-class Rules(BaseModel):
-    """[rules] of dataset.toml."""
-
-    min_share: Share  # a train tile is dropped if one of its classes covers less than this share
-    min_share_of: dict[str, Share]  # class -> its own minimum share
-
-
 def smallest_shares(dataset: Dataset) -> np.ndarray:
     """(K,) the minimum share of the pixels of a train tile, for each class in it."""
-    rules = rules_of(dataset, Rules)
-    shares = np.full(dataset.num_classes, rules.min_share, np.float64)
-    for name, share in rules.min_share_of.items():
+    min_share, exceptions = rule_of(dataset, "min_share", "min_share_of")
+    shares = np.full(dataset.num_classes, min_share, np.float64)
+    for name, share in exceptions.items():
         shares[class_id(dataset, name)] = share
     return shares
 

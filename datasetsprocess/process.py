@@ -1,11 +1,11 @@
 """Write the image-level labels of a data set from its label maps, and print how frequent the classes are.
 
-This is the one step before the scoring that reads pixel labels: all training on image-level labels rests on its
-output. A class is present in an image from `min_pixels` pixels on; ignored pixels (255) belong to no class. Images
-and label maps that do not fit together are listed, and the image_labels.csv of their split is then not written. Where
-a split has no labels folder, an image_labels.csv that a person wrote is checked and kept; where it has one, a file
-that says something else is replaced with --overwrite only. A test split needs no label maps unless it is to be
-scored.
+This is the only step before the scoring that reads pixel labels: all training on image-level labels uses its output.
+A class is present in an image that has at least `min_pixels` pixels of it; ignored pixels (255) belong to no class.
+Images and label maps that do not fit together are listed, and the image_labels.csv of their split is not written.
+Where a split has no labels folder, an image_labels.csv that a person wrote is checked and kept; where it has one, a
+file that differs from the label maps is replaced with --overwrite only. A test split needs no label maps unless it is
+to be scored. Warnings say where the labels can hardly teach the classes (advice.py).
 
 Reads   <root>/datasets/<dataset>/{train,test}/images/<id>.png and labels/<id>.png
 Writes  <root>/datasets/<dataset>/{train,test}/image_labels.csv: id, then 0 or 1 for each class
@@ -13,57 +13,59 @@ Writes  <root>/datasets/<dataset>/{train,test}/image_labels.csv: id, then 0 or 1
 Command: python datasetsprocess/process.py --dataset vaihingen
 """
 
-import os
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any folder
+from datasetsprocess.advice import FEW_PIXELS, warnings, wide_pixels
 from tools.command import UserError, check, run
-from tools.dataset import SPLITS, Dataset, load_dataset, write_image_labels
+from tools.constants import Place, PositiveCount, constants
+from tools.dataset import Dataset, load_dataset
 from tools.files import remove_leftovers
+from tools.folders import and_more
+from tools.image_labels import write_image_labels
 from tools.labels import IGNORE, load_image, load_label
-from tools.step import ROOT
-from tools.workers import worker_pool
+from tools.progress import Progress
+from tools.steps import SPLITS, STEPS, command_line
+from tools.workers import in_workers
 
 
-@dataclass(frozen=True)
-class Constants:
+@constants
+class Constants(Place):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
-    root: Path = ROOT  # the folder that holds datasets/
-    min_pixels: int = 1  # a class counts as present from this many pixels on
-    workers: int = min(8, os.cpu_count() or 1)  # processes; 0: none beside this one
-    overwrite: bool = False  # replace an image_labels.csv that says something else
+    min_pixels: PositiveCount = 1  # a class counts as present from this many pixels on
 
 
 def count_pixels(id: str, dataset: Dataset, split: str, min_pixels: int) -> np.ndarray | str:
-    """Pixels of each class in one label map, (K,) int64; a sentence when image or label map is wrong."""
+    """Pixels of each class in one label map, in all and in wide regions (`wide_pixels`): (2,K) int64.
+
+    A sentence when image or label map is wrong.
+    """
     image, label = (folder / f"{id}.png" for folder in (dataset.images(split), dataset.labels(split)))
     try:
-        check(label.exists(), f"{image} has no label map {label}")
+        check(label.is_file(), f"{image} has no label map {label}")
         ids, pixels = load_label(label, dataset.num_classes), load_image(image)
         check(
             ids.shape == pixels.shape[:2],
             f"{label} has {ids.shape[1]} x {ids.shape[0]} pixels, but its image has "
             f"{pixels.shape[1]} x {pixels.shape[0]}",
         )
-        check((ids != IGNORE).any(), f"{label} is 255 (ignore) everywhere and has no class: remove it and its image")
+        check(not (ids == IGNORE).all(), f"{label} is 255 (ignore) everywhere: remove it and its image")
         counts = np.bincount(ids.ravel(), minlength=dataset.num_classes)[: dataset.num_classes]
         check(
-            (counts >= min_pixels).any(),
-            f"{label} has no class of {min_pixels} pixels or more: lower min_pixels or remove it and its image",
+            counts.max() >= min_pixels,
+            f"{label} has no class of {min_pixels} pixels or more: lower min_pixels, or remove it and its image",
         )
     except UserError as error:
         return str(error)
-    return counts
+    return np.stack([counts, wide_pixels(ids, dataset.num_classes)])
 
 
 def count_split(dataset: Dataset, split: str, constants: Constants) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Pixels of each class in every label map of a split, id -> (K,) int64, and a sentence for each wrong file."""
+    """`count_pixels` of every label map of a split, id -> (2,K) int64, and a sentence for each wrong file."""
     ids = dataset.ids(split)
     images, labels = dataset.images(split), dataset.labels(split)
     wrong = [
@@ -71,35 +73,47 @@ def count_split(dataset: Dataset, split: str, constants: Constants) -> tuple[dic
         for name in sorted({path.name for path in labels.glob("[!.]*.png")} - {f"{id}.png" for id in ids})
     ]
     wrong += [
-        f"{path} is no png, so no step will read it: convert it, or move it away"
+        f"{path} is no png, so no step reads it: convert it, or move it away"
         for path in sorted(images.iterdir())
         if path.suffix != ".png" and not path.name.startswith(".")
     ]
     work = partial(count_pixels, dataset=dataset, split=split, min_pixels=constants.min_pixels)
-    progress = partial(tqdm, total=len(ids), desc=f"{split} label maps", unit="image", disable=None)
-    if constants.workers < 1 or len(ids) < 256:  # a few are counted before a process has started
-        counts = list(progress(map(work, ids)))
-    else:
-        with worker_pool(constants.workers) as pool:
-            counts = list(progress(pool.map(work, ids, chunksize=32)))
-    wrong += [count for count in counts if isinstance(count, str)]
-    return {id: count for id, count in zip(ids, counts, strict=True) if not isinstance(count, str)}, wrong
+    workers = constants.workers if len(ids) >= 256 else 0  # fewer are counted before a worker process has started
+    counts = {}
+    with Progress(len(ids), f"{split} label maps") as bar:
+        for id, count in zip(ids, in_workers(work, ids, workers, chunk=32), strict=True):
+            if isinstance(count, str):
+                wrong.append(count)
+            else:
+                counts[id] = count
+            bar.update()
+    return counts, wrong
 
 
-def frequencies(dataset: Dataset, labels: dict[str, np.ndarray], pixels: np.ndarray | None = None) -> str:
+def frequencies(dataset: Dataset, labels: dict[str, np.ndarray], pixels: np.ndarray | None) -> str:
     """A table of the classes: patches with the class, their share, and the share of labelled pixels if known."""
     width = max(map(len, dataset.classes)) + 2
-    present = sum(label.astype(np.int64) for label in labels.values())
+    present = np.sum(list(labels.values()), axis=0)
     lines = [f"  {'class':{width}}{'patches':>10}{'of patches':>13}" + ("" if pixels is None else f"{'of pixels':>12}")]
     for k, name in enumerate(dataset.classes):
         line = f"  {name:{width}}{present[k]:>10}{present[k] / len(labels):>12.1%} "
-        line += f"{pixels[k] / pixels.sum():>11.2%} " if pixels is not None else ""
-        lines.append(line + ("  in every patch, so hard to locate" if present[k] == len(labels) else ""))
-    return "\n".join(line.rstrip() for line in lines)
+        if pixels is not None:
+            share = pixels[k] / pixels.sum()
+            line += f"{share:>11.2%} {' next to no pixels' if share < FEW_PIXELS else ''}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def report(dataset: Dataset, split: str, labels: dict[str, np.ndarray], pixels: np.ndarray | None) -> None:
+    """Print the table of the classes and, for the train split, the warnings. `pixels` as in `warnings`."""
+    print(frequencies(dataset, labels, None if pixels is None else pixels[0]))
+    if split == "train":
+        for sentence in warnings(dataset, labels, pixels):
+            print(f"warning: {sentence}")
 
 
 def agrees(dataset: Dataset, split: str, labels: dict[str, np.ndarray]) -> bool:
-    """Whether the image_labels.csv that is there says the same."""
+    """Whether the existing image_labels.csv has the same labels."""
     try:
         before = dataset.image_labels(split)
     except UserError:
@@ -116,38 +130,35 @@ def label_split(dataset: Dataset, split: str, constants: Constants) -> list[str]
             return []
         check(
             file.exists(),
-            f"{dataset.labels(split)} is missing, so nothing says what the {split} images show: write {file} "
-            "by hand, beginning with image_labels_blank.csv (docs/own_data.md), or cut scenes that have a truth",
+            f"{dataset.labels(split)} is missing, so the classes of the {split} images are not known: label them with "
+            f"{command_line('datasetsprocess/label_page.py', constants)} (docs/own_data.md), or cut scenes with a truth",
         )
         labels = dataset.image_labels(split)
-        print(f"{split}: {len(ids)} images without label maps; {file} was written by a person and is kept as it is")
-        print(frequencies(dataset, labels))
+        print(f"{split}: {len(ids)} images without label maps; {file} was written by a person and is kept")
+        report(dataset, split, labels, None)
         return []
     counts, wrong = count_split(dataset, split, constants)
     if wrong:
         return wrong
-    labels = {id: count >= constants.min_pixels for id, count in counts.items()}
-    if file.exists() and not constants.overwrite:
-        check(
-            agrees(dataset, split, labels),
-            f"{file} is there and says something else than the label maps with min_pixels {constants.min_pixels}: "
-            f"--overwrite replaces it, or move the {split} labels folder away to keep it",
-        )
+    labels = {id: count[0] >= constants.min_pixels for id, count in counts.items()}
+    check(
+        constants.overwrite or not file.exists() or agrees(dataset, split, labels),
+        f"{file} exists and differs from the label maps with min_pixels {constants.min_pixels}: --overwrite replaces "
+        f"it, or move the {split} labels folder away to keep it",
+    )
     write_image_labels(file, dataset.classes, labels)
     print(f"{split}: {len(ids)} images, {file}")
-    print(frequencies(dataset, labels, sum(counts.values())))
+    report(dataset, split, labels, np.sum(list(counts.values()), axis=0))
     return []
 
 
 def main(constants: Constants) -> None:
-    check(constants.min_pixels >= 1, f"min_pixels is {constants.min_pixels}, but it must be 1 or more")
-    check(constants.workers >= 0, f"workers is {constants.workers}, but it must be 0 or more")
     dataset = load_dataset(constants.dataset, constants.root)
-    splits = [split for split in SPLITS if any(dataset.images(split).glob("[!.]*.png"))]
+    splits = [split for split in SPLITS if any(dataset.images(split).glob("[!.]*"))]
     check(
         bool(splits),
-        f"{dataset.folder} holds no png images in train/images or test/images: cut the scenes into "
-        "patches with the data set's script in datasetsprocess first",
+        f"{dataset.folder} holds no png images in train/images or test/images: cut the scenes into patches with the "
+        "data set's script in datasetsprocess first",
     )
     wrong = []
     for split in splits:
@@ -156,13 +167,12 @@ def main(constants: Constants) -> None:
         if found:
             print(f"{split}: {len(found)} files are wrong, so {dataset.image_labels_file(split)} was not written")
         wrong += found
-    if wrong:
-        more = f"\n  and {len(wrong) - 20} more" if len(wrong) > 20 else ""
-        raise UserError(
-            f"{len(wrong)} files do not fit; mend or remove them and run this again:\n  "
-            + "\n  ".join(wrong[:20])
-            + more
-        )
+    check(
+        not wrong,
+        f"{len(wrong)} files do not fit; fix or remove them, then run the same command again:\n  {and_more(wrong)}",
+    )
+    print(f"next: {STEPS['sam_masks'].command(constants)} --download")
+    print("      without a GPU and a download: --generator felzenszwalb in place of --download")
 
 
 if __name__ == "__main__":

@@ -29,13 +29,12 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from pydantic import BaseModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasetsprocess.cutting import Patch, Scene, class_id, four_versions, rules_of, split_scenes
+from datasetsprocess.cutting import Patch, Scene, class_id, four_versions, rule_of, split_scenes
 from datasetsprocess.scene_files import find_sources
 from tools.command import check, run
-from tools.constants import Count, Place, Seed, Share, Speed, constants
+from tools.constants import Count, Place, Seed, Speed, constants
 from tools.dataset import Dataset, load_dataset
 
 PLACES = {  # truth -> image and truth of an area
@@ -55,25 +54,16 @@ class Constants(Place):
     workers: Speed[Count] = min(8, os.cpu_count() or 1)  # worker processes of about 200 MB; 0: the main process
 
 
-class Rules(BaseModel):
-    """[rules] of dataset.toml."""
-
-    rare_class: str
-    rare_share: Share  # a crop is used where the rare class has more than this share of it
-    crop_side: tuple[Share, Share]  # smallest and largest side of a crop, as shares of the tile's side
-
-
 def crop_rule(dataset: Dataset) -> tuple[int, float, int, int]:
     """Rare class id, the share it must exceed in a crop, smallest and largest side of the crop in pixels."""
-    rules = rules_of(dataset, Rules)
-    smallest, largest = rules.crop_side
+    rare_class, rare_share, (smallest, largest) = rule_of(dataset, "rare_class", "rare_share", "crop_side")
     sides = math.ceil(smallest * dataset.patch_size), math.floor(largest * dataset.patch_size)
     check(
         0 < sides[0] <= sides[1],
         f'crop_side is [{smallest}, {largest}] in the [rules] of "{dataset.name}", but it must be two rising shares, '
         "the first above 0",
     )
-    return class_id(dataset, rules.rare_class), rules.rare_share, *sides
+    return class_id(dataset, rare_class), rare_share, *sides
 
 
 def zoom(

@@ -1,35 +1,36 @@
-"""ImageNet backbones of torchvision, cut into three stages at output stride 16 (method sections 1 and 5)."""
+"""ImageNet backbones from torchvision, cut into three stages, output stride 16 (method sections 1 and 5)."""
 
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-NAMES = (*RESNETS, "mobilenet_v2")
+Name = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"]
+NAMES: tuple[str, ...] = get_args(Name)
 
 
 class Backbone(nn.Module):
     """x (B,3,H,W) -> low (B,C1,H/4,W/4), mid (B,C2,H/8,W/8), high (B,C3,H/16,W/16).
 
-    For a ResNet, low is layer1's output, mid layer2's and high layer4's, whose stride is 1, without dilation.
-    MobileNetV2 is cut at the same strides. Channels are in `low_channels` and `high_channels`.
+    For a ResNet, low is the output of layer1, mid of layer2 and high of layer4. The stride of layer4 is 1, without
+    dilation. MobileNetV2 is cut at the same strides. `low_channels` and `high_channels` are C1 and C3.
 
-    name: one of `NAMES`; weights: "imagenet" (torchvision downloads them), "none" (random), or the file of a
-    torchvision state dict. Raises ValueError for an unknown name or a file that does not fit.
+    name: one of `NAMES`. weights: "imagenet" (downloaded by torchvision), "none" (random), or the file of a torchvision
+    state dict. Raises `ValueError` for an unknown name and for a file that does not fit.
     """
 
     def __init__(self, name: str = "resnet50", weights: str = "imagenet"):
         super().__init__()
         if name not in NAMES:
-            raise ValueError(f"backbone {name} is unknown; known are {', '.join(NAMES)}")
+            raise ValueError(f"backbone is {name}, but it must be one of {', '.join(NAMES)}")
         whole = models.get_model(name, weights="IMAGENET1K_V1" if weights == "imagenet" else None)
         if weights not in ("imagenet", "none"):
             _load_file(whole, Path(weights), name)
         if name == "mobilenet_v2":
             stages = whole.features[:4], whole.features[4:7], whole.features[7:]
-            whole.features[14].conv[1][0].stride = (1, 1)  # the fifth halving
+            whole.features[14].conv[1][0].stride = (1, 1)  # otherwise the output stride would be 32
             self.low_channels, self.high_channels = 24, 1280
         else:
             stem = (whole.conv1, whole.bn1, whole.relu, whole.maxpool)
@@ -48,21 +49,27 @@ class Backbone(nn.Module):
 
 
 def _load_file(model: nn.Module, path: Path, name: str) -> None:
-    """Load a torchvision state dict; its classification head may be missing."""
+    """Load a torchvision state dict; the weights of its classification head are optional."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"the weights file {path} is missing") from None
-    except Exception as error:  # torch reports a damaged or pickled-code file in many ways
+        raise ValueError(f"the weights file {path} is missing: correct the path") from None
+    except Exception as error:  # torch has no common class for damaged files and for pickled code
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the weights file {path} cannot be read as a plain state dict ({reason})") from None
+        raise ValueError(
+            f"the weights file {path} cannot be read as a plain state dict ({reason}): copy the file again, or save "
+            "model.state_dict() with torch.save"
+        ) from None
     try:
         state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (RuntimeError, AttributeError):
-        raise ValueError(f"the weights file {path} does not fit {name}") from None
-    lacking = [key for key in missing if not key.startswith(("fc.", "classifier.")) and "num_batches" not in key]
-    if lacking or unexpected:
         raise ValueError(
-            f"the weights file {path} does not fit {name} ({len(lacking)} values lack, {len(unexpected)} are too many)"
+            f"the weights file {path} does not fit {name}: use a torchvision state dict of {name}"
+        ) from None
+    missing = [key for key in missing if not key.startswith(("fc.", "classifier.")) and "num_batches" not in key]
+    if missing or unexpected:
+        raise ValueError(
+            f"the weights file {path} does not fit {name} ({len(missing)} values are missing, {len(unexpected)} are "
+            f"unknown): use a torchvision state dict of {name}"
         )

@@ -9,10 +9,9 @@ from models.prc import PixelRelationshipConstraint
 class Classifier(nn.Module):
     """Image-level classifier with PRC on its class activation maps.
 
-    The logits are the spatial mean of the RAW maps, so PRC is trained by the image reconstruction loss alone. The
-    stages below high (ResNet: stem, layer1, layer2) do not learn, though their BatchNorm statistics move; `train_all`
-    lets them learn, for backbones that start from random weights. `pretrained` modules learn at the base rate, `new`
-    ones at ten times it.
+    The logits are the spatial mean of the RAW maps, so only the image reconstruction loss trains PRC. The stages low
+    and mid (ResNet: stem, layer1, layer2) do not learn, but their BatchNorm statistics move. With `train_all` they
+    learn as well, for backbones that start from random weights. gamma, iterations: see PixelRelationshipConstraint.
     """
 
     def __init__(
@@ -25,7 +24,6 @@ class Classifier(nn.Module):
         self.classifier = nn.Conv2d(backbone.high_channels, num_classes, 1, bias=False)
         nn.init.kaiming_normal_(self.classifier.weight)
         self.prc = PixelRelationshipConstraint(backbone.high_channels, gamma, iterations)
-        self.pretrained, self.new = [self.backbone], [self.classifier, self.prc]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B,3,H,W) normalised RGB -> logits (B,K), class maps after PRC (B,K,H/16,W/16)."""

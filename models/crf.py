@@ -1,115 +1,89 @@
-"""Fully connected CRF with Gaussian edge potentials (method, section 3), solved by mean field.
+"""Fully connected CRF with Gaussian edge potentials (method section 3), solved by mean field.
 
 Sources: Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials", 2011 (the
-model, the iteration); Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice", 2010.
+model and its iteration); Adams, Baek, Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice", 2010.
 
-Two kernels couple every pixel with every other: one on position (x, y), one on position and colour (x, y, r, g, b).
-The first is separable and summed directly. The second is approximated on the permutohedral lattice, whose cost grows
-linearly with the pixels (mode "lattice"), or summed over all pairs of pixels (mode "exact": the reference, for small
-patches and GPUs).
-
-`dense_crf` is the whole of it; `DenseCRF` keeps the filters of one image for several sets of class maps.
+Two kernels couple every pixel with every other pixel: one on position (x, y), one on position and colour
+(x, y, r, g, b). The first kernel is separable and summed directly. The second kernel is approximated on the
+permutohedral lattice, in time linear in the number of pixels (mode "lattice"), or summed over all pairs of pixels (mode
+"exact": the reference, for small patches and for GPUs).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import combinations
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from scipy import sparse
 
-PROBABILITY_FLOOR = 1e-5  # the unary of the usual densecrf helper: -log of the probability clipped to [1e-5, 1]
+PROBABILITY_FLOOR = 1e-5  # as in the usual densecrf helper: unary = -log of the probability clipped to [1e-5, 1]
 Filter = Callable[[torch.Tensor], torch.Tensor]  # (N, K) -> (N, K): each column summed over all pixels with a kernel
+Sigma = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # standard deviation of a Gaussian
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # 0 leaves the kernel out
 
 
-def dense_crf(
-    probabilities: np.ndarray,
-    image: np.ndarray,
-    iterations: int = 10,
-    gaussian_sigma: float = 1.0,
-    gaussian_weight: float = 3.0,
-    bilateral_sigma_xy: float = 67.0,
-    bilateral_sigma_rgb: float = 3.0,
-    bilateral_weight: float = 4.0,
-    mode: str = "lattice",
-    device: str | torch.device = "cpu",
-) -> np.ndarray:
+@dataclass(frozen=True, kw_only=True)
+class CRF:
+    """Constants of the dense CRF. The types carry their ranges, which step 3's constants block checks."""
+
+    crf_iterations: Annotated[int, Field(ge=0)] = 10  # mean-field iterations; 0: no CRF, the highest map wins
+    crf_mode: Literal["lattice", "exact"] = "lattice"  # exact: slow above 128 px without a GPU
+    gaussian_sigma: Sigma = 1.0  # pixels
+    gaussian_weight: Weight = 3.0  # of the kernel on position; 0 switches it off
+    bilateral_sigma_xy: Sigma = 67.0  # pixels
+    bilateral_sigma_rgb: Sigma = 3.0  # colour values, 0 to 255
+    bilateral_weight: Weight = 4.0  # of the kernel on position and colour; 0 switches it off
+
+
+def dense_crf(probabilities: np.ndarray, image: np.ndarray, crf: CRF, device: str | torch.device = "cpu") -> np.ndarray:
     """Class probabilities (K, H, W) of the image (H, W, 3) uint8 -> mean-field marginals (K, H, W) float32.
 
-    The probabilities need not sum to one: the unary is -log p, p clipped to [1e-5, 1]. Potts compatibility. Sigmas are
-    standard deviations, in pixels and in colour values 0..255. A weight of 0 leaves its kernel out.
-    mode: "lattice" | "exact". device: any torch device; on the CPU the lattice runs through scipy.sparse.
-    ValueError where shapes, types or values do not fit."""
-    return DenseCRF(
-        image, gaussian_sigma, gaussian_weight, bilateral_sigma_xy, bilateral_sigma_rgb, bilateral_weight, mode, device
-    )(probabilities, iterations)
+    The probabilities need not sum to one: the unary is -log p, with p clipped to [1e-5, 1]. Potts compatibility. With
+    0 iterations the result is the softmax of -unary. device: where mode "exact" computes; the lattice uses the CPU.
+    Raises `ValueError` where shapes, types or values do not fit.
+    """
+    probabilities, image = np.asarray(probabilities), np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise ValueError(f"the image must be uint8 of shape (H, W, 3), not {image.dtype} {image.shape}")
+    height, width = image.shape[:2]
+    if probabilities.ndim != 3 or probabilities.shape[1:] != (height, width) or len(probabilities) == 0:
+        raise ValueError(f"the probabilities must be of shape (K, {height}, {width}), not {probabilities.shape}")
+    if probabilities.dtype.kind != "f" or not np.isfinite(probabilities).all():
+        raise ValueError("the probabilities must be finite floating-point numbers")
+    clipped = np.clip(probabilities.astype(np.float32), PROBABILITY_FLOOR, 1).reshape(len(probabilities), -1)
+    device = torch.device(device if crf.crf_mode == "exact" else "cpu")
+    log_p = torch.from_numpy(np.log(clipped)).to(device).T.contiguous()  # (N, K): one pixel, one cache line
+    messages = []
+    if crf.gaussian_weight > 0:
+        messages.append(_message(crf.gaussian_weight, gaussian_filter((height, width), crf.gaussian_sigma), log_p))
+    if crf.bilateral_weight > 0:
+        sigmas = crf.bilateral_sigma_xy, crf.bilateral_sigma_rgb
+        exact = crf.crf_mode == "exact"
+        bilateral = exact_filter(image, *sigmas, device) if exact else lattice_filter(image, *sigmas)
+        messages.append(_message(crf.bilateral_weight, bilateral, log_p))
+    q = _softmax(log_p)
+    for _ in range(crf.crf_iterations):
+        q = _softmax(sum((message(q) for message in messages), start=log_p))
+    return q.T.contiguous().cpu().numpy().reshape(probabilities.shape)
 
 
-class DenseCRF:
-    """The two kernels of one image, built once; call it with class probabilities. Arguments: see dense_crf."""
-
-    def __init__(
-        self,
-        image: np.ndarray,
-        gaussian_sigma: float,
-        gaussian_weight: float,
-        bilateral_sigma_xy: float,
-        bilateral_sigma_rgb: float,
-        bilateral_weight: float,
-        mode: str,
-        device: str | torch.device,
-    ):
-        image = np.asarray(image)
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
-            raise ValueError(f"the image must be uint8 of shape (H, W, 3), not {image.dtype} {image.shape}")
-        if not all(np.isfinite(s) and s > 0 for s in (gaussian_sigma, bilateral_sigma_xy, bilateral_sigma_rgb)):
-            raise ValueError("gaussian_sigma, bilateral_sigma_xy and bilateral_sigma_rgb must be above 0")
-        if not all(np.isfinite(w) and w >= 0 for w in (gaussian_weight, bilateral_weight)):
-            raise ValueError("gaussian_weight and bilateral_weight must be 0 or more")
-        if mode not in ("lattice", "exact"):
-            raise ValueError(f'mode must be "lattice" or "exact", not {mode!r}')
-        self.shape, self.device = image.shape[:2], torch.device(device)
-        self.messages: list[Filter] = []
-        if gaussian_weight > 0:
-            self._add(gaussian_weight, gaussian_filter(self.shape, gaussian_sigma))
-        if bilateral_weight > 0:
-            bilateral = lattice_filter if mode == "lattice" else exact_filter
-            self._add(bilateral_weight, bilateral(image, bilateral_sigma_xy, bilateral_sigma_rgb, self.device))
-
-    def _add(self, weight: float, kernel: Filter) -> None:
-        """Symmetric normalisation: the kernel matrix is scaled on both sides by 1 / sqrt(its row sums)."""
-        ones = torch.ones(self.shape[0] * self.shape[1], 1, device=self.device)
-        norm = (kernel(ones) + 1e-20).rsqrt()
-        weighted = weight * norm
-        self.messages.append(lambda q: kernel(q * norm).mul_(weighted))
-
-    def __call__(self, probabilities: np.ndarray, iterations: int = 10) -> np.ndarray:
-        """Probabilities (K, H, W), floating -> marginals (K, H, W) float32. No iteration: softmax of -unary."""
-        probabilities = np.asarray(probabilities)
-        if probabilities.ndim != 3 or probabilities.shape[1:] != self.shape or len(probabilities) == 0:
-            raise ValueError(
-                f"the probabilities must be of shape (K, {self.shape[0]}, {self.shape[1]}) as the image, "
-                f"not {probabilities.shape}"
-            )
-        if probabilities.dtype.kind != "f" or not np.isfinite(probabilities).all():
-            raise ValueError("the probabilities must be finite floating-point numbers")
-        if iterations < 0:
-            raise ValueError("iterations must be 0 or more")
-        log_p = np.log(np.clip(probabilities.astype(np.float32), PROBABILITY_FLOOR, 1)).reshape(len(probabilities), -1)
-        log_p = torch.from_numpy(log_p).to(self.device).T.contiguous()  # pixels x classes: one pixel, one cache line
-        q = _softmax(log_p)
-        for _ in range(iterations):
-            q = _softmax(sum((message(q) for message in self.messages), start=log_p))
-        return q.T.contiguous().cpu().numpy().reshape(probabilities.shape)
+def _message(weight: float, kernel: Filter, like: torch.Tensor) -> Filter:
+    """The weighted kernel with symmetric normalisation: its matrix is scaled on both sides by 1 / sqrt(row sums)."""
+    norm = (kernel(torch.ones_like(like[:, :1])) + 1e-20).rsqrt()
+    weighted = weight * norm
+    return lambda q: kernel(q * norm).mul_(weighted)
 
 
 def _softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Over the classes of (N, K); through the transpose because torch is ten times slower along a short last axis."""
+    """Softmax over the classes of (N, K), on the transpose: torch is ten times slower along a short last axis."""
     return torch.softmax(logits.T, 0).T.contiguous()
 
 
 def gaussian_filter(shape: tuple[int, int], sigma: float) -> Filter:
-    """exp(-(dx^2 + dy^2) / 2 sigma^2), separable; beyond 6 sigma (1.5e-8) it is nothing in float32. Zeros outside."""
+    """exp(-(dx^2 + dy^2) / 2 sigma^2), separable and cut at 6 sigma (1.5e-8, below float32). Zeros outside."""
     taps = np.exp(-np.square(np.arange(int(np.ceil(6 * sigma)) + 1) / sigma) / 2)
 
     def run(values: torch.Tensor) -> torch.Tensor:
@@ -117,10 +91,10 @@ def gaussian_filter(shape: tuple[int, int], sigma: float) -> Filter:
         for axis, length in enumerate(shape):
             total = values.clone()
             for shift in range(1, min(length, len(taps))):
-                ahead, behind = (slice(shift, None), slice(None, -shift))
-                index = [(slice(None),) * axis + (part,) for part in (ahead, behind)]
-                total[index[0]].add_(values[index[1]], alpha=taps[shift])
-                total[index[1]].add_(values[index[0]], alpha=taps[shift])
+                kept = length - shift
+                ahead, behind = values.narrow(axis, shift, kept), values.narrow(axis, 0, kept)
+                total.narrow(axis, shift, kept).add_(behind, alpha=taps[shift])
+                total.narrow(axis, 0, kept).add_(ahead, alpha=taps[shift])
             values = total
         return values.flatten(0, 1)
 
@@ -128,21 +102,22 @@ def gaussian_filter(shape: tuple[int, int], sigma: float) -> Filter:
 
 
 def exact_filter(image: np.ndarray, sigma_xy: float, sigma_rgb: float, device: torch.device) -> Filter:
-    """The bilateral kernel summed over all pairs of pixels, tile by tile in float32, each tile used for both its sides.
+    """The bilateral kernel summed over all pairs of pixels in float32, tile by tile; each tile serves both its sides.
 
-    Time grows with the square of the pixels, memory does not."""
+    Time grows with the square of the number of pixels, memory does not.
+    """
     height, width = image.shape[:2]
-    position = np.stack(np.mgrid[:height, :width], -1).reshape(-1, 2) - np.array([height, width]) / 2
+    position = np.moveaxis(np.mgrid[:height, :width], 0, -1).reshape(-1, 2) - np.array([height, width]) / 2
     colour = image.reshape(-1, 3) - 128.0  # whole and half numbers: their squared distances are exact in float32
 
     def factors(x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """left, right with left[i] . right[j] = -|x_i - x_j|^2 / 2"""
         half, one = np.square(x).sum(1, keepdims=True) / -2, np.ones((len(x), 1))
-        pair = np.hstack([x, half, one]), np.hstack([x, one, half])
-        return tuple(torch.tensor(side, dtype=torch.float32, device=device) for side in pair)
+        left, right = np.hstack([x, half, one]), np.hstack([x, one, half])
+        return torch.tensor(left).to(device, torch.float32), torch.tensor(right).to(device, torch.float32)
 
     (xy, xy_other), (rgb, rgb_other) = factors(position), factors(colour)
-    tile = 512 if device.type == "cpu" else 8192  # 1 MB stays in a core's cache; a GPU wants 256 MB
+    tile = 512 if device.type == "cpu" else 8192  # 1 MB stays in a core's cache; 256 MB keep a GPU busy
 
     def run(values: torch.Tensor) -> torch.Tensor:
         values = values.T.contiguous()
@@ -156,7 +131,7 @@ def exact_filter(image: np.ndarray, sigma_xy: float, sigma_rgb: float, device: t
                     kernel = memory[: row.stop - row.start, : column.stop - column.start]
                     torch.mm(xy[row], xy_other[column].T, out=kernel)
                     kernel.addmm_(rgb[row], rgb_other[column].T, beta=1 / sigma_xy**2, alpha=1 / sigma_rgb**2)
-                    kernel.clamp_(min=-80).exp_()  # e^-80 is nothing; what underflows is 30 times slower on some CPUs
+                    kernel.clamp_(min=-80).exp_()  # denormal numbers are 30 times slower on some CPUs
                     total[:, column] += values[:, row] @ kernel
                     if row != column:
                         total[:, row] += values[:, column] @ kernel.T
@@ -167,67 +142,54 @@ def exact_filter(image: np.ndarray, sigma_xy: float, sigma_rgb: float, device: t
     return run
 
 
-def lattice_filter(image: np.ndarray, sigma_xy: float, sigma_rgb: float, device: torch.device) -> Filter:
-    """The bilateral kernel on the permutohedral lattice: splat, blur along each of its d + 1 directions, slice.
+def lattice_filter(image: np.ndarray, sigma_xy: float, sigma_rgb: float) -> Filter:
+    """The bilateral kernel on the permutohedral lattice, on the CPU: splat, blur along d + 1 directions, slice.
 
-    Only vertices touched by a pixel exist, so that the blurs do not commute, and one fixed order of them is no
-    symmetric kernel. The mean of an order and its reverse is, and lies markedly closer to the Gaussian for little time.
-    Constant factors are left out: the normalisation removes them."""
+    Only vertices touched by a pixel exist. The blurs therefore do not commute, and one fixed order of them is not a
+    symmetric kernel. The mean of an order and its reverse is symmetric, and much closer to the Gaussian at little cost.
+    Constant factors are left out, because the normalisation removes them.
+    """
     height, width = image.shape[:2]
     y, x = np.mgrid[:height, :width].astype(np.float32) / sigma_xy
     weights, blurs = permutohedral_lattice(np.stack([x, y, *(np.moveaxis(image, 2, 0) / np.float32(sigma_rgb))]))
-    splat, slice_ = _product(weights.T, device), _product(weights, device)
-    blurs = [_product(blur, device) for blur in blurs]
+    splat = weights.T
 
     def run(values: torch.Tensor) -> torch.Tensor:
-        forward = backward = splat(values)
+        forward = backward = splat @ values.numpy()
         for blur in blurs:
-            forward = blur(forward)
+            forward = blur @ forward
         for blur in reversed(blurs):
-            backward = blur(backward)
-        return slice_(forward + backward)
+            backward = blur @ backward
+        return torch.from_numpy(weights @ (forward + backward))
 
     return run
 
 
-def _product(matrix, device: torch.device) -> Filter:
-    """Sparse matrix times (N, K): scipy on the CPU, torch elsewhere."""
-    if device.type == "cpu":
-        return lambda values: torch.from_numpy(matrix @ values.numpy())
-    return _torch_product(matrix, device)
-
-
-def _torch_product(matrix, device: torch.device) -> Filter:
-    matrix = matrix.tocoo()
-    moved = torch.sparse_coo_tensor(
-        np.stack(matrix.coords), matrix.data, matrix.shape, device=device, check_invariants=False
-    ).coalesce()
-    return lambda values: moved @ values
-
-
 def permutohedral_lattice(features: np.ndarray) -> tuple[sparse.csr_array, list[sparse.csr_array]]:
-    """Features (d, ...) in units of the kernel's standard deviation, N points ->
+    """Features (d, ...) of N points, in units of the kernel's standard deviation -> weights, d + 1 blurs.
 
-    weights (N, M): barycentric coordinates of each point on the d + 1 vertices of its simplex; and d + 1 blurs (M, M),
-    [1/2, 1, 1/2] along one lattice direction each, neighbours that no point touches left out."""
+    weights (N, M): barycentric coordinates of each point on the d + 1 vertices of its simplex. Each blur (M, M) is
+    [1/2, 1, 1/2] along one lattice direction, without neighbours that no point touches. Raises `ValueError` where the
+    features spread over too many vertices.
+    """
     d, features = len(features), features.reshape(len(features), -1)
     n = features.shape[1]
 
     # Elevate to the hyperplane of zero sum in d + 1 dimensions. Splat, blur and slice together have a variance of
-    # 2/3 (d + 1)^2 in lattice units, so that this is what one standard deviation is scaled to.
+    # 2/3 (d + 1)^2 in lattice units, so one standard deviation is scaled to that.
     column = np.arange(1, d + 1)
     basis = np.triu(np.ones((d + 1, d))) - np.diag(column, -1)[:, :d]
     basis *= np.sqrt(2 / 3) * (d + 1) / np.sqrt(column * (column + 1))
     elevated = basis.astype(np.float32) @ features
 
-    # A vertex is packed into one integer: its coordinates are the digits of a mixed-radix number; the last one follows
-    # from the zero sum. The margin takes up rounding (2 steps of d + 1), the simplex (1) and the blur (1) each way.
+    # A vertex is packed into one integer: its coordinates are the digits of a mixed-radix number; the last coordinate
+    # follows from the zero sum. The margin in each direction: rounding (2 steps of d + 1), simplex (1) and blur (1).
     radix = (np.ceil(np.ptp(elevated[:d], axis=1).astype(np.float64) / (d + 1)) + 8) * (d + 1)
     if not np.prod(radix) < 2**62:
-        raise ValueError('the bilateral sigmas are too small for the lattice; use larger ones, or mode="exact"')
+        raise ValueError("the bilateral sigmas are too small for the lattice: enlarge them, or use crf_mode exact")
     stride = np.append(np.cumprod(np.append(1, radix[:-1]).astype(np.int64)), 0)
 
-    # The nearest point of remainder 0, and the rank of each coordinate's distance from it (0 is the largest).
+    # The nearest point of remainder 0, and the rank of each coordinate's distance from that point (0: the largest).
     origin = np.rint(elevated / (d + 1)).astype(np.int32)  # in multiples of d + 1
     excess = origin.sum(0, dtype=np.int32)
     distance = elevated - (origin * (d + 1)).astype(np.float32)
@@ -241,7 +203,7 @@ def permutohedral_lattice(features: np.ndarray) -> tuple[sparse.csr_array, list[
     rank += wrap * (d + 1)
     distance -= wrap * np.float32(d + 1)
 
-    # Vertex k of the simplex adds 1 to every coordinate of vertex k - 1, and takes d + 1 off the one of rank d - k + 1.
+    # Vertex k of the simplex is vertex k - 1 plus 1 in every coordinate, minus d + 1 in the one of rank d - k + 1.
     by_rank, point = np.empty_like(distance), np.arange(n)
     step = np.empty((d + 1, n), np.int64)
     for i in range(d + 1):
@@ -254,12 +216,13 @@ def permutohedral_lattice(features: np.ndarray) -> tuple[sparse.csr_array, list[
     weights = by_rank[::-1] - np.roll(by_rank[::-1], 1, 0)
     weights[0] += 1
 
-    vertices, index = np.unique(keys, return_inverse=True)
-    index = index.reshape(keys.shape).T.astype(np.int32).ravel()
+    vertices, inverse = np.unique(keys, return_inverse=True)
+    columns = inverse.reshape(keys.shape).T.astype(np.int32).ravel()
+    rows = np.arange(n + 1, dtype=np.int32) * (d + 1)
     m = len(vertices)
-    weights = sparse.csr_array((weights.T.ravel(), index, np.arange(n + 1, dtype=np.int32) * (d + 1)), (n, m))
 
-    # Along direction i the next vertex is 1 less in every coordinate but d more in the i-th: a fixed step of the key.
+    # Along direction i the next vertex is 1 less in every coordinate except the i-th, which is d more: a fixed step of
+    # the key.
     blurs, identity = [], sparse.eye_array(m, dtype=np.float32, format="csr")
     for i in range(d + 1):
         wanted = vertices + ((d + 1) * stride[i] - stride.sum())
@@ -268,4 +231,4 @@ def permutohedral_lattice(features: np.ndarray) -> tuple[sparse.csr_array, list[
         half = np.full(len(here), 0.5, np.float32)
         neighbour = sparse.coo_array((half, (here, found[here])), (m, m)).tocsr()
         blurs.append(identity + neighbour + neighbour.T.tocsr())
-    return weights, blurs
+    return sparse.csr_array((weights.T.ravel(), columns, rows), (n, m)), blurs

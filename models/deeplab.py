@@ -31,9 +31,9 @@ class AtrousSpatialPyramidPooling(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Weights channels by their mean and maximum through one shared bottleneck; (B,C,h,w) -> the same shape.
+    """CBAM (Woo et al., 2018): weights channels by their mean and maximum through one shared bottleneck.
 
-    CBAM (Woo et al., 2018).
+    The shape stays (B,C,h,w).
     """
 
     def __init__(self, channels: int, bottleneck: int = 3):
@@ -50,7 +50,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Weights pixels by a 7 x 7 convolution of the mean and maximum over channels (CBAM); (B,C,h,w) -> the same."""
+    """CBAM: weights pixels by a 7 x 7 convolution of the mean and maximum over channels; the shape stays (B,C,h,w)."""
 
     def __init__(self):
         super().__init__()
@@ -63,8 +63,9 @@ class SpatialAttention(nn.Module):
 class DeepLabV3Plus(nn.Module):
     """x (B,3,H,W) normalised RGB -> logits (B,K,H,W).
 
-    Output stride 16 without dilation in the backbone; new norms are GroupNorm(4). With `freeze_norm` the backbone's
-    BatchNorm keeps its running statistics while its scale and bias learn. `width`: channels of ASPP and decoder.
+    Output stride 16 without dilation in the backbone; the new norms are GroupNorm(4). width: channels of ASPP and
+    decoder, a multiple of 4. freeze_norm: the backbone's BatchNorm keeps its running statistics; its scale and bias
+    learn.
     """
 
     def __init__(self, backbone: Backbone, num_classes: int, width: int = 256, freeze_norm: bool = True):
@@ -79,10 +80,9 @@ class DeepLabV3Plus(nn.Module):
             nn.Dropout(0.1),
             nn.Conv2d(width, num_classes, 1),
         )
-        self.pretrained, self.new = [self.backbone], [self.aspp, self.low, self.decoder]
 
     def train(self, mode: bool = True) -> "DeepLabV3Plus":
-        """As always, but a frozen BatchNorm stays in evaluation: it uses and keeps its running statistics."""
+        """Switch to training, except a frozen BatchNorm: it uses its running statistics and does not update them."""
         super().train(mode)
         if self.freeze_norm:
             for module in self.backbone.modules():

@@ -1,6 +1,7 @@
-"""Image reconstruction loss (IR): the class maps must paint the image, one colour a class (method section 1)."""
+"""Image reconstruction loss (IR): the class maps must reconstruct the image, one colour a class (method section 1)."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,20 +11,15 @@ EPSILON = 1e-5
 
 
 def image_reconstruction_loss(cam: Tensor, image: Tensor, label: Tensor, tiles: int = 4) -> Tensor:
-    """How badly the class maps, each with its mean colour, reconstruct the image; a scalar.
+    """Mean squared error of the image reconstructed from the class maps, each with its mean colour; a scalar.
 
     cam (B,K,h,w) class maps after PRC, of any range; image (B,3,H,W) normalised RGB; label (B,K) 0/1 image-level
-    labels; tiles: 1, 4, 9, ... equal parts (1 x 1, 2 x 2, ...) in each of which the class colours are found anew, so
-    that one class may look different in different places. Where h or w does not divide, parts differ by one row or
-    column; every value counts the same. There is no background channel: what no present class claims is reconstructed
-    as black, and so the maps must become complete. Runs in float32 at least. Raises ValueError when tiles is not a
-    square.
+    labels. tiles: 1, 4, 9, ... equal parts (1 x 1, 2 x 2, ...), each with class colours of its own, because a class may
+    look different in different places. Where h or w is not divisible, parts differ by one row or column; every value
+    has the same weight. There is no background channel: a pixel in the map of no present class is reconstructed as
+    black, so the loss rewards complete maps. Computed in float32 or better. Raises `ValueError` as `check_tiles`.
     """
-    side = math.isqrt(max(tiles, 0))
-    if tiles < 1 or side * side != tiles:
-        raise ValueError(f"tiles is {tiles}, but it must be a square number (1, 4, 9, ...)")
-    if min(cam.shape[-2:]) < side:
-        raise ValueError(f"class maps of {cam.shape[-2]} x {cam.shape[-1]} cannot be cut into {side} x {side} tiles")
+    side = check_tiles(tiles, cam.shape[-2:])
     precision = torch.promote_types(cam.dtype, torch.float32)
     with torch.autocast(cam.device.type, enabled=False):
         positive = F.relu(cam.to(precision))
@@ -31,14 +27,22 @@ def image_reconstruction_loss(cam: Tensor, image: Tensor, label: Tensor, tiles: 
         maps = maps * label.to(precision)[:, :, None, None]
         target = F.interpolate(image.detach().to(precision), cam.shape[-2:], mode="bilinear", align_corners=False)
         target = F.normalize(target, dim=1)
-        error = sum(
-            _tile_error(map_tile.flatten(2), target_tile.flatten(2))
-            for map_row, target_row in zip(maps.tensor_split(side, 2), target.tensor_split(side, 2), strict=True)
-            for map_tile, target_tile in zip(
-                map_row.tensor_split(side, 3), target_row.tensor_split(side, 3), strict=True
-            )
-        )
+        error = torch.zeros((), device=target.device, dtype=precision)
+        for map_row, target_row in zip(maps.tensor_split(side, 2), target.tensor_split(side, 2), strict=True):
+            tiles_of_row = zip(map_row.tensor_split(side, 3), target_row.tensor_split(side, 3), strict=True)
+            for map_tile, target_tile in tiles_of_row:
+                error = error + _tile_error(map_tile.flatten(2), target_tile.flatten(2))
         return error / target.numel()
+
+
+def check_tiles(tiles: int, size: Sequence[int]) -> int:
+    """Tiles along each side. Raises `ValueError` where `tiles` does not fit class maps of size (h,w)."""
+    side = math.isqrt(max(tiles, 0))
+    if tiles < 1 or side * side != tiles:
+        raise ValueError(f"tiles is {tiles}, but it must be a square number (1, 4, 9, ...)")
+    if min(size) < side:
+        raise ValueError(f"tiles is {tiles}, but class maps of {size[0]} x {size[1]} cannot have {side} x {side} tiles")
+    return side
 
 
 def _tile_error(maps: Tensor, target: Tensor) -> Tensor:

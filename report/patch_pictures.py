@@ -19,19 +19,19 @@ ERRORS = {"right": [235] * 3, "wrong": [190, 60, 0], "not counted": [128] * 3}  
 SIDE = 256  # pixels of a picture in the page
 
 
-def load_prediction(folder: Path, id: str, num_classes: int) -> np.ndarray:
-    """(H,W) uint8 class ids of one image; of CAMs, the class whose map is the highest."""
+def load_prediction(folder: Path, id: str, num_classes: int, size: tuple[int, int]) -> np.ndarray:
+    """(H,W) uint8 class ids of one image of (H,W) = size; of CAMs, the class whose map is the highest."""
     if "cams" not in folder.name:
         return load_label(folder / f"{id}.png", num_classes)
-    present, maps = load_maps(folder, id)
+    present, maps = load_maps(folder, id, num_classes, size)
     return present.astype(np.uint8)[maps.argmax(axis=0)]
 
 
-def load_maps(folder: Path, id: str) -> tuple[np.ndarray, np.ndarray]:
-    """Class ids (k,) and maps (k,H,W) in 0..1 of one image."""
+def load_maps(folder: Path, id: str, num_classes: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Class ids (k,) and maps (k,H,W) in 0..1 of one image of (H,W) = size."""
     from tools.cams import load_cams  # imports torch, which no other folder needs
 
-    return load_cams(folder / f"{id}.npz")
+    return load_cams(folder / f"{id}.npz", num_classes, size)
 
 
 def panels(
@@ -50,26 +50,27 @@ def panels(
     them. Raises `UserError` for a bad file.
     """
     image = load_image(dataset.images(split) / f"{id}.png")
+    size = image.shape[:2]
     shown, predictions = {"image": image}, {}
     masks = dataset.sam_masks(split) / f"{id}.npz"
     for stage in stages:
         if with_maps and "cams" in stage.name:
-            for class_id, activation in zip(*load_maps(stage.folder, id), strict=True):
+            for class_id, activation in zip(*load_maps(stage.folder, id, dataset.num_classes, size), strict=True):
                 shown[f"CAM of {dataset.classes[class_id]}"] = heat(image, activation)
         if "refined" in stage.name and "regions" not in shown and masks.exists():
             found = load_masks(masks)
-            if found.size != image.shape[:2]:
+            if found.size != size:
                 raise UserError(
                     f"{masks} holds masks of another size than its image: run step 9, python "
                     "PRC_SAM/get_se_map.py --overwrite"
                 )
             shown["regions"] = regions(found.unpack(), image)
-        predictions[stage.title] = load_prediction(stage.folder, id, dataset.num_classes)
+        predictions[stage.title] = load_prediction(stage.folder, id, dataset.num_classes, size)
         shown[stage.title] = colourise(predictions[stage.title], dataset.colours)
     if last is None:
         return shown
     truth = load_label(dataset.labels(split) / f"{id}.png", dataset.num_classes)
-    if image.shape[:2] != truth.shape:
+    if size != truth.shape:
         raise UserError(f"{dataset.images(split) / id}.png and its label map differ in size: cut the scenes again")
     counted = (truth != IGNORE) & ~np.isin(truth, np.flatnonzero(~dataset.scored))
     errors = np.select([~counted, predictions[last.title] != truth], [2, 1], 0).astype(np.uint8)

@@ -37,7 +37,7 @@ def on_true_background(dataset: Dataset, cams: Path, background: int) -> Confusi
     """The CAMs' argmax with the truth's background: how well the other classes are told apart."""
     matrix = ConfusionMatrix(dataset.num_classes)
     for id, _, truth in _truths(dataset, "train", "CAMs on the true background"):
-        classes, maps = load_cams(cams / f"{id}.npz")
+        classes, maps = load_cams(cams / f"{id}.npz", dataset.num_classes, truth.shape)
         others = classes != background
         found = classes[others][maps[others].argmax(0)] if others.any() else np.full(truth.shape, background)
         matrix.update(truth, np.where(truth == background, background, found).astype(np.uint8))

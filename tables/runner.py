@@ -128,5 +128,5 @@ class Runner:
     def true_background(self, experiment: str) -> float:
         """mIoU of the CAMs' argmax with the truth's background."""
         folder = experiment_folder(self.constants.root, self.dataset.name, experiment) / "cams"
-        background = self.dataset.classes.index(self.dataset.rules["background"])
-        return self.headline(on_true_background(self.dataset, folder, background))
+        assert self.dataset.background is not None, "asked for only where there is a background class"
+        return self.headline(on_true_background(self.dataset, folder, self.dataset.background))

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
 # Before torch is loaded: threads that wait for each other make a busy machine many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PRC_TEST_DEVICE" not in os.environ:  # set by make test-gpu; no other test may use a GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# These tests stop programs by Unix's signals, and find their processes in /proc, or mount a disk.
+LINUX_ALONE = ["test_full_disk.py", "test_interruption.py", "test_processes.py"]
+collect_ignore = [] if sys.platform == "linux" else LINUX_ALONE
 
 
 @pytest.fixture
@@ -29,7 +35,7 @@ def run_script():
     """run_script("step.py", "--constant", value, ..., fails=False) -> CompletedProcess with text output."""
 
     def run(script: str, *arguments, fails: bool = False, cwd: Path = ROOT, timeout: int = 300):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run(
             [sys.executable, str(script), *map(str, arguments)],
             cwd=cwd,
@@ -86,10 +92,22 @@ def make_tiny_dataset():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, make_tiny_dataset, run_script):
-    """The root after process.py, get_se_map.py and steps 1 to 7, each run as a program."""
+    """The root after process.py, get_se_map.py and steps 1 to 7, each run as a program.
+
+    Where several processes of pytest-xdist share the tests, the first one makes it and each has a copy of its own.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return _finish(tmp_path_factory.mktemp("finished") / "root", make_tiny_dataset, run_script)
+    shared = tmp_path_factory.getbasetemp().parent / "finished"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            _finish(shared.with_name("beginning"), make_tiny_dataset, run_script).rename(shared)
+    return shutil.copytree(shared, tmp_path_factory.mktemp("finished") / "root")
+
+
+def _finish(root, make_tiny_dataset, run_script):
     from tests.steps import STEPS, options  # torch takes seconds to load, and few tests come here
 
-    root = tmp_path_factory.mktemp("root")
     make_tiny_dataset(root)
     run_script("datasetsprocess/process.py", "--dataset", "tiny", "--root", root)
     run_script(

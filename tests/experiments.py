@@ -70,7 +70,8 @@ def make_experiment(root: Path) -> Path:
                 wrong = (rng.random(truth.shape) < 0.4) | (truth == 255)
                 save_label(folder / f"{id}.png", np.where(wrong, rng.integers(0, 4, truth.shape), truth), COLOURS)
     for id in "abcde":
-        save_cams(experiments / "run" / "cams" / f"{id}.npz", np.array([0, 2]), [rng.random((2, 2, 2))], (32, 32))
+        maps, logits = [rng.random((2, 2, 2))], rng.normal(size=4)
+        save_cams(experiments / "run" / "cams" / f"{id}.npz", np.array([0, 2]), maps, (32, 32), logits)
     account(experiments / "run" / "cams", "train")
     for name, split in STAGES.items():
         account(experiments / "run" / name, split, **({"stand_in": "made masks"} if "refined" in name else {}))

@@ -3,10 +3,12 @@
 import filecmp
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 
 import torch
+
+from tools.constants import Count, Place, PositiveCount, Seed, Speed, constants
 
 TRAIN, TEST = [f"train_{index}" for index in range(10)], [f"test_{index}" for index in range(4)]
 SMALL = {
@@ -30,21 +32,20 @@ STEPS = {  # script -> folder, constants, ids, suffix
 }
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What `tools.training` asks of a training's constants."""
+@constants
+class Recipe(Place):
+    """What a training asks of its constants."""
 
     weights: str = "none"
-    epochs: int = 3
-    batch_size: int = 4
+    epochs: PositiveCount = 3
+    batch_size: PositiveCount = 4
+    micro_batch: Count = 0
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 1e-3
-    seed: int = 0
-    compile: bool = False
-    workers: int = 0
-    root: Path = Path(".")
-    overwrite: bool = False
+    seed: Seed = 0
+    compile: Speed[bool] = False
+    workers: Speed[Count] = 0
 
 
 def options(constants):
@@ -70,7 +71,13 @@ def step(script, root, **constants):
     torch.set_num_threads(1)  # as the programs run here, so that equal sums are added in equal order
     try:
         module = importlib.import_module(script)
-        module.main(module.Constants(dataset="tiny", root=root, **(STEPS[script][1] | {"workers": 0} | constants)))
+        values = STEPS[script][1] | {"workers": 0} | constants
+        if script == "make_pseudo_labels":  # as on the command line, the constants of the CRF stand beside the others
+            of_crf = {field.name: values.pop(field.name) for field in fields(module.Crf) if field.name in values}
+            values["crf"] = module.Crf(**of_crf)
+        given = module.Constants(dataset="tiny", root=root, **values)
+        module.main(given)
+        module.renew(given)
     finally:
         torch.set_num_threads(threads)
 

@@ -140,7 +140,7 @@ def test_image_level_labels(patches):
 def test_bad_patches(patches):
     folder = patches.folder
     save_label(folder / "labels" / "a.png", np.zeros((32, 31), np.uint8), COLOURS)
-    with pytest.raises(UserError, match=r"a\.png has 31 x 32 pixels, its image 32 x 32"):
+    with pytest.raises(UserError, match=r"a\.png has 31 x 32 pixels, but its image has 32 x 32"):
         patches()[0, 0]
     save_label(folder / "labels" / "b.png", np.full((32, 32), 4, np.uint8), COLOURS)
     with pytest.raises(UserError, match="holds the class id 4, but there are 4 classes"):

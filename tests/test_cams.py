@@ -1,6 +1,7 @@
-"""Class activation maps: scales and mirrors, small files, and what becomes of damaged ones."""
+"""Class activation maps: scales and mirror images, small files, and damaged files."""
 
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,7 +13,16 @@ from torch.nn import functional as F
 
 from tests.references import bilinear
 from tools.augment import normalise
-from tools.cams import fuse_scales, image_batches, in_background, load_cams, mirrored_scales, save_cams
+from tools.cams import (
+    fuse_scales,
+    image_batches,
+    in_background,
+    load_cams,
+    load_logits,
+    mirrored_cams,
+    mirrored_scales,
+    save_cams,
+)
 from tools.command import UserError
 
 
@@ -41,7 +51,7 @@ def full_size(maps, size):
 def test_round_trip(tmp_path, size, peak):
     maps = smooth_maps(1, 3, size, peak=peak)
     save_cams(tmp_path / "a.npz", np.array([0, 4, 5]), maps, size)
-    classes, found = load_cams(tmp_path / "a.npz")
+    classes, found = load_cams(tmp_path / "a.npz", 6, size)
     expected = full_size(maps, size)
     assert classes.tolist() == [0, 4, 5] and found.dtype == np.float32 and found.shape == (3, *size)
     assert np.abs(found - expected).max() < 1e-3
@@ -51,7 +61,7 @@ def test_round_trip(tmp_path, size, peak):
 
 def test_a_file_is_small(tmp_path):
     maps = smooth_maps(2, 3, (512, 512))
-    save_cams(tmp_path / "a.npz", np.arange(3), maps, (512, 512))
+    save_cams(tmp_path / "a.npz", np.arange(3), maps, (512, 512), np.zeros(3))
     assert (tmp_path / "a.npz").stat().st_size <= 60_000
 
 
@@ -67,7 +77,7 @@ def test_an_empty_map_stays_empty(tmp_path):
     maps = [np.zeros((2, 4, 4), np.float32), np.zeros((2, 2, 2), np.float32)]
     maps[0][1, 0, 0] = 2
     save_cams(tmp_path / "a.npz", np.array([1, 2]), maps, (64, 64))
-    _, found = load_cams(tmp_path / "a.npz")
+    _, found = load_cams(tmp_path / "a.npz", 3, (64, 64))
     assert not found[0].any() and found[1].max() == pytest.approx(1, abs=1e-3)
 
 
@@ -100,6 +110,27 @@ def test_images_and_mirrors_keep_their_places():
     assert found.dtype == torch.float32 and not found.requires_grad
     assert (found[0, 0, :, 0] == 1).all() and found[0].sum() == 32
     assert (found[1, 0, :, -1] == 1).all() and found[1].sum() == 32
+
+
+def test_logits_are_the_mean_over_scales_and_mirrors(tmp_path):
+    """A classifier whose logits see the left column and the width: the mirror sees the right one."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 48), dtype=np.uint8)
+
+    def classifier(x):
+        logits = torch.stack([x[..., 0].mean((1, 2)), torch.full((len(x),), float(x.shape[-1]))], 1)
+        return logits.bfloat16().float(), -x[:, :2]
+
+    logits, maps = mirrored_cams(classifier, torch.from_numpy(pixels), (1.0,), torch.device("cpu"))
+    mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    columns = (pixels[..., [0, -1]].transpose(0, 2, 3, 1) / 255 - mean) / std
+    assert logits.shape == (3, 2) and np.abs(logits[:, 0].numpy() - columns.mean((1, 2, 3))).max() < 0.02
+    assert (maps[0] >= 0).all() and maps[0].shape == (3, 2, 32, 48)
+    logits, _ = mirrored_cams(classifier, torch.from_numpy(pixels), (0.5, 1.0, 1.5), torch.device("cpu"))
+    assert logits[:, 1].tolist() == [48.0] * 3
+    save_cams(tmp_path / "a.npz", np.array([1]), [np.ones((1, 2, 3))], (32, 48), logits[2].numpy())
+    assert load_logits(tmp_path / "a.npz").tolist() == logits[2].tolist()
+    with pytest.raises(UserError, match=r"b\.npz is missing"):
+        load_logits(tmp_path / "b.npz")
 
 
 @pytest.fixture
@@ -207,6 +238,76 @@ def test_a_full_disk_in_the_background_reaches_the_caller():
     assert calls <= 5
 
 
+@pytest.fixture
+def good(tmp_path):
+    """The file of an image of 32 x 32 with the classes 0 and 3 of 5, and its arrays."""
+    save_cams(tmp_path / "good.npz", np.array([0, 3]), smooth_maps(0, 2, (32, 32)), (32, 32))
+    with np.load(tmp_path / "good.npz") as arrays:
+        return tmp_path / "good.npz", dict(arrays)
+
+
+def refused(file, words, num_classes=5, size=(32, 32)):
+    start = (
+        rf"{file.name} cannot be read as class activation maps \(.*{words}.*run python infer_classification\.py again"
+    )
+    with pytest.raises(UserError, match=start) as caught:
+        load_cams(file, num_classes, size)
+    assert len(str(caught.value)) < 400
+
+
+def test_damaged_files_are_one_sentence(good, tmp_path):
+    content = good[0].read_bytes()
+    for damage in (b"", b"PK", content[: len(content) // 2], content[:-1], b"\0" * 500):
+        (tmp_path / "bad.npz").write_bytes(damage)
+        refused(tmp_path / "bad.npz", "")
+    with pytest.raises(UserError, match=r"none\.npz is missing: run python infer_classification\.py again"):
+        load_cams(tmp_path / "none.npz", 5, (32, 32))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"classes": np.array([0, 1, 3], np.uint8)}, "fit together"),
+        ({"classes": np.array([0, 5], np.uint8)}, r"whole numbers from 0 to 4 in ascending order, not \[0, 5\]"),
+        ({"classes": np.array([-1, 3])}, r"not \[-1, 3\]"),
+        ({"classes": np.array([0.0, 3.0])}, r"not \[0.0, 3.0\]"),
+        ({"classes": np.array([300.5, 3])}, r"not \[300.5, 3.0\]"),
+        ({"classes": np.array([3, 3], np.uint8)}, r"not \[3, 3\]"),
+        ({"classes": np.array([3, 0], np.uint8)}, r"not \[3, 0\]"),
+        ({"classes": np.arange(4000) + 5}, r"not \[5, 6, "),
+        ({"classes": np.zeros(0, np.uint8)}, r"not \[\]"),
+        ({"classes": np.array(3)}, ""),
+        ({"classes": np.array(["a", "b"])}, r"not \['a', 'b'\]"),
+        ({"size": np.array([0, 32])}, r"an image of \(0, 32\) pixels, not \(32, 32\)"),
+        ({"size": np.array([-5, 32])}, "an image of"),
+        ({"size": np.array([10**6, 10**6])}, "an image of"),
+        ({"size": np.array([32])}, "an image of"),
+        ({"size": np.array([32.5, 32])}, "an image of"),
+        ({"scale0": np.zeros((3, 2, 2), np.float16)}, "fit together"),
+        ({"scale0": np.zeros(2, np.float16)}, "fit together"),
+        ({"scale0": np.full((2, 2, 2), np.nan, np.float16)}, "outside 0 to 1"),
+        ({"scale0": np.full((2, 2, 2), np.inf, np.float16)}, "outside 0 to 1"),
+        ({"scale0": np.full((2, 2, 2), -1, np.float16)}, "outside 0 to 1"),
+        ({"peaks": np.ones(3, np.float32)}, "fit together"),
+        ({"peaks": np.array([np.inf, 1], np.float32)}, "outside 0 to 1"),
+        ({"peaks": np.array([-1, 1], np.float32)}, "outside 0 to 1"),
+    ],
+)
+def test_content_that_cannot_be_maps_of_the_image_is_named(good, change, words):
+    np.savez(good[0], **(good[1] | change))
+    refused(good[0], words)
+
+
+def test_missing_arrays_and_other_images(good):
+    file, arrays = good
+    refused(file, r"an image of \(32, 32\) pixels, not \(32, 48\)", size=(32, 48))
+    refused(file, r"whole numbers from 0 to 2 .*not \[0, 3\]", num_classes=3)
+    np.savez(file, **{name: array for name, array in arrays.items() if not name.startswith("scale")})
+    refused(file, "fit together")
+    np.savez(file, scale0=arrays["scale0"])
+    refused(file, "classes")
+
+
 class Hostile:
     def __init__(self, target):
         self.target = target
@@ -215,50 +316,34 @@ class Hostile:
         return open, (str(self.target), "w")
 
 
-def test_damaged_files_are_one_sentence(tmp_path):
-    maps = smooth_maps(0, 2, (32, 32))
-    good, file = tmp_path / "good.npz", tmp_path / "bad.npz"
-    save_cams(good, np.array([0, 3]), maps, (32, 32))
-    content = good.read_bytes()
-    with np.load(good) as arrays:
-        arrays = dict(arrays)
-
-    def refused():
-        with pytest.raises(UserError, match=r"bad\.npz cannot be read .*run python infer_classification\.py again"):
-            load_cams(file)
-
-    for damage in (b"", b"PK", content[: len(content) // 2], content[:-1], b"\0" * 500):
-        file.write_bytes(damage)
-        refused()
-    for change in (
-        {"classes": np.array([Hostile(tmp_path / "ran")], object)},
-        {"classes": np.array([0, 1, 3], np.uint8)},
-        {"size": np.array([0, 32])},
-        {"size": np.array([-5, 32])},
-        {"size": np.array([10**6, 10**6])},
-        {"size": np.array([32])},
-        {"scale0": np.zeros((3, 2, 2), np.float16)},
-        {"peaks": np.ones(3, np.float32)},
-    ):
-        np.savez(file, **(arrays | change))
-        refused()
-    np.savez(file, **{name: array for name, array in arrays.items() if not name.startswith("scale")})
-    refused()
+def test_pickled_code_does_not_run(good, tmp_path):
+    file, arrays = good
+    np.savez(file, **(arrays | {"classes": np.array([Hostile(tmp_path / "ran")], object)}))
+    refused(file, "")
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(UserError, match=r"none\.npz is missing: run python infer_classification\.py"):
-        load_cams(tmp_path / "none.npz")
 
 
-def test_a_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
-    """Zeros, packed to almost nothing: refused by what they declare, before anything is unpacked."""
-    file = tmp_path / "bomb.npz"
-    np.savez_compressed(
-        file,
-        classes=np.zeros(1, np.uint8),
-        size=np.array([32, 32]),
-        peaks=np.ones(1, np.float32),
-        scale0=np.zeros((1, 12000, 12000), np.float16),
-    )
-    assert file.stat().st_size < 1_000_000
-    with pytest.raises(UserError, match=r"bomb\.npz cannot be read .*unpacks to more"):
-        load_cams(file)
+def test_a_file_that_unpacks_to_more_than_the_image_needs_is_refused(good):
+    """Zeros, packed to almost nothing, are refused by the size that the file declares, before they are unpacked."""
+    file, arrays = good
+    np.savez_compressed(file, **(arrays | {"scale0": np.zeros((2, 4000, 4000), np.float16)}))
+    assert file.stat().st_size < 100_000
+    tracemalloc.start()
+    refused(file, "unpacks to 64[0-9]* bytes, more than the 86016 that this image can need")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+    np.savez_compressed(file, **(arrays | {"size": np.array([10_000, 10_000])}))
+    tracemalloc.start()
+    refused(file, "an image of")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_the_largest_maps_that_a_step_makes_are_read(tmp_path):
+    """All classes at the scales 4 and 0.5 of a small image, and one pixel."""
+    for size in ((1, 1), (16, 16), (33, 70)):
+        save_cams(tmp_path / "a.npz", np.arange(250), smooth_maps(0, 250, size, (4.0, 0.5)), size)
+        classes, maps = load_cams(tmp_path / "a.npz", 250, size)
+        assert len(classes) == 250 and maps.shape == (250, *size)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-import tifffile
+from PIL import Image
 
 from datasetsprocess.make_demo_scenes import Constants, main, make_scene
 from tools.command import UserError
@@ -19,13 +19,14 @@ FOLDERS = ("top", "gts_for_participants")
 def default_scenes(tmp_path_factory):
     """Area -> (image, class ids) of all scenes at their default settings, decoded from the files."""
     root = tmp_path_factory.mktemp("demo")
-    main(Constants(root=root))
+    main(Constants(root=root, workers=2))
     dataset = load_dataset("demo", root)
     decode = ColourDecoder(dataset.colours, dataset.ignore_colours)
     scenes, unknown = {}, {}
     for area in dataset.scenes["train"] + dataset.scenes["test"]:
         image, truth = (
-            tifffile.imread(root / f"datasets/demo/raw/{folder}/top_mosaic_09cm_area{area}.tif") for folder in FOLDERS
+            np.array(Image.open(root / f"datasets/demo/raw/{folder}/top_mosaic_09cm_area{area}.tif"))
+            for folder in FOLDERS
         )
         assert image.shape == truth.shape == (1024, 1024, 3) and image.dtype == truth.dtype == np.uint8
         scenes[area] = image, decode(truth, unknown)
@@ -93,7 +94,7 @@ def test_seed_decides_every_byte(tmp_path):
         folder = root / "datasets" / "few"
         folder.mkdir(parents=True)
         (folder / "dataset.toml").write_text(SCENES.format(train='["1", "2"]'))
-        main(Constants(dataset="few", root=root, seed=seed, size=192))
+        main(Constants(dataset="few", root=root, seed=seed, size=192, workers=0))
         return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.tif"))}
 
     first, again, other = files(tmp_path / "a", 0), files(tmp_path / "b", 0), files(tmp_path / "c", 1)
@@ -118,12 +119,15 @@ def test_runs_from_both_folders_continues_and_refuses_other_settings(tmp_path, r
     own.mkdir(parents=True)
     (own / "dataset.toml").write_text(SCENES.format(train='["1", "2"]'))
     script = ROOT / "datasetsprocess" / "make_demo_scenes.py"
-    arguments = ("--dataset", "few", "--root", tmp_path, "--size", 128)
+    arguments = ("--dataset", "few", "--root", tmp_path, "--size", 128, "--workers", 0)
     run_script(script, *arguments, cwd=ROOT / folder)
     images = [own / "raw" / name / "top_mosaic_09cm_area1.tif" for name in FOLDERS]
     before = [image.read_bytes() for image in images]
     images[0].unlink()
+    finished = own / "raw" / "top" / "top_mosaic_09cm_area2.tif"
+    painted = finished.stat().st_mtime_ns
     run_script(script, *arguments, cwd=ROOT / folder)
+    assert finished.stat().st_mtime_ns == painted  # a finished scene is not painted again
     assert [image.read_bytes() for image in images] == before
     account = json.loads((own / "raw" / "run.json").read_text())
     assert account["finished"] and account["files"] == 4

@@ -1,27 +1,40 @@
-"""Step folders: whole files, continuing, refusing other settings, and the account of what failed."""
+"""Step folders: whole files, resuming, refusing other settings, locks, and the list of what failed."""
 
 import json
 import os
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from tools.command import UserError, check, run
+from tools.constants import Affinity, Place, PositiveCount, Scales, Speed, constants
 from tools.files import write_json, write_whole
-from tools.step import StepFolder, experiment_folder, require, step_name
+from tools.folders import LOCK, StepFolder, and_more
+from tools.runs import Run, read_run
+from tools.step import experiment_folder, require
+from tools.steps import STEPS, next_step, step_of
 
 
-@dataclass(frozen=True)
-class Constants:
+@constants
+class Inner:
+    sigma: PositiveCount = 3  # a nested block
+
+
+@constants
+class Constants(Place):
+    dataset: str = "tiny"
     experiment: str = "prc"
-    gamma: float = 0.7
-    scales: tuple[float, ...] = (0.5, 1.0)
-    workers: int = 0
-    root: Path = Path("somewhere")
-    overwrite: bool = False
+    gamma: Affinity = 0.7
+    scales: Scales = (0.5, 1.0)
+    inner: Inner = Inner()
+    images_at_once: Speed[PositiveCount] = 8
+    workers: Speed[int] = 0
+    root: Speed[Path] = Path("somewhere")
 
 
 def refused(sentence):
@@ -79,10 +92,30 @@ def test_experiment_names_that_leave_the_folder(tmp_path, name):
 @pytest.mark.parametrize("name", ["prc", "no_ir-2", "v1.2", "gamma0.7_seed-1"])
 def test_experiment_names(tmp_path, name):
     assert experiment_folder(tmp_path, "tiny", name) == tmp_path / "experiments" / "tiny" / name
-    assert step_name(name, "train", "train") == name and step_name(name, "test", "train") == f"{name}_test"
 
 
-def test_an_earlier_step_is_named_when_it_lacks(tmp_path):
+def test_the_table_of_steps():
+    assert [step.number for step in STEPS.values()] == [9, 1, 2, 3, 4, 5, 6, 7, 8]
+    scripts = Path(__file__).resolve().parents[1]
+    for name, step in STEPS.items():
+        assert step.folder == name and (scripts / step.script).is_file()
+        assert step.script in step.hint(Constants()) and f"step {step.number}," in step.hint(Constants())
+        assert set(step.inputs) <= STEPS.keys()
+        for split in ("train", "test"):
+            assert step_of(step.folder_of(split)) == step
+    assert STEPS["cams"].folder_of("train") == "cams" and STEPS["cams"].folder_of("test") == "cams_test"
+    assert STEPS["segmentation"].folder_of("test") == "segmentation" and step_of("thesis") is None
+    assert next_step(STEPS["refined_segmentation"]) == STEPS["scores"] and next_step(STEPS["scores"]) is None
+
+
+def test_a_command_repeats_what_the_user_gave():
+    command = STEPS["cams"].command(Constants(root=Path("/my data"), experiment="b"))
+    assert command == "python infer_classification.py --dataset tiny --experiment b --root '/my data'"
+    assert STEPS["sam_masks"].command(Constants()) == "python PRC_SAM/get_se_map.py --dataset tiny --root somewhere"
+    assert "--root" not in STEPS["cams"].command(replace(Constants(), root=Path(__file__).resolve().parents[1]))
+
+
+def test_the_step_that_makes_a_missing_folder_is_named(tmp_path):
     for name, step in (
         ("classifier", "step 1, python train_classification.py"),
         ("cams", "step 2"),
@@ -91,180 +124,248 @@ def test_an_earlier_step_is_named_when_it_lacks(tmp_path):
         ("segmenter", "step 5"),
         ("segmentation_train", "step 6"),
         ("refined_segmentation", "step 7"),
-        ("sam_masks", r"step 9, python PRC_SAM.get_se_map\.py"),
+        ("sam_masks", r"step 9, python PRC_SAM.get_se_map\.py --dataset tiny"),
         ("cams_test", "step 2"),
     ):
         with refused(f"{name} is missing: run {step}"):
-            require(tmp_path / name)
+            require(tmp_path / name, Constants())
     folder = tmp_path / "cams"
     folder.mkdir()
-    with refused(r"cams has no run\.json: run step 2, python infer_classification\.py --overwrite"):
-        require(folder)
-    for content in ("{", "", "[]", "null"):
-        (folder / "run.json").write_text(content)
-        with refused(r"run\.json is damaged: run step 2, .* --overwrite"):
-            require(folder)
+    with refused(r"cams has no run\.json: run step 2, python infer_classification\.py .* --overwrite"):
+        require(folder, Constants())
+    for content in BROKEN:
+        (folder / "run.json").write_bytes(content)
+        with refused(r"run\.json is damaged .*: run step 2, .* --overwrite"):
+            require(folder, Constants())
     account = {"constants": {}, "started": "then", "seconds": 1}
     write_json(folder / "run.json", account | {"finished": False})
     with refused("cams is not finished: run step 2, .* again, it continues"):
-        require(folder)
+        require(folder, Constants())
     write_json(folder / "run.json", account | {"finished": True, "x": 1})
-    assert require(folder)["x"] == 1
+    assert require(folder, Constants()).started == "then"
+
+
+def test_a_mistyped_experiment_lists_the_others(tmp_path):
+    for name in ("prc", "supervised"):
+        (tmp_path / "experiments" / "tiny" / name).mkdir(parents=True)
+    with refused("experiments of this data set are prc, supervised"):
+        require(tmp_path / "experiments" / "tiny" / "pcr" / "cams", Constants())
+
+
+BROKEN = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"{}",
+    b'{"constants": {}}',
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"constants": [], "started": 1, "seconds": -1, "finished": "perhaps"}',
+]
+
+
+@contextmanager
+def opened(path, given=None, **rest):
+    with StepFolder(path, given or Constants()).open(".txt", **rest) as folder:
+        yield folder
+
+
+def make(path, ids=(), given=None, **rest):
+    """A run that makes these ids -> its account."""
+    with opened(path, given, **rest) as folder:
+        folder.each(partial(write, folder=path), folder.pending(ids, ".txt"), "files")
+    return read_run(path)
+
+
+class Killed(Exception):
+    pass
+
+
+def kill(path, ids=(), given=None, **rest):
+    """A run that is killed when it has made these ids."""
+    with pytest.raises(Killed), opened(path, given, **rest) as folder:
+        folder.each(partial(write, folder=path), folder.pending(ids, ".txt"), "files")
+        raise Killed
 
 
 def test_a_run_and_its_account(tmp_path):
-    folder = StepFolder(
-        tmp_path / "cams",
-        Constants(),
-        {"classifier": {"started": "then", "notes": {"weights": "none"}}},
-        {"stand_in": "made"},
-        device="cpu",
-        settings={"rules": {"share": 0.1}},
-    )
-    assert not account(tmp_path / "cams")["finished"]
-    with refused("is not finished"):
-        require(folder.folder)
-    folder.each(partial(write, folder=folder.folder), folder.pending(["a", "b"], ".txt"))
-    (folder.folder / "contact_sheet.txt").write_text("a picture, not a result")
-    folder.close(".txt", best=3)
-    found = require(folder.folder)
-    assert found["finished"] and found["files"] == 2 and found["best"] == 3 and found["seconds"] >= 0
-    assert found["constants"] == {
+    path = tmp_path / "cams"
+    with opened(
+        path, inputs={"classifier": "then"}, notes={"stand_in": "made"}, settings={"rules": {"share": 0.1}}
+    ) as folder:
+        assert not account(path)["finished"] and (path / LOCK).exists()
+        with refused("is not finished"):
+            require(path, Constants())
+        folder.each(partial(write, folder=path), folder.pending(["a", "b"], ".txt"), "files")
+        (path / "contact_sheet.txt").write_text("a picture, not a result")
+    found = read_run(path)
+    assert found.finished and found.files == 2 and found.seconds >= 0 and not (path / LOCK).exists()
+    assert found.constants == {
+        "dataset": "tiny",
         "experiment": "prc",
         "gamma": 0.7,
         "scales": [0.5, 1.0],
+        "sigma": 3,
+        "images_at_once": 8,
         "workers": 0,
         "root": "somewhere",
         "overwrite": False,
         "rules": {"share": 0.1},
     }
-    assert found["inputs"] == {"classifier": "then"} and found["notes"] == {"weights": "none", "stand_in": "made"}
-    assert {"torch", "numpy", "python"} <= found["packages"].keys() and found["commit"] and found["command"]
+    assert found.inputs == {"classifier": "then"} and found.notes == {"stand_in": "made"}
+    assert {"torch", "numpy", "python"} <= found.packages.keys() and found.commit and found.command
 
 
-def test_the_account_tells_of_the_runs_that_made_the_files(tmp_path, monkeypatch):
-    """A later program that only finds everything there must not sign for it."""
+def test_the_account_names_the_runs_that_made_the_files(tmp_path, monkeypatch):
+    """A later program that finds everything finished is not recorded."""
 
     def visit(program):
         monkeypatch.setattr("sys.argv", [program])
-        folder = StepFolder(tmp_path / "cams", Constants())
-        folder.each(partial(write, folder=folder.folder), folder.pending(["a", "b"], ".txt"))
-        folder.close(".txt")
-        return require(folder.folder)
+        return make(tmp_path / "cams", ["a", "b"])
 
     first = visit("first.py")
-    assert visit("second.py") == first and first["script"] == "first.py" and first["continued"] == []
+    assert visit("second.py") == first and first.script == "first.py" and first.continued == []
     (tmp_path / "cams" / "b.txt").unlink()
     third = visit("third.py")
-    assert third["script"] == "first.py" and [part["script"] for part in third["continued"]] == ["third.py"]
-    write_json(tmp_path / "cams" / "run.json", third | {"finished": False})  # as if it had been killed
-    assert [part["script"] for part in visit("fourth.py")["continued"]] == ["third.py", "fourth.py"]
+    assert third.script == "first.py" and [part["script"] for part in third.continued] == ["third.py"]
+    write_json(tmp_path / "cams" / "run.json", third.model_dump() | {"finished": False})  # as if it had been killed
+    assert [part["script"] for part in visit("fourth.py").continued] == ["third.py", "fourth.py"]
 
 
 def test_a_killed_run_continues(tmp_path):
-    first = StepFolder(tmp_path / "cams", Constants())
-    write("b", first.folder)
-    leftovers = [first.folder / ".c.123.tmp.txt", first.folder / "coloured" / ".c.9.tmp.png"]
+    path = tmp_path / "cams"
+    kill(path, ["b"])
+    started = read_run(path).started
+    leftovers = [path / ".c.123.tmp.txt", path / "coloured" / ".c.9.tmp.png"]
     for leftover in leftovers:  # it died while writing
         leftover.parent.mkdir(exist_ok=True)
         leftover.write_text("half")
-    again = StepFolder(tmp_path / "cams", Constants(workers=3, root=Path("elsewhere")))  # neither changes a result
-    assert not any(leftover.exists() for leftover in leftovers)
-    assert again.pending(["a", "b", "c"], ".txt") == ["a", "c"]
-    assert account(again.folder)["started"] == first.run["started"]  # later steps see one and the same run
-    again.each(partial(write, folder=again.folder), ["a", "c"])
-    again.close(".txt")
-    assert account(again.folder)["finished"] and account(again.folder)["files"] == 3
-    # opened anew and killed at once, what is there still counts as not finished
-    StepFolder(tmp_path / "cams", Constants())
+    other = Constants(workers=3, root=Path("elsewhere"), images_at_once=1)  # none of these changes a result
+    with opened(path, other) as folder:
+        assert not any(leftover.exists() for leftover in leftovers)
+        assert folder.pending(["a", "b", "c"], ".txt") == ["a", "c"]
+        assert account(path)["started"] == started  # later steps see one and the same run
+        for id in ("a", "c"):
+            write(id, path)
+    assert read_run(path).finished and read_run(path).files == 3
+    kill(path)  # opened again and killed at once, the folder counts as not finished
     with refused("is not finished"):
-        require(again.folder)
+        require(path, Constants())
 
 
 def test_other_settings_are_refused_with_the_difference(tmp_path):
-    before = {"classifier": {"started": "monday"}}
-    first = StepFolder(tmp_path / "cams", Constants(), before)
-    write("a", first.folder)
+    path, before = tmp_path / "cams", {"classifier": "monday"}
+    make(path, ["a"], inputs=before)
     with refused(
         r"made with other settings \(gamma: 0\.7 there, 0\.6 now; scales: \[0\.5, 1\.0\] there, \[1\.0\] now\): "
-        "--overwrite starts it anew, or choose another --experiment"
+        "--overwrite replaces it, or choose another --experiment"
     ):
-        StepFolder(tmp_path / "cams", Constants(gamma=0.6, scales=(1.0,)), before)
-    with refused(r"made from another run of classifier: monday there, tuesday now"):
-        StepFolder(tmp_path / "cams", Constants(), {"classifier": {"started": "tuesday"}})
-    with refused("made from another run of sam_masks: None there, x now"):
-        StepFolder(tmp_path / "cams", Constants(), before | {"sam_masks": {"started": "x"}})
+        make(path, given=Constants(gamma=0.6, scales=(1.0,)), inputs=before)
+    with refused("sigma: 3 there, 4 now"):
+        make(path, given=Constants(inner=Inner(sigma=4)), inputs=before)
+    for other in ({"classifier": "tuesday"}, {}):
+        with refused(r"made from another run of classifier"):
+            make(path, inputs=other)
     with refused("rules: None there, 3 now"):
-        StepFolder(tmp_path / "cams", Constants(), before, settings={"rules": 3})
-    assert (first.folder / "a.txt").exists()
-    anew = StepFolder(tmp_path / "cams", Constants(gamma=0.6, overwrite=True), before)
-    assert names(anew.folder) == ["run.json"] and account(anew.folder)["constants"]["gamma"] == 0.6
-    StepFolder(tmp_path / "cams", Constants(gamma=0.6), before)  # overwrite itself is no setting
+        make(path, inputs=before, settings={"rules": 3})
+    assert (path / "a.txt").exists()
+    make(path, given=Constants(gamma=0.6, overwrite=True), inputs=before)
+    assert names(path) == ["run.json"] and account(path)["constants"]["gamma"] == 0.6
+    make(path, given=Constants(gamma=0.6), inputs=before)  # overwrite itself is no setting
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     (tmp_path / "cams").mkdir()
-    StepFolder(tmp_path / "cams", Constants())  # empty: fine
+    make(tmp_path / "cams")  # empty: fine
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with refused(r"is not empty but has no run\.json, .*move it away"):
-        StepFolder(tmp_path / "thesis", Constants())
-    with refused(r"was not made by a step .*--overwrite leaves it alone: move it away"):
-        StepFolder(tmp_path / "thesis", Constants(overwrite=True))
-    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+    for given in (Constants(), Constants(overwrite=True)):
+        with refused(r"is not empty but has no run\.json, .*move it away"):
+            make(tmp_path / "thesis", given=given)
+    assert names(tmp_path / "thesis") == ["chapter.tex"]
 
 
-@pytest.mark.parametrize("content", ["{", "", "[]", "{}", '{"constants": {}}'])
+@pytest.mark.parametrize("content", BROKEN, ids=range(len(BROKEN)))
 def test_a_damaged_account(tmp_path, content):
-    folder = StepFolder(tmp_path / "cams", Constants()).folder
-    (folder / "run.json").write_text(content)
-    with refused(r"run\.json is damaged: --overwrite starts .*cams anew"):
-        StepFolder(folder, Constants())
-    StepFolder(folder, Constants(overwrite=True))
+    make(tmp_path / "cams")
+    (tmp_path / "cams" / "run.json").write_bytes(content)
+    with refused(r"run\.json is damaged .*: --overwrite starts .*cams again"):
+        make(tmp_path / "cams")
+    make(tmp_path / "cams", given=Constants(overwrite=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_failures_are_told_after_the_good_ones_are_done(tmp_path, workers):
-    folder = StepFolder(tmp_path / "cams", Constants())
-    ids = list("abcde")
-    folder.each(partial(write, folder=folder.folder, bad="bd"), folder.pending(ids, ".txt"), workers)
-    with refused(r"2 files could not be done; all others are finished.*same command again:") as caught:
-        folder.close(".txt")
+def test_failures_are_reported_after_the_good_files_are_done(tmp_path, workers):
+    path, given, ids = tmp_path / "cams", Constants(workers=workers), list("abcde")
+    with (
+        refused(r"2 files could not be done; all others are finished.*same command again:") as caught,
+        opened(path, given) as folder,
+    ):
+        folder.each(partial(write, folder=path, bad="bd"), folder.pending(ids, ".txt"), "files")
     assert {line.strip() for line in str(caught.value).splitlines()[1:]} == {"b is bad", "d is bad"}
-    assert account(folder.folder)["files"] == 3 and not account(folder.folder)["finished"]
-    again = StepFolder(tmp_path / "cams", Constants())
-    assert again.pending(ids, ".txt") == ["b", "d"]
-    again.each(partial(write, folder=again.folder), ["b", "d"], workers)
-    again.close(".txt")
-    assert require(again.folder)["files"] == 5
+    assert account(path)["files"] == 3 and not account(path)["finished"]
+    with opened(path, given) as folder:
+        assert folder.pending(ids, ".txt") == ["b", "d"]
+        folder.each(partial(write, folder=path), ["b", "d"], "files")
+    assert read_run(path).files == 5
+
+
+def test_a_long_list_is_cut():
+    assert and_more(["a", "b"], 2, ", ") == "a, b" and and_more(["a", "b", "c"], 2, ", ") == "a, b, and 1 more"
 
 
 def test_a_long_list_of_failures_is_cut(tmp_path):
-    folder = StepFolder(tmp_path / "cams", Constants())
-    for index in range(50):
-        folder.fail(UserError(f"{index} is bad"))
-    with refused("50 files could not be done") as caught:
-        folder.close(".txt")
-    assert (
-        "19 is bad" in str(caught.value) and "20 is bad" not in str(caught.value) and "and 30 more" in str(caught.value)
-    )
+    with refused("50 files could not be done") as caught, opened(tmp_path / "cams") as folder:
+        for index in range(50):
+            folder.fail(UserError(f"{index} is bad"))
+    shown = str(caught.value)
+    assert "19 is bad" in shown and "20 is bad" not in shown and "and 30 more" in shown
 
 
 def test_an_error_of_the_program_is_not_hidden(tmp_path):
     def broken(id):
         raise ZeroDivisionError
 
-    folder = StepFolder(tmp_path / "cams", Constants())
-    with pytest.raises(ZeroDivisionError):
-        folder.each(broken, ["a"])
+    with pytest.raises(ZeroDivisionError), opened(tmp_path / "cams") as folder:
+        folder.each(broken, ["a"], "files")
+    assert not (tmp_path / "cams" / LOCK).exists()
 
 
 def test_processes_share_the_ids(tmp_path):
-    states = [SimpleNamespace(process_index=index, num_processes=3) for index in range(3)]
-    folders = [StepFolder(tmp_path / "cams", Constants(), state=state) for state in states]
-    ids = [str(index) for index in range(8)]
-    shares = [folder.pending(ids, ".txt") for folder in folders]
+    folder, ids, shares = StepFolder(tmp_path / "cams", Constants()), [str(index) for index in range(8)], []
+    for index in range(3):
+        folder.state = SimpleNamespace(process_index=index, num_processes=3, is_main_process=index == 0)
+        shares.append(folder.pending(ids, ".txt")) if index else None
+    folder.run = Run(constants={}, started="", seconds=0, finished=False)
+    folder.state = SimpleNamespace(process_index=0, num_processes=3, is_main_process=True)
+    shares.append(folder.pending(ids, ".txt"))
     assert sorted(id for share in shares for id in share) == ids and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """A living run's lock is respected; one that names a process that has ended, or nothing, is taken over."""
+    import socket
+
+    path, parent = tmp_path / "cams", psutil.Process().parent()
+    make(path)
+    host = socket.gethostname()
+    for text in (f"{host} {parent.pid} {parent.create_time()!r}", "another-host 1 1.0"):
+        (path / LOCK).write_text(text)
+        with refused(r"is being written by another run \(process \d+ on .*\): wait for it, or delete .*\.lock"):
+            make(path)
+        assert (path / LOCK).read_text() == text
+    for text in (f"{host} {parent.pid} {parent.create_time() - 9!r}", f"{host} 999999999 1.0", "", "x y", "\0"):
+        (path / LOCK).write_text(text)
+        make(path, ["a"])
+        assert not (path / LOCK).exists()
+
+
+def test_a_clock_that_is_set_back(tmp_path, monkeypatch):
+    with opened(tmp_path / "cams"):
+        monkeypatch.setattr("time.time", lambda: 0.0)
+        monkeypatch.setattr("time.time_ns", lambda: 0)
+    assert read_run(tmp_path / "cams").seconds >= 0
 
 
 def fail_with(error, constants):
@@ -275,11 +376,11 @@ def fail_with(error, constants):
     ("error", "code", "text"),
     [
         (UserError("gamma is 2"), 1, "error: gamma is 2"),
-        (OSError(28, "No space left on device", "/data/a.png"), 1, "error: /data/a.png: No space left on device"),
+        (OSError(28, "No space left on device", "/data/a.png"), 1, "error: /data/a.png: No space left on device: fix"),
         (PermissionError(13, "Permission denied", "/data"), 1, "error: /data: Permission denied"),
         (MemoryError(), 1, "error: the memory is full: lower batch_size"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), 1, "error: the memory is full"),
-        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file"), 1, "no space is left"),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file"), 1, "the disk is full"),
         (RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed."), 1, "container's /dev/shm, was full"),
         (RuntimeError("[pair.cc:538] Connection closed by peer [127.0.0.1]:1"), 1, "another process of this run ended"),
     ],
@@ -305,10 +406,16 @@ def test_a_reader_process_hands_on_the_sentence_alone(monkeypatch, capsys):
 
 
 def test_the_command_line_fills_the_constants(monkeypatch, capsys):
-    seen = []
+    seen, then = [], []
     monkeypatch.setattr("sys.argv", ["step.py", "--gamma", "0.5", "--scales", "1", "2"])
-    run(seen.append, Constants, "a step")
-    assert seen == [replace(Constants(), gamma=0.5, scales=(1.0, 2.0))]
+    run(seen.append, Constants, "a step", then=then.append)
+    assert seen == then == [replace(Constants(), gamma=0.5, scales=(1.0, 2.0))]
+    for value, demand in (("1.5", "at most 0.999"), ("-1", "at least 0"), ("nan", "at")):
+        monkeypatch.setattr("sys.argv", ["step.py", "--gamma", value])
+        with pytest.raises(SystemExit) as caught:
+            run(seen.append, Constants, "a step")
+        assert caught.value.code == 1
+        assert f"gamma is {float(value)!r}, but it must be {demand}" in capsys.readouterr().err
     for arguments in (["--gama", "1"], ["--gamma", "much"]):
         monkeypatch.setattr("sys.argv", ["step.py", *arguments])
         with pytest.raises(SystemExit) as caught:
@@ -319,8 +426,18 @@ def test_the_command_line_fills_the_constants(monkeypatch, capsys):
         check(False, "not fine")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_edited_default_is_checked():
+    with refused("gamma is 'much', but it must be a number: change the constant at the top of the script, or --gamma"):
+
+        @constants
+        class Edited(Place):
+            gamma: Affinity = "much"
+
+        Edited()
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root may write anywhere")
 def test_a_read_only_folder(tmp_path):
     (tmp_path / "cams").mkdir(mode=0o500)
     with pytest.raises(PermissionError):
-        StepFolder(tmp_path / "cams", Constants())
+        make(tmp_path / "cams")

@@ -15,7 +15,7 @@ from tests.steps import account, experiment, same_results
 from tests.test_splitting import describe, digests, script, small_vaihingen
 from tools.command import UserError
 from tools.files import write_json
-from tools.step import StepFolder
+from tools.folders import StepFolder
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def ends_well(process, number) -> bool:
     _, stderr = process.communicate(timeout=30)
     until(lambda: not living(process), 10)
     assert process.returncode == 128 + number and "Traceback" not in stderr, stderr
-    assert stderr.count("stopped; the same command continues with what is left") == 1, stderr
+    assert stderr.count("stopped; the same command continues with the rest") == 1, stderr
     return time.monotonic() - start < 25  # on a busy machine, too
 
 
@@ -122,7 +122,7 @@ def test_a_worker_that_the_system_ends_is_explained(finished, copy, name):
         _, stderr = process.communicate(timeout=60)
         until(lambda: not living(process), 10)
     assert process.returncode == 1 and "Traceback" not in stderr, stderr
-    assert "was ended by the system, most often because the memory" in stderr and "continues" in stderr
+    assert "the system ended a worker process, most often because the memory" in stderr and "continues" in stderr
     finish(program.command(copy))
     assert same_results(copy / program.output, finished / program.output, program.files)
 
@@ -165,8 +165,10 @@ def test_a_folder_of_links_is_emptied_without_following_them(tmp_path):
 
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine.txt").write_text("mine")
-    folder = StepFolder(tmp_path / "cams", Constants()).folder
-    (folder / "link").symlink_to(tmp_path / "elsewhere")
-    write_json(folder / "deep" / "a.json", {})
-    StepFolder(folder, Constants(overwrite=True))
+    folder = tmp_path / "cams"
+    with StepFolder(folder, Constants()).open(".txt"):
+        (folder / "link").symlink_to(tmp_path / "elsewhere")
+        write_json(folder / "deep" / "a.json", {})
+    with StepFolder(folder, Constants(overwrite=True)).open(".txt"):
+        pass
     assert [path.name for path in folder.iterdir()] == ["run.json"] and (tmp_path / "elsewhere" / "mine.txt").exists()

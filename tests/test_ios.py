@@ -1,6 +1,4 @@
-"""IOS against its sequential definition, and the helper that runs it over a folder."""
-
-from dataclasses import dataclass
+"""IOS against its sequential definition."""
 
 import numpy as np
 import pytest
@@ -8,12 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from PRC_SAM.ios import intersection_optimisation, refine_folder
+from PRC_SAM.ios import intersection_optimisation
 from tools.command import UserError
-from tools.dataset import load_dataset, write_image_labels
-from tools.labels import load_label, save_label
-from tools.masks import Masks, pack_masks, save_masks
-from tools.step import StepFolder
+from tools.masks import pack_masks
 
 
 def literal(label, masks, classes, tau):
@@ -85,70 +80,3 @@ def test_wrong_arguments():
         intersection_optimisation(label, np.ones((1, 4, 5), bool), [0], 0.5)
     with pytest.raises(ValueError, match="uint8"):
         intersection_optimisation(label.astype(int), masks, [0], 0.5)
-
-
-@dataclass(frozen=True)
-class Constants:
-    tau: float
-    overwrite: bool = True
-
-
-@pytest.fixture
-def small_dataset(tmp_path):
-    """Two patches of 16 px with label maps in <root>/source, SAM masks for the first only."""
-    folder = tmp_path / "datasets" / "tiny"
-    folder.mkdir(parents=True)
-    (folder / "dataset.toml").write_text(
-        'patch_size = 16\nclasses = [{name = "a", colour = [1, 0, 0]}, '
-        '{name = "b", colour = [0, 1, 0]}, {name = "c", colour = [0, 0, 1]}]\n'
-    )
-    dataset = load_dataset("tiny", tmp_path)
-    rng = np.random.default_rng(0)
-    dataset.images("train").mkdir(parents=True)
-    for id in ("p", "q"):
-        (dataset.images("train") / f"{id}.png").touch()
-        save_label(tmp_path / "source" / f"{id}.png", rng.integers(0, 3, (16, 16)).astype(np.uint8), dataset.colours)
-    write_image_labels(
-        dataset.image_labels_file("train"),
-        dataset.classes,
-        {"p": np.array([1, 0, 1], bool), "q": np.array([0, 1, 0], bool)},
-    )
-    masks = pack_masks(rng.random((5, 16, 16)) < 0.4)
-    save_masks(dataset.sam_masks("train") / "p.npz", masks)
-    return dataset, tmp_path, masks
-
-
-@pytest.mark.parametrize(("classes_from", "classes"), [("image labels", [0, 2]), ("prediction", [0, 1, 2])])
-def test_folder(small_dataset, classes_from, classes):
-    dataset, root, masks = small_dataset
-    step = StepFolder(root / "refined", Constants(0.4))
-    refine_folder(step, root / "source", dataset, "train", 0.4, classes_from)
-    expected = literal(load_label(root / "source" / "p.png", 3), masks.unpack(), classes, 0.4)
-    np.testing.assert_array_equal(load_label(root / "refined" / "p.png", 3), expected)
-    assert len(step.failures) == 1
-    assert "q.npz is missing: make it with step 9, python PRC_SAM/get_se_map.py" in step.failures[0]
-
-
-def test_folder_names_masks_of_another_size(small_dataset):
-    dataset, root, _ = small_dataset
-    save_masks(dataset.sam_masks("train") / "q.npz", pack_masks(np.ones((1, 8, 8), bool)))
-    step = StepFolder(root / "refined", Constants(0.4))
-    refine_folder(step, root / "source", dataset, "train", 0.4, "prediction")
-    assert "q.npz holds masks of 8 x 8 pixels" in step.failures[0]
-
-
-def test_masks_may_be_read_late():
-    calls = []
-    dense = np.ones((1, 4, 4), bool)
-    packed = pack_masks(dense)
-    late = Masks(
-        (4, 4),
-        lambda: calls.append(1) or packed.bits,
-        packed.areas,
-        packed.boxes,
-        packed.predicted_iou,
-        packed.stability,
-    )
-    assert len(late) == 1 and not calls
-    np.testing.assert_array_equal(late.unpack(), dense)
-    assert len(late.bits) and calls == [1]

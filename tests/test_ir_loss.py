@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.ir_loss import image_reconstruction_loss
+from models.ir_loss import check_tiles, image_reconstruction_loss
 from tests.references import bilinear
 
 
@@ -73,8 +73,14 @@ def test_tiles_must_be_a_square_that_fits():
     for wrong in (0, 2, 3, 8, -4):
         with pytest.raises(ValueError, match=f"tiles is {wrong}, .*square"):
             image_reconstruction_loss(cam, image, label, wrong)
-    with pytest.raises(ValueError, match="2 x 2 cannot be cut into 3 x 3"):
+    with pytest.raises(ValueError, match="2 x 2 cannot have 3 x 3"):
         image_reconstruction_loss(cam, image, label, 9)
+
+
+def test_check_tiles_needs_no_maps():
+    assert [check_tiles(tiles, (3, 4)) for tiles in (1, 4, 9)] == [1, 2, 3]
+    with pytest.raises(ValueError, match="3 x 4 cannot have 4 x 4"):
+        check_tiles(16, (3, 4))
 
 
 def test_a_class_may_look_different_in_each_tile():

@@ -132,7 +132,7 @@ def test_bad_weights_files_are_refused_in_one_sentence(resnet18_file, tmp_path):
         Backbone("resnet34", str(resnet18_file))
     with pytest.raises(ValueError, match="does not fit mobilenet_v2"):
         Backbone("mobilenet_v2", str(resnet18_file))
-    with pytest.raises(ValueError, match=r"backbone vgg16 is unknown; known are resnet18, .*mobilenet_v2"):
+    with pytest.raises(ValueError, match=r"backbone is vgg16, but it must be one of resnet18, .*mobilenet_v2"):
         Backbone("vgg16", "none")
 
 
@@ -208,7 +208,7 @@ def test_parts_of_the_segmenter():
         if isinstance(module, nn.Dropout)
     ]
     assert rates == [0.5, 0.5, 0.1]
-    new = [module for part in model.new for module in part.modules()]
+    new = [module for part in (model.aspp, model.low, model.decoder) for module in part.modules()]
     groups = [module for module in new if isinstance(module, nn.GroupNorm)]
     assert len(groups) == 9 and {module.num_groups for module in groups} == {
         4
@@ -276,7 +276,8 @@ def build(kind):
 def test_parameter_groups(kind):
     """Every trainable parameter in exactly one group, with the rate and decay of the recipe."""
     model = build(kind)
-    groups = parameter_groups(model, 0.1, 1e-4)
+    new = [module for module in model.children() if module is not model.backbone]
+    groups = parameter_groups([model.backbone], new, 0.1, 1e-4)
     grouped = {id(parameter): group for group in groups for parameter in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(grouped)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -82,6 +82,16 @@ def test_the_input_is_hard_enough():
     assert 0.2 < kept < 0.8
 
 
+def test_projection_equals_the_formula():
+    _, features, image = inputs()
+    prc = module()
+    weight, evidence, pictures = double(prc.projection.weight[:, :, 0, 0], features, image)
+    inputs_of_it = np.concatenate([bilinear(pictures, (4, 5), align_corners=True), evidence], 1)
+    g = np.einsum("oc,bchw->bohw", weight, inputs_of_it).reshape(2, 6, 20)
+    expected = (g / np.linalg.norm(g, axis=1, keepdims=True)).transpose(0, 2, 1)
+    assert largest_error(prc.project(features, image).detach().numpy(), expected) < 1e-6
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999), gamma=st.floats(0, 0.999), height=st.integers(1, 5), width=st.integers(1, 5))
 def test_columns_sum_to_one(seed, gamma, height, width):
@@ -102,7 +112,7 @@ def test_limits_of_gamma():
     everything = module(0).affinity(features, image)
     assert (everything > 0).all()
     for wrong in (0.9991, 1.0, -0.1, float("nan")):
-        with pytest.raises(ValueError, match=r"gamma is .* between 0 and 0.999"):
+        with pytest.raises(ValueError, match=r"gamma is .* from 0 to 0.999"):
             PixelRelationshipConstraint(6, wrong)
     with pytest.raises(ValueError, match="iterations is -1"):
         PixelRelationshipConstraint(6, 0.7, -1)

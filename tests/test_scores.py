@@ -70,9 +70,8 @@ def test_equals_the_definitions(pairs, left_out, protocol):
 @given(pixels(), pixels(), st.sampled_from([np.uint8, np.int64, np.int32]))
 def test_merging_equals_counting_together(first, second, dtype):
     together = matrix_of(np.concatenate([first, second], axis=1).astype(dtype))
-    apart = matrix_of(first) + matrix_of(second)
+    apart = matrix_of(first).merge(matrix_of(second))
     assert np.array_equal(together.counts, apart.counts) and apart.counts.dtype == np.int64
-    assert np.array_equal(matrix_of(first).merge(matrix_of(second)).counts, apart.counts)
 
 
 def test_absent_classes():
@@ -115,7 +114,7 @@ def test_counts_beyond_32_bits_and_beyond_float32():
     for _ in range(10):
         many.merge(one)
     for _ in range(5):
-        many = many + many
+        many.merge(many)
     assert many.counts[0, 0] == 320 * side * side > 2**32
     many.counts[1, 1] = many.counts[0, 0]
     assert many.scores()["kappa"] == 1 and many.scores()["support"][0] == 320 * side * side

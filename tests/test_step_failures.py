@@ -61,10 +61,10 @@ def test_missing_masks_are_named(copy):
             {"weights": "none", "train_all": False},
             "weights is none, .*add --train-all, or give weights",
         ),
-        ("train_classification", {"gamma": 1.0}, "gamma is 1.0, but it must lie between 0 and 0.999"),
+        ("train_classification", {"gamma": 1.0}, "gamma is 1.0, but it must be at most 0.999"),
         ("train_classification", {"iterations": -1}, "iterations is -1"),
         ("train_classification", {"tiles": 3}, "tiles is 3, but it must be a square"),
-        ("train_classification", {"tiles": 25}, "class maps of 4 x 4 cannot be cut into 5 x 5 tiles"),
+        ("train_classification", {"tiles": 25}, "tiles is 25, but class maps of 4 x 4 cells"),
         ("train_classification", {"ir_weight": -0.1}, "ir_weight is -0.1"),
         ("train_classification", {"epochs": 0}, "epochs is 0, but it must be at least 1"),
         (
@@ -79,15 +79,19 @@ def test_missing_masks_are_named(copy):
         ("train_segmentation", {"freeze_norm": True}, "weights is none, .*add --no-freeze-norm"),
         ("train_segmentation", {"labels": "thoughts"}, "thoughts is missing: run the step that makes it"),
         ("train_segmentation", {"labels": "../../x"}, 'labels is "../../x"'),
-        ("infer_classification", {"scales": ()}, "scales is"),
-        ("infer_classification", {"scales": (0.0, 1.0)}, "scales is"),
+        ("infer_classification", {"scales": ()}, r"scales is \(\), but it must hold at least 1 value"),
+        ("infer_classification", {"scales": (0.0, 1.0)}, "scales is 0.0, but it must be above 0"),
         ("infer_classification", {"images_at_once": 0}, "images_at_once is 0"),
         ("infer_classification", {"workers": -1}, "workers is -1"),
         ("inference_segmentation", {"workers": -1}, "workers is -1"),
-        ("make_pseudo_labels", {"bilateral_sigma_xy": 0.0}, "the sigmas of the CRF are"),
-        ("make_pseudo_labels", {"bilateral_weight": -4.0}, "the weights of the CRF are"),
+        ("make_pseudo_labels", {"bilateral_sigma_xy": 0.0}, "bilateral_sigma_xy is 0.0, but it must be above 0"),
+        ("make_pseudo_labels", {"bilateral_weight": -4.0}, "bilateral_weight is -4.0, but it must be at least 0"),
         ("make_pseudo_labels", {"crf_iterations": -1}, "crf_iterations is -1"),
-        ("generate_refined_pseudo", {"tau": 1.5}, "tau is 1.5, but it must lie between 0 and 1"),
+        (
+            "generate_refined_pseudo",
+            {"tau": 1.5},
+            r"tau is 1.5, but it must be at most 1: change the constant .* or --tau",
+        ),
         ("generate_refined_seg", {"tau": -0.1}, "tau is -0.1"),
     ],
 )
@@ -115,7 +119,7 @@ def test_messages_of_the_programs(finished, run_script):
     result = run_script("train_classification.py", "--dataset", "tiny", "--root", finished, "--gama", "1", fails=True)
     assert result.returncode == 2 and "--gama" in result.stdout + result.stderr
     shown = " ".join(run_script("generate_refined_seg.py", "--help").stdout.replace("│", " ").split())
-    assert "Step 7" in shown and "--tau" in shown and "overlap by this share" in shown
+    assert "Step 7" in shown and "--tau" in shown and "minimum overlap" in shown
 
 
 def test_a_damaged_image_among_good_ones(finished, copy, run_script):

@@ -61,7 +61,7 @@ def test_pseudo_labels_hold_the_classes_of_the_image_alone(finished):
     dataset = load_dataset("tiny", finished)
     labels = dataset.image_labels("train")
     for id in TRAIN:
-        classes, maps = load_cams(experiment(finished) / "cams" / f"{id}.npz")
+        classes, maps = load_cams(experiment(finished) / "cams" / f"{id}.npz", 3, (64, 64))
         assert classes.tolist() == np.flatnonzero(labels[id]).tolist() and maps.shape == (len(classes), 64, 64)
         assert maps.min() >= 0 and maps.max() <= 1
         for stage in ("pseudo_labels", "refined_pseudo_labels"):
@@ -128,7 +128,7 @@ def test_the_fully_supervised_bound(copy):
     folder = experiment(copy, "supervised") / "segmenter"
     assert account(folder)["notes"]["supervision"] and "stand_in" not in account(folder)["notes"]
     shutil.rmtree(copy / "datasets" / "tiny" / "train" / "labels")
-    with pytest.raises(UserError, match="lacks the label of 10 train images, train_0 for one"):
+    with pytest.raises(UserError, match="has no label of 10 train images: train_0, train_1, train_2, and 7 more"):
         step("train_segmentation", copy, experiment="again", labels="truth")
 
 
@@ -139,7 +139,7 @@ def test_other_constants_change_the_maps(finished, copy):
     step("make_pseudo_labels", copy, experiment="plain", crf_iterations=0)
     assert not same_results(experiment(finished) / "classifier", experiment(copy, "plain") / "classifier", ".pt")
     for id in TRAIN:
-        classes, maps = load_cams(experiment(copy, "plain") / "cams" / f"{id}.npz")
+        classes, maps = load_cams(experiment(copy, "plain") / "cams" / f"{id}.npz", 3, (64, 64))
         found = load_label(experiment(copy, "plain") / "pseudo_labels" / f"{id}.png", 3)
         assert np.array_equal(found, classes[maps.argmax(0)])
 
@@ -156,7 +156,7 @@ def test_without_ir_the_classifier_does_not_depend_on_prc(copy):
     step("infer_classification", copy, experiment="shared", classifier="without", iterations=1)
     step("infer_classification", copy, experiment="without")
     cams = {
-        name: load_cams(experiment(copy, name) / "cams" / f"{TRAIN[1]}.npz")[1]
+        name: load_cams(experiment(copy, name) / "cams" / f"{TRAIN[1]}.npz", 3, (64, 64))[1]
         for name in ("with", "shared", "without")
     }
     # weight decay alone moved the projection of one of them, and its length does not count

@@ -76,7 +76,7 @@ def test_background_rows_and_their_oracle(copy, run_script):
 
     oracle = ConfusionMatrix(3)
     for id in TRAIN:
-        classes, maps = load_cams(folder / "tables-seed0" / "cams" / f"{id}.npz")
+        classes, maps = load_cams(folder / "tables-seed0" / "cams" / f"{id}.npz", 3, (64, 64))
         truth = load_label(copy / "datasets" / "tiny" / "train" / "labels" / f"{id}.png", 3)
         expected = np.zeros_like(truth)
         for y, x in np.argwhere(truth != 0):

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from tests.steps import Recipe
 from tools.augment import TrainingPatches
 from tools.command import UserError
-from tools.step import StepFolder
-from tools.training import check_recipe, make_accelerator, save_checkpoint, train
+from tools.devices import make_accelerator
+from tools.folders import StepFolder
+from tools.training import Training, check_recipe, save_checkpoint, train
 
 
 class Net(nn.Module):
@@ -25,7 +26,6 @@ class Net(nn.Module):
         super().__init__()
         self.features = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU())
         self.head = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(8, 2, 1))
-        self.pretrained, self.new = [self.features], [self.head]
 
     def forward(self, x):
         return self.head(self.features(x)).mean((2, 3))
@@ -52,17 +52,11 @@ def training(images, tmp_path):
         constants = constants or Recipe()
         labels = {f"{index:02}": np.array([index % 2, index % 3 == 0], bool) for index in range(ids)}
         torch.manual_seed(7)
-        model, folder = Net(), StepFolder(tmp_path / name, constants)
-        train(
-            model,
-            TrainingPatches(sorted(labels), images, labels, 2, 16, constants.seed),
-            loss,
-            constants,
-            folder,
-            make_accelerator("fp32"),
-            select,
-        )
-        folder.close(".pt")
+        model = Net()
+        patches = TrainingPatches(sorted(labels), images, labels, 2, 16, constants.seed)
+        with StepFolder(tmp_path / name, constants).open(".pt"):
+            course = Training(model, [model.features], patches, loss, constants, make_accelerator("fp32"))
+            train(course, tmp_path / name, select)
         return model
 
     start.folder = tmp_path
@@ -214,9 +208,7 @@ def test_a_compiled_training_leaves_the_same_checkpoint(training, monkeypatch):
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     check_recipe(Recipe(), 11)
-    with pytest.raises(
-        UserError, match="needs the C\\+\\+ compiler no-such-compiler: install it, or leave out --compile"
-    ):
+    with pytest.raises(UserError, match="needs the C\\+\\+ compiler no-such-compiler: install it, or use --no-compile"):
         check_recipe(Recipe(compile=True), 11)
 
 
@@ -291,12 +283,47 @@ def test_a_damaged_image_ends_with_its_name(training, images, tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes()[: 100 if file.stem == "05" else None])
         constants = Recipe(workers=workers, batch_size=11)
         labels = {f"{index:02}": np.ones(2, bool) for index in range(11)}
+        patches, model = TrainingPatches(sorted(labels), tmp_path, labels, 2, 16, 0), Net()
         with pytest.raises(UserError, match=r"05\.png cannot be read as an image"):
             train(
-                Net(),
-                TrainingPatches(sorted(labels), tmp_path, labels, 2, 16, 0),
-                compute_loss,
-                constants,
-                StepFolder(tmp_path / f"run{workers}", constants),
-                make_accelerator("fp32"),
+                Training(model, [model.features], patches, compute_loss, constants, make_accelerator("fp32")),
+                tmp_path / f"run{workers}",
             )
+
+
+def test_a_damaged_log_does_not_end_a_training(training):
+    """Killed while the log was cut, or after a power cut: what can be read is kept."""
+    whole = Recipe(epochs=2)
+    training("run", whole)
+    file = training.folder / "run" / "log.jsonl"
+    rows = log(file.parent)
+    checkpoint = (file.parent / "checkpoint.pt").read_bytes()
+    cut = json.dumps(rows[0]).encode() + b'\n{"epoch": 2, "lo'
+    for content in (b"", b"\xff\xfe\0", b"[1]\n3\n" + b"[" * 100_000, cut):
+        file.write_bytes(content)
+        (file.parent / "checkpoint.pt").write_bytes(checkpoint)
+        training("run", whole)
+        assert log(file.parent) == ([rows[0]] if content == cut else [])
+    file.unlink()
+    training("run", whole)
+
+
+def test_a_finished_training_says_so_and_adds_no_tensorboard_file(training, capsys):
+    training("run")
+    events = sorted((training.folder / "run" / "tensorboard").iterdir())
+    training("run")
+    assert "the training is finished after epoch 3 of 3" in capsys.readouterr().out
+    assert sorted((training.folder / "run" / "tensorboard").iterdir()) == events
+
+
+def test_momentum_of_another_shape_is_refused(training):
+    """torch's fused optimiser would read beyond its end."""
+    training("run", Recipe(epochs=1))
+    file = training.folder / "run" / "checkpoint.pt"
+    checkpoint = torch.load(file, weights_only=True)
+    good = checkpoint["optimiser"]["state"][0]["momentum_buffer"]
+    for buffer in (torch.zeros(1), torch.zeros(0), good.flatten(), "none"):
+        checkpoint["optimiser"]["state"][0]["momentum_buffer"] = buffer
+        torch.save(checkpoint, file)
+        with pytest.raises(UserError, match=r"checkpoint\.pt cannot be continued from: train again with --overwrite"):
+            training("run", Recipe(epochs=1, momentum=0.9))

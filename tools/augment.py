@@ -1,4 +1,4 @@
-"""Training augmentation and the patches a training reads, random only through (seed, epoch, patch)."""
+"""The patches that a training reads and their augmentation, random only through (seed, epoch, patch)."""
 
 from functools import cache
 from pathlib import Path
@@ -9,26 +9,27 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from tools.command import UserError
+from tools.command import check
 from tools.labels import IGNORE, load_image, load_label
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 0..1
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """(H,W,3) uint8 -> (3,H,W) uint8, a view: with the colours of a pixel side by side, resizing is twice as fast."""
+    """(H,W,3) uint8 -> (3,H,W) uint8, a view: resizing is twice as fast where the colours of a pixel lie together."""
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
 @cache
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (3,1,1); kept, because a GPU would stop at each copy of new ones."""
+    """Mean and standard deviation (3,1,1), made once: a GPU waits for each copy of new ones."""
     with torch.inference_mode(False):
-        return tuple(torch.tensor(value, device=device)[:, None, None] for value in (MEAN, STD))
+        mean, std = (torch.tensor(value, device=device)[:, None, None] for value in (MEAN, STD))
+        return mean, std
 
 
 def normalise(image: Tensor) -> Tensor:
-    """(...,3,H,W) uint8 -> float32 with ImageNet's mean and standard deviation taken out."""
+    """(...,3,H,W) uint8 -> float32: minus ImageNet's mean, divided by its standard deviation."""
     mean, std = _statistics(image.device)
     return (image / 255).sub_(mean).div_(std)
 
@@ -66,7 +67,7 @@ def augment(
 
 
 def _window(rng: np.random.Generator, length: int, patch_size: int) -> tuple[slice, slice]:
-    """Along one axis: what is cut from the image, and where in the patch it goes."""
+    """Along one axis: the part that is cut from the image, and its place in the patch."""
     offset = int(rng.integers(abs(length - patch_size) + 1))
     kept = min(length, patch_size)
     if length > patch_size:
@@ -75,11 +76,11 @@ def _window(rng: np.random.Generator, length: int, patch_size: int) -> tuple[sli
 
 
 class TrainingPatches(TorchDataset):
-    """Patches of a training, indexed by (epoch, patch) so that the same seed gives the same crops in any worker.
+    """Patches of a training, indexed by (epoch, patch), so that a seed gives the same crops in any worker process.
 
-    `images` is the folder of <id>.png; `targets` either the image-level labels, id -> (K,) bool, or the folder of label
-    maps <id>.png, which are cropped along with the image. Items: image (3,S,S) float32, target (K,) float32 or (S,S)
-    int64.
+    images: the folder of <id>.png. targets: the image-level labels, id -> (K,) bool, or the folder of label maps
+    <id>.png, which are cropped like the images. Items: image (3,S,S) float32; target (K,) float32 or (S,S) int64.
+    Raises `UserError` for a bad file.
     """
 
     def __init__(
@@ -105,10 +106,11 @@ class TrainingPatches(TorchDataset):
         if isinstance(self.targets, dict):
             return augment(rng, image, None, self.patch_size)[0], torch.from_numpy(self.targets[id]).float()
         label = torch.from_numpy(load_label(self.targets / f"{id}.png", self.num_classes))
-        if label.shape != image.shape[1:]:
-            raise UserError(
-                f"{self.targets / id}.png has {label.shape[1]} x {label.shape[0]} pixels, its image "
-                f"{image.shape[2]} x {image.shape[1]}"
-            )
-        image, label = augment(rng, image, label, self.patch_size)
-        return image, label.long()
+        check(
+            label.shape == image.shape[1:],
+            f"{self.targets / id}.png has {label.shape[1]} x {label.shape[0]} pixels, but its image has "
+            f"{image.shape[2]} x {image.shape[1]}: make the label map again",
+        )
+        image, target = augment(rng, image, label, self.patch_size)
+        assert target is not None
+        return image, target.long()

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +20,11 @@ from tools.files import write_whole
 from tools.labels import load_image
 
 OUTPUT_STRIDE = 16
-MOST_PIXELS = 100_000_000  # of one image, and
-MOST_BYTES = 1 << 28  # of its maps at feature size: a file that declares more is refused before it is unpacked
-
-
-def check_inference(constants) -> None:
-    """Raise `UserError` for constants with which steps 2 and 6 cannot work; before anything is made."""
-    check(
-        len(constants.scales) > 0 and min(constants.scales) > 0,
-        f"scales is {constants.scales}, but needs positive numbers",
-    )
-    check(constants.images_at_once > 0, f"images_at_once is {constants.images_at_once}, but it must be at least 1")
-    check(constants.workers >= 0, f"workers is {constants.workers}, but it must be 0 or more")
+MOST_BYTES = 1 << 28  # that a file of unknown image size may unpack to
 
 
 class _Images(torch.utils.data.Dataset):
-    """(id, image or None, sentence of what is wrong with it): a bad file must not end the whole run."""
+    """Items: id, image or None, and the error of a bad file as a sentence: it must not end the whole run."""
 
     def __init__(self, folder: Path, ids: Sequence[str]):
         self.folder, self.ids = folder, ids
@@ -53,10 +43,10 @@ class _Images(torch.utils.data.Dataset):
 def image_batches(
     folder: Path, ids: Sequence[str], images_at_once: int, workers: int, bad: Callable[[str], None]
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield (ids, images (B,3,H,W) uint8) of neighbours of equal size; sentences on unreadable files go to `bad`.
+    """Yield (ids, images (B,3,H,W) uint8) of neighbours of equal size. Calls `bad` with the error of a bad file.
 
-    B is `images_at_once` always, and images after the last id are to be ignored: sums in floating point depend on the
-    size of a batch, and an image must get the same result whatever else is left to do, in any number of processes.
+    B is always `images_at_once`; images after the last id only fill the batch. Floating-point sums depend on the size
+    of a batch, and an image must get the same result in any batch and with any number of processes.
     """
     group: list[tuple[str, Tensor]] = []
 
@@ -78,11 +68,11 @@ def image_batches(
 
 @contextmanager
 def in_background(threads: int = 2) -> Iterator[Callable[..., None]]:
-    """Yield `submit(work, *arguments)`, whose calls run in threads while the caller computes on.
+    """Yield `submit(work, *arguments)`, which runs the call in a thread while the caller goes on.
 
-    For compressing and writing, which leave Python's lock alone. At most twice as many calls as threads are under way,
-    so that results cannot fill the memory. Their first error is raised by a later submit or at the end of the block,
-    when all calls are done.
+    For compression and writing, which release Python's global lock. At most two calls for each thread wait or run, so
+    that results cannot fill the memory. The first error of a call is raised by a later submit or at the end of the
+    block, which waits for all calls.
     """
     running: deque[Future] = deque()
 
@@ -101,12 +91,13 @@ def in_background(threads: int = 2) -> Iterator[Callable[..., None]]:
 def mirrored_scales(
     predict: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float], device: torch.device
 ) -> list[Tensor]:
-    """For each scale `predict` of the images plus the un-mirrored `predict` of their mirrors: (B,K,h,w) float32 each.
+    """For each scale, `predict` of the images plus the mirrored-back `predict` of their mirror images.
 
-    images (B,3,H,W) uint8; `predict` maps normalised (2B,3,H',W') to (2B,K,h',w'), image and mirror in one batch.
+    images (B,3,H,W) uint8 -> for each scale (B,K,h,w) float32. `predict` maps normalised (2B,3,H',W'), images and
+    mirror images in one batch, to (2B,K,h',w').
     """
     if device.type == "cuda":
-        images = images.pin_memory()  # from other memory the copy would wait for all that the GPU has to do before
+        images = images.pin_memory()  # a copy from other memory would wait until the GPU has finished its queue
     images = images.to(device, non_blocking=True)
     found = []
     for scale in scales:
@@ -119,11 +110,39 @@ def mirrored_scales(
     return found
 
 
-def save_cams(path: Path, classes: np.ndarray, maps: Sequence[np.ndarray], size: tuple[int, int]) -> None:
-    """Store the maps of each scale at feature size: all that the full-size maps are made of, in a fraction of the disk.
+def mirrored_cams(
+    classifier: Callable[[Tensor], tuple[Tensor, Tensor]],
+    images: Tensor,
+    scales: Sequence[float],
+    device: torch.device,
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits (B,K) float32, the mean over all scales and mirrors; positive class maps as `mirrored_scales` gives them.
+
+    `classifier` maps normalised (2B,3,H',W') to logits (2B,K) and class maps (2B,K,h',w').
+    """
+    logits = []
+
+    def positive_maps(x: Tensor) -> Tensor:
+        scores, maps = classifier(x)
+        logits.append(scores.float().unflatten(0, (2, -1)))
+        return maps.relu()
+
+    maps = mirrored_scales(positive_maps, images, scales, device)
+    return torch.cat(logits).mean(0), maps
+
+
+def save_cams(
+    path: Path,
+    classes: np.ndarray,
+    maps: Sequence[np.ndarray],
+    size: Sequence[int],
+    logits: np.ndarray | None = None,
+) -> None:
+    """Store the maps of each scale at feature size, from which `load_cams` makes the maps at image size.
 
     classes (k,) ids of the classes present, ascending; maps: for each scale (k,h,w), not negative; size: (H,W) of the
-    image. Values go to float16 as shares of the class's maximum, which is kept in float32, so nothing overflows.
+    image; logits (K,) of all classes, the mean over scales and mirror images, for the review of the labels. A value is
+    stored in float16 as a share of its class's maximum, the maximum in float32: no value overflows.
     """
     peaks = np.max([scale.max((1, 2)) for scale in maps], axis=0).astype(np.float32)
     shares = [(scale / np.maximum(peaks, 1e-30)[:, None, None]).astype(np.float16) for scale in maps]
@@ -133,42 +152,72 @@ def save_cams(path: Path, classes: np.ndarray, maps: Sequence[np.ndarray], size:
             classes=classes.astype(np.uint8),
             size=np.array(size, np.int32),
             peaks=peaks,
+            logits=np.asarray([] if logits is None else logits, np.float32),
             **{f"scale{index}": scale for index, scale in enumerate(shares)},
         )
 
 
-def fuse_scales(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """Class maps (k,h,w) of each scale -> (k,H,W) in 0..1.
+def fuse_scales(maps: Sequence[Tensor], size: Sequence[int], relative: bool = True) -> Tensor:
+    """Class maps (k,h,w) of each scale -> (k,H,W), H,W = size (method section 2).
 
-    Upsampled to the size rounded up to the output stride, summed, cut to the image, divided by each map's maximum.
+    Upsampled to the size rounded up to the output stride, summed, cut to the image, and if `relative` divided by each
+    map's maximum, so that they lie in 0..1.
     """
     padded = [-(-length // OUTPUT_STRIDE) * OUTPUT_STRIDE for length in size]
-    total = sum(F.interpolate(scale[None], padded, mode="bilinear", align_corners=False)[0] for scale in maps)
-    total = total[:, : size[0], : size[1]]
-    return total / (total.amax((1, 2), keepdim=True) + 1e-5)
+    upsampled = [F.interpolate(scale[None], padded, mode="bilinear", align_corners=False)[0] for scale in maps]
+    total = reduce(torch.add, upsampled)[:, : size[0], : size[1]]
+    return total / (total.amax((1, 2), keepdim=True) + 1e-5) if relative else total
 
 
-def load_cams(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """-> class ids (k,) ascending, maps (k,H,W) float32 in 0..1 at image size (method section 2).
+def load_cams(
+    path: Path, num_classes: int, size: Sequence[int], relative: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """The maps of an image of (H,W) = size -> class ids (k,) ascending, maps (k,H,W) float32 in 0..1.
 
-    Raises `UserError` when the file is missing, damaged, or declares more than `MOST_PIXELS` or `MOST_BYTES`.
+    `relative` divides each map by its maximum, as CAMs are used; probabilities of step 6 are read without it.
+    Raises `UserError` where the file is missing or damaged, holds other classes than 0 to num_classes - 1, belongs to
+    an image of another size, or would unpack to more than this image can need.
     """
+    most = 4 * num_classes * size[0] * size[1] + (1 << 16)  # bytes: full-size maps of all classes, and headers
+    with _opened(path, most, relative) as file:
+        classes, stored, peaks = file["classes"], tuple(file["size"].tolist()), file["peaks"]
+        shares = [file[name] for name in sorted(file.files) if name.startswith("scale")]
+        check(stored == tuple(size), f"it belongs to an image of {stored} pixels, not {tuple(size)}")
+        ids = classes.tolist()
+        check(
+            classes.dtype.kind in "ui" and len(ids) > 0 and ids == sorted(set(ids) & set(range(num_classes))),
+            f"its class ids must be whole numbers from 0 to {num_classes - 1} in ascending order, not {str(ids)[:80]}",
+        )
+        shapes = {peaks.shape, *(share.shape[:-2] for share in shares)}
+        check(len(shares) > 0 and shapes == {classes.shape}, "its arrays do not fit together")
+        maximum = torch.from_numpy(peaks.astype(np.float32))[:, None, None]
+        maps = [torch.from_numpy(share.astype(np.float32)) * maximum for share in shares]
+        fused = fuse_scales(maps, size, relative).numpy()
+        check(bool(((fused >= 0) & (fused <= 1)).all()), "its maps hold values outside 0 to 1")
+        return np.array(ids), fused
+
+
+@contextmanager
+def _opened(path: Path, most: int, relative: bool = True) -> Iterator[np.lib.npyio.NpzFile]:
+    """Yield the open file. Raises `UserError` where it is missing or unpacks to more than `most` bytes, and for every
+    error inside the block; the remedy depends on whether the file holds CAMs (`relative`) or probabilities.
+    """
+    maker = "infer_classification.py" if relative else "inference_segmentation.py --keep-probabilities --overwrite"
     try:
         with np.load(path, allow_pickle=False) as file:
-            if sum(entry.file_size for entry in file.zip.infolist()) > MOST_BYTES:
-                raise ValueError("it unpacks to more than maps can need")
-            classes, size, peaks = file["classes"].astype(int), tuple(map(int, file["size"])), file["peaks"]
-            shares = [file[name] for name in sorted(file.files) if name.startswith("scale")]
-        if len(size) != 2 or min(size) < 1 or size[0] * size[1] > MOST_PIXELS:
-            raise ValueError(f"it declares an image of {' x '.join(map(str, size))} pixels")
-        if not shares or {peaks.shape, *(scale.shape[:-2] for scale in shares)} != {(len(classes),)}:
-            raise ValueError("its arrays do not fit together")
-        maps = [torch.from_numpy(scale.astype(np.float32) * peaks[:, None, None]) for scale in shares]
-        return classes, fuse_scales(maps, size).numpy()
+            unpacked = sum(entry.file_size for entry in file.zip.infolist())
+            check(unpacked <= most, f"it unpacks to {unpacked} bytes, more than the {most} that this image can need")
+            yield file
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: run python infer_classification.py again, it makes what lacks") from None
+        raise UserError(f"{path} is missing: run python {maker}, which creates missing files") from None
     except Exception as error:  # zip, npy and shape errors have no common class
         raise UserError(
-            f"{path} cannot be read as class activation maps ({error}): delete it and run python "
-            "infer_classification.py again"
+            f"{path} cannot be read as class activation maps ({error}): delete it, or use --overwrite, and run python "
+            f"{maker} again"
         ) from None
+
+
+def load_logits(path: Path) -> np.ndarray:
+    """-> (K,) float32: the logit of each class, the mean over scales and mirrors. Raises `UserError` as `load_cams`."""
+    with _opened(path, MOST_BYTES) as file:
+        return file["logits"].astype(np.float32)

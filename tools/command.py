@@ -36,7 +36,7 @@ def run(
     then: Callable[[Any], None] | None = None,
     one_process: bool = False,
 ) -> None:
-    """Fill the script's constants from the command line, call `main` with them, and then `then`.
+    """Fill the script's constants from the command line, call `main` with them, and in the main process then `then`.
 
     A `UserError`, a full disk or memory, or a lost process ends the program with one sentence and exit code 1; Ctrl-C
     and SIGTERM with a hint and exit code 130 or 143; a closed pipe (`| head`) silently. With `one_process` the first of
@@ -50,12 +50,12 @@ def run(
     overwrite = "--overwrite" in sys.argv
     again = "the same command" + (" without --overwrite" if overwrite else "") + " continues"
     try:
-        values = tyro.cli(constants, description=re.sub(r"\n(?=Reads|Writes)", "\n\n", description or ""))
+        values: Any = tyro.cli(constants, description=re.sub(r"\n(?=Reads|Writes)", "\n\n", description or ""))
         if one_process and not first:
             return
         with _signals_as_exceptions():
             main(values)
-            if then:
+            if then and first:
                 then(values)
         sys.stdout.flush()
     except UserError as error:

@@ -28,25 +28,25 @@ Width = Annotated[int, Field(ge=4, multiple_of=4)]  # of GroupNorm(4)
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
 EXPECTED = {  # pydantic's name of an error -> what was expected, filled in with the limit
-    "greater_than_equal": "at least {ge:g}",
-    "greater_than": "above {gt:g}",
-    "less_than_equal": "at most {le:g}",
-    "less_than": "below {lt:g}",
-    "finite_number": "a finite number",
-    "int_parsing": "a whole number",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_parsing": "a number",
-    "float_type": "a number",
-    "bool_parsing": "True or False",
-    "bool_type": "True or False",
-    "string_type": "a text in quotes",
-    "path_type": "a path in quotes",
-    "tuple_type": "several values in parentheses",
-    "too_short": "at least {min_length} value",
-    "literal_error": "{expected}",
-    "multiple_of": "a multiple of {multiple_of}",
-    "string_pattern_mismatch": "of the form {pattern}",
+    "greater_than_equal": "be at least {ge:g}",
+    "greater_than": "be above {gt:g}",
+    "less_than_equal": "be at most {le:g}",
+    "less_than": "be below {lt:g}",
+    "finite_number": "be a finite number",
+    "int_parsing": "be a whole number",
+    "int_type": "be a whole number",
+    "int_from_float": "be a whole number",
+    "float_parsing": "be a number",
+    "float_type": "be a number",
+    "bool_parsing": "be True or False",
+    "bool_type": "be True or False",
+    "string_type": "be a text in quotes",
+    "path_type": "be a path in quotes",
+    "tuple_type": "be several values in parentheses",
+    "too_short": "hold at least {min_length} value",
+    "literal_error": "be {expected}",
+    "multiple_of": "be a multiple of {multiple_of}",
+    "string_pattern_mismatch": "be of the form {pattern}",
 }
 
 
@@ -74,9 +74,9 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     name = next((part for part in reversed(first["loc"]) if isinstance(part, str) and part.isidentifier()), "?")
     expected = EXPECTED.get(first["type"], "")
-    demand = expected.format(**first.get("ctx", {})) if expected else first["msg"]
+    demand = f"but it must {expected.format(**first.get('ctx', {}))}" if expected else first["msg"]
     return (
-        f"{name} is {first['input']!r}, but it must be {demand}: change the constant at the top of the script, "
+        f"{name} is {first['input']!r}, {demand}: change the constant at the top of the script, "
         f"or --{name.replace('_', '-')}"
     )
 

@@ -47,15 +47,6 @@ class OneProcess:
         pass
 
 
-def process_state(device: str = "auto") -> ProcessState:
-    """Accelerate's `PartialState`: which of how many processes this is, and its device."""
-    import torch  # here, since it takes seconds and the data preparation does without
-    from accelerate import PartialState
-
-    # without cpu=True every CPU process would do all the work
-    return PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-
-
 def and_more(lines: Sequence[str], most: int = MOST_SHOWN, between: str = "\n  ") -> str:
     """The first lines, and how many more there are."""
     more = f"{between}and {len(lines) - most} more" if len(lines) > most else ""
@@ -92,16 +83,18 @@ class StepFolder:
         inputs: dict[str, str] | None = None,
         notes: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
+        facts: dict[str, Any] | None = None,
     ) -> Iterator[Self]:
         """Own the folder for the block, then write run.json with the count of files that end in `suffix`.
 
         `inputs`: name -> start of the run, or hash of the file, that is read, so that results of different inputs never
         mix. `notes` are facts that later tables must show. `settings` are further values that must agree like the
-        constants. Raises `UserError` when the folder is refused, and at the end with the list of files that failed.
+        constants; `facts`, further fields of `Run`, need not. Raises `UserError` when the folder is refused, and at the
+        end with the list of files that failed.
         """
         self.state = state or self.state
         self._start = time.monotonic()
-        self.run = self._new_run(inputs or {}, notes or {}, settings or {})
+        self.run = self._new_run(settings or {}, {"inputs": inputs or {}, "notes": notes or {}} | (facts or {}))
         if self.is_main:
             self._open(self.constants.overwrite)
         self.state.wait_for_everyone()  # the main process has emptied, refused or made the folder before others write
@@ -113,15 +106,13 @@ class StepFolder:
             if self.is_main:
                 (self.path / LOCK).unlink(missing_ok=True)
 
-    def _new_run(self, inputs: dict[str, str], notes: dict[str, Any], settings: dict[str, Any]) -> Run:
+    def _new_run(self, settings: dict[str, Any], facts: dict[str, Any]) -> Run:
         now = time.time_ns()
         constants = json.loads(json.dumps(flat(self.constants) | settings, default=str))
         return Run(
             script=Path(sys.argv[0]).name,
             command=" ".join([Path(sys.executable).name, *sys.argv]),
             constants=constants,
-            inputs=inputs,
-            notes=notes,
             device=str(self.state.device),
             processes=self.state.num_processes,
             packages=package_versions(),
@@ -129,6 +120,7 @@ class StepFolder:
             started=time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10**9)) + f".{now % 10**9 // 1000:06d}Z",
             seconds=0.0,
             finished=False,
+            **facts,
         )
 
     def _open(self, overwrite: bool) -> None:
@@ -220,6 +212,13 @@ class StepFolder:
         if self._resumed:
             self.run.continued.append(self._resumed)
             self._resumed = None
+
+    def warn(self, sentences: Sequence[str]) -> None:
+        """Print sentences on a result that is probably worthless, and keep them in run.json."""
+        self.run.warnings = list(sentences)
+        for sentence in sentences:
+            if self.is_main:
+                print(f"warning: {sentence}", file=sys.stderr)
 
     def fail(self, error: Exception | str) -> None:
         """Keep the sentence of a bad file; the end of the step reports them all after the good files are done."""

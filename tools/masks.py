@@ -1,63 +1,43 @@
-"""Mask files: what SAM found in one patch, as <id>.npz, packed to one bit a pixel.
+"""Mask files: the regions of one patch as <id>.npz, packed to one bit a pixel.
 
-A file holds, for M masks of a patch of H x W pixels, in falling predicted IoU (the order that IOS expects; M may be 0):
-  size (2,) int32            H, W
+For M masks of a patch of H x W pixels a file holds, in falling predicted IoU (the order that IOS expects; M may be 0):
+  size (2,) int32              H, W
   bits (M, ceil(H*W/8)) uint8  each mask in row order, the first pixel in the highest bit (numpy.packbits)
-  areas (M,) int32           pixels
-  boxes (M,4) int32          x0, y0, x1, y1 of the outermost pixels, both ends included; 0 0 0 0 for an empty mask.
-                             SAM's own XYWH boxes are x0, y0, x1 - x0, y1 - y0
-  predicted_iou, stability (M,) float32
-It is an ordinary npz (numpy.load reads it, nothing is pickled), compressed by LZMA: a quarter smaller than deflate on
-the ragged outlines of aerial regions, and as fast to read.
+  areas (M,) int32             pixels
+  boxes (M,4) int32            x0, y0, x1, y1 of the outermost pixels, both ends included; 0 0 0 0 for an empty mask.
+                               SAM's own XYWH boxes are x0, y0, x1 - x0, y1 - y0
+  predicted_iou (M,) float32   what SAM's decoder expects the mask's IoU to be
+  stability (M,) float32       SAM's stability score
+It is an ordinary npz (numpy.savez_compressed writes it, numpy.load reads it, nothing is pickled). Files that an earlier
+version compressed by LZMA have the same content and are read as well.
 """
 
-import lzma
-import zipfile
-import zlib
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tools.command import UserError
+from tools.command import UserError, check
 from tools.files import write_whole
 
-DTYPES = {
-    "size": np.int32,
-    "bits": np.uint8,
-    "areas": np.int32,
-    "boxes": np.int32,
-    "predicted_iou": np.float32,
-    "stability": np.float32,
-}
-MOST_PIXELS = 100_000_000  # of one patch; larger declarations are refused before anything is allocated
-MOST_BYTES = 2 << 30  # of the packed masks of one patch
+MOST_MASKS = 10_000  # of one patch; SAM's default grid can give 3,072, and a 512 px patch gives a few hundred
+MOST_BYTES = 1 << 30  # of one patch's unpacked file; a 512 px patch with 10,000 masks needs a third of it
+HEADERS = 4096  # bytes: more than the headers of the six arrays take
 
 
+@dataclass(frozen=True, eq=False)
 class Masks:
-    """M masks of one patch. `bits` may be a function that reads them; it is called when they are first asked for."""
+    """M masks of one patch of size (H, W), in memory as in the file."""
 
-    def __init__(
-        self,
-        size: tuple[int, int],
-        bits: np.ndarray | Callable[[], np.ndarray],
-        areas: np.ndarray,
-        boxes: np.ndarray,
-        predicted_iou: np.ndarray,
-        stability: np.ndarray,
-    ):
-        self.size, self._bits = (int(size[0]), int(size[1])), bits
-        self.areas, self.boxes, self.predicted_iou, self.stability = areas, boxes, predicted_iou, stability
+    size: tuple[int, int]
+    bits: np.ndarray  # (M, ceil(H*W/8)) uint8
+    areas: np.ndarray  # (M,) int32
+    boxes: np.ndarray  # (M,4) int32
+    predicted_iou: np.ndarray  # (M,) float32
+    stability: np.ndarray  # (M,) float32
 
     def __len__(self) -> int:
         return len(self.areas)
-
-    @property
-    def bits(self) -> np.ndarray:
-        """(M, ceil(H*W/8)) uint8."""
-        if callable(self._bits):
-            self._bits = self._bits()
-        return self._bits
 
     def unpack(self) -> np.ndarray:
         """(M,H,W) bool."""
@@ -67,20 +47,22 @@ class Masks:
 
     def chosen(self, index: np.ndarray) -> "Masks":
         """The masks at these positions."""
-        return Masks(
-            self.size,
-            self.bits[index],
-            self.areas[index],
-            self.boxes[index],
-            self.predicted_iou[index],
-            self.stability[index],
-        )
+        return Masks(self.size, *(getattr(self, name)[index] for name in DTYPES))
+
+
+DTYPES = {
+    "bits": np.uint8,
+    "areas": np.int32,
+    "boxes": np.int32,
+    "predicted_iou": np.float32,
+    "stability": np.float32,
+}
 
 
 def pack_masks(
     masks: np.ndarray, predicted_iou: np.ndarray | None = None, stability: np.ndarray | None = None
 ) -> Masks:
-    """(M,H,W) bool -> `Masks` in falling predicted IoU, equal ones in the given order; scores not given count as 1."""
+    """(M,H,W) bool -> `Masks` in falling predicted IoU; ties keep the given order; scores that are not given are 1."""
     masks = np.asarray(masks, bool)
     count, height, width = masks.shape
     scores = [np.ones(count) if score is None else np.asarray(score) for score in (predicted_iou, stability)]
@@ -98,106 +80,79 @@ def pack_masks(
 
 def _boxes(masks: np.ndarray) -> np.ndarray:
     boxes = np.zeros((len(masks), 4), np.int32)
-    for axis, line in ((0, masks.any(1)), (1, masks.any(2))):  # columns that hold a pixel, rows that hold one
+    for axis, line in ((0, masks.any(1)), (1, masks.any(2))):  # columns with a pixel, then rows with a pixel
         boxes[:, axis] = line.argmax(1)
         boxes[:, axis + 2] = (line.shape[1] - 1 - line[:, ::-1].argmax(1)) * line.any(1)
     return boxes
 
 
 def save_masks(path: Path, masks: Masks) -> None:
-    """Write one mask file, whole or not at all."""
-    arrays = {
-        "size": masks.size,
-        "bits": masks.bits,
-        "areas": masks.areas,
-        "boxes": masks.boxes,
-        "predicted_iou": masks.predicted_iou,
-        "stability": masks.stability,
-    }
-    with write_whole(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_LZMA) as archive:
-        for name, dtype in DTYPES.items():
-            entry = zipfile.ZipInfo(f"{name}.npy")  # without a date, so that equal masks give equal files
-            entry.compress_type = zipfile.ZIP_LZMA
-            with archive.open(entry, "w") as file:
-                np.lib.format.write_array(file, np.ascontiguousarray(arrays[name], dtype), allow_pickle=False)
+    """Write one mask file, whole or not at all; raises `UserError` for more masks than `load_masks` reads."""
+    check(
+        _bytes(len(masks), masks.size) <= _most_bytes(masks.size),
+        f"{path} would hold {len(masks)} masks of {masks.size[0]} x {masks.size[1]} pixels, but a mask file holds at "
+        f"most {MOST_MASKS} masks and {MOST_BYTES >> 20} MB: raise min_area or pred_iou_thresh, or cut smaller patches",
+    )
+    arrays = {name: getattr(masks, name).astype(dtype) for name, dtype in DTYPES.items()}
+    with write_whole(path) as temporary:
+        np.savez_compressed(temporary, size=np.array(masks.size, np.int32), **arrays)
 
 
-def load_masks(path: Path, remedy: str = "make it again with PRC_SAM/get_se_map.py") -> Masks:
-    """Read one mask file; its bits when they are first used.
+def load_masks(
+    path: Path, size: tuple[int, int] | None = None, maker: str = "step 9, python PRC_SAM/get_se_map.py"
+) -> Masks:
+    """Read one mask file. `size` is the (H, W) of its image, where the caller knows it; `maker` makes the file.
 
-    Raises `UserError` when the file is missing, damaged, of another kind, or declares more than `MOST_PIXELS` or
-    `MOST_BYTES`; a damaged `bits` entry raises on first use.
+    Raises `UserError` when the file is missing or damaged, is no mask file or holds masks of another size than `size`.
+    A file that declares more than `MOST_MASKS` or `MOST_BYTES` is refused before it is unpacked.
     """
     path = Path(path)
-
-    def bad(reason: str) -> UserError:
-        return UserError(f"{path} {reason}: {remedy}")
-
-    if not path.exists():
-        raise bad("is missing")
     try:
-        with zipfile.ZipFile(path) as archive:
-            shapes = {name: _declared_shape(archive, name) for name in DTYPES}
-            arrays = {}
-            if shapes["size"] != (2,):
+        with np.load(path, allow_pickle=False) as file:
+            entries = file.zip.infolist()  # what an entry declares here is also the most that zipfile unpacks of it
+            if file.zip.getinfo("size.npy").file_size > HEADERS:
                 raise ValueError("its size is not two numbers")
-            height, width = (int(number) for number in _read(archive, "size"))
-            _check_shapes(height, width, shapes)
-            arrays = {name: _read(archive, name) for name in ("areas", "boxes", "predicted_iou", "stability")}
-    except (
-        zipfile.BadZipFile,
-        lzma.LZMAError,
-        zlib.error,
-        EOFError,
-        KeyError,
-        ValueError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
-        raise bad(f"is not a readable mask file ({error})") from None
-
-    def bits() -> np.ndarray:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return _read(archive, "bits")
-        except (zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, KeyError, ValueError, RuntimeError) as error:
-            raise bad(f"is damaged ({error})") from None
-
-    return Masks((height, width), bits, **arrays)
+            height, width = map(int, file["size"])
+            if size is not None and tuple(size) != (height, width):
+                raise UserError(
+                    f"{path} holds masks of {height} x {width} pixels, but its image has {size[0]} x {size[1]}: make "
+                    f"the masks again with {maker} --overwrite"
+                )
+            declared = sum(entry.file_size for entry in entries)
+            if declared > _most_bytes((height, width)) + HEADERS:
+                raise ValueError(
+                    f"it declares {declared} bytes, more than {MOST_MASKS} masks of {height} x {width} pixels or "
+                    f"{MOST_BYTES >> 20} MB"
+                )
+            masks = Masks((height, width), **{name: file[name] for name in DTYPES})
+        _check(masks)
+        return masks
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: make it with {maker}") from None
+    except UserError:
+        raise
+    except Exception as error:  # zip, zlib, lzma, npy and shape errors have no common class
+        raise UserError(f"{path} is not a readable mask file ({error}): delete it and run {maker} again") from None
 
 
-def _declared_shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
-    """The shape that the header of one entry declares, checked against its type and its length in the archive."""
-    entry = archive.getinfo(f"{name}.npy")
-    with archive.open(entry) as file:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError(f"{name} has another npy version")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype != DTYPES[name] or fortran or min(shape, default=0) < 0:
-            raise ValueError(f"{name} holds {dtype}, not {np.dtype(DTYPES[name])} in row order")
-        if entry.file_size != file.tell() + int(np.prod(shape, dtype=object)) * dtype.itemsize:
-            raise ValueError(f"{name} is not as long as it declares")
-    return shape
-
-
-def _check_shapes(height: int, width: int, shapes: dict[str, tuple[int, ...]]) -> None:
-    if height < 1 or width < 1 or height * width > MOST_PIXELS:
+def _check(masks: Masks) -> None:
+    """Raise `ValueError` unless the arrays have the types and shapes that the top of this file describes."""
+    count, (height, width) = len(masks.bits), masks.size
+    if height < 1 or width < 1:
         raise ValueError(f"it declares {height} x {width} pixels")
-    count, length = shapes["areas"][0] if len(shapes["areas"]) == 1 else -1, -(-height * width // 8)
-    expected = {
-        "size": (2,),
-        "bits": (count, length),
-        "areas": (count,),
-        "boxes": (count, 4),
-        "predicted_iou": (count,),
-        "stability": (count,),
-    }
-    if shapes != expected:
-        raise ValueError("its arrays do not fit together")
-    if count * (length + 1) > MOST_BYTES:
-        raise ValueError(f"it declares {count} masks of {height} x {width} pixels")
+    shapes = {name: (count,) for name in DTYPES} | {"bits": (count, -(-height * width // 8)), "boxes": (count, 4)}
+    for name, dtype in DTYPES.items():
+        array = getattr(masks, name)
+        if array.dtype != dtype or array.shape != shapes[name]:
+            raise ValueError(
+                f"{name} is {array.dtype} {array.shape}, but {np.dtype(dtype)} {shapes[name]} was expected"
+            )
 
 
-def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(f"{name}.npy") as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+def _bytes(count: int, size: tuple[int, int]) -> int:
+    """Bytes of the arrays of `count` masks."""
+    return count * (-(-size[0] * size[1] // 8) + 28)
+
+
+def _most_bytes(size: tuple[int, int]) -> int:
+    return min(MOST_BYTES, _bytes(MOST_MASKS, size))

@@ -1,4 +1,4 @@
-"""Pictures for people: label maps and CAMs over images, SAM's regions, and the contact sheet every step leaves."""
+"""Pictures for people: label maps and CAMs over images, SAM's regions, and the contact sheet that every step writes."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -7,14 +7,12 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tools.command import UserError
-from tools.dataset import Dataset
 from tools.files import write_whole
-from tools.labels import IGNORE, load_image, load_label, palette
+from tools.labels import IGNORE, palette
 
 CELL = 256  # pixels: patches are enlarged or reduced to about this size
 GAP, LINE, MARGIN = 6, 24, 10
-PAPER = "#ececec"  # not white, which is a class colour of the ISPRS data sets
+PAPER, SOFT = "#ececec", "#555555"  # the paper is not white, which is a class colour of the ISPRS data sets
 
 
 def sample_ids(ids: Sequence[str], n: int) -> list[str]:
@@ -34,14 +32,14 @@ def overlay(image: np.ndarray, ids: np.ndarray, colours: np.ndarray, alpha: floa
     return _blend(image, colourise(ids, colours), weight)
 
 
-def heat(image: np.ndarray, map: np.ndarray, alpha: float = 0.6) -> np.ndarray:
+def heat(image: np.ndarray, activation: np.ndarray, alpha: float = 0.6) -> np.ndarray:
     """Blend one class activation map (H,W) in 0..1, dark to bright, over the image (H,W,3) uint8."""
-    levels = np.rint(255 * np.clip(np.nan_to_num(map), 0, 1)).astype(np.uint8)
+    levels = np.rint(255 * np.clip(np.nan_to_num(activation), 0, 1)).astype(np.uint8)
     return _blend(image, cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1], alpha)
 
 
 def regions(masks: np.ndarray, image: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-    """Masks (M,H,W) bool over the image (H,W,3): one colour each with a bright boundary, small on top of large."""
+    """Masks (M,H,W) bool over the image (H,W,3): one colour each, white boundaries, small masks on top of large ones."""
     on_top = np.full(image.shape[:2], -1, np.int32)
     for index in np.argsort([-np.count_nonzero(mask) for mask in masks], kind="stable"):
         on_top[masks[index].astype(bool)] = index
@@ -62,11 +60,14 @@ def contact_sheet(
     titles: Sequence[str],
     legend: Iterable[tuple[str, Sequence[int]]] = (),
     size: int = CELL,
+    *,
+    names: Sequence[str] = (),
 ) -> None:
     """Write one PNG: a grid of pictures under column titles, with a strip of class names and colours below.
 
-    `rows` hold (H,W,3) uint8 pictures, None for an empty cell. Small patches are enlarged by a whole factor, so that
-    single pixels stay visible; large ones are reduced to `size` px. `legend` gives (name, (r, g, b)) for each class.
+    `rows` hold (H,W,3) uint8 pictures, None for an empty cell; `names` are written above the rows. Small patches are
+    enlarged by a whole factor, so that single pixels stay visible; large ones are reduced to `size` px. `legend` gives
+    (name, (r, g, b)) for each class.
     """
     cells = [
         [None if picture is None else Image.fromarray(np.ascontiguousarray(picture)) for picture in row] for row in rows
@@ -77,13 +78,16 @@ def contact_sheet(
     heights = [max((cell.height for cell in row if cell), default=0) for row in cells]
     columns = max([len(titles), *map(len, cells)])
     strip = _legend(list(legend), columns * (width + GAP) - GAP)
-    height = 2 * MARGIN + LINE + sum(heights) + GAP * len(heights) + (strip.height if strip else 0)
+    line = LINE if names else 0
+    height = 2 * MARGIN + LINE + sum(heights) + (GAP + line) * len(heights) + (strip.height if strip else 0)
     sheet = Image.new("RGB", (2 * MARGIN + columns * (width + GAP) - GAP, height), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for column, title in enumerate(titles):
         draw.text((MARGIN + column * (width + GAP), MARGIN), _shorten(title, width, font), "black", font)
     y = MARGIN + LINE
-    for row, row_height in zip(cells, heights, strict=True):
+    for row, row_height, name in zip(cells, heights, names or [""] * len(cells), strict=True):
+        draw.text((MARGIN, y), _shorten(name, sheet.width - 2 * MARGIN, font), SOFT, font)
+        y += line
         for column, cell in enumerate(row):
             if cell:
                 sheet.paste(cell, (MARGIN + column * (width + GAP), y))
@@ -96,7 +100,7 @@ def contact_sheet(
 
 def confusion_picture(path: Path, counts: np.ndarray, classes: Sequence[str], title: str) -> None:
     """Write a PNG of a confusion matrix (K, K+1): per cent of each truth class; the last column is called "none"."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import and wanted once
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and only step 8 needs it
     from matplotlib.figure import Figure
 
     columns = [*classes, "none"] if counts[:, -1].any() else list(classes)
@@ -117,40 +121,12 @@ def confusion_picture(path: Path, counts: np.ndarray, classes: Sequence[str], ti
         figure.savefig(temporary, dpi=110)
 
 
-def step_sheet(folder: Path, dataset: Dataset, split: str, columns: dict[str, Path], samples: int) -> None:
-    """The contact sheet of a step that makes label maps: image, then <column folder>/<id>.png in colour.
-
-    It never shows the truth, so that no step opens a pixel label. Unreadable files leave an empty cell: they are told
-    of elsewhere.
-    """
-    rows = []
-    for id in sample_ids(dataset.ids(split), samples):
-        cells: list[np.ndarray | None] = []
-        for load in (
-            lambda id=id: load_image(dataset.images(split) / f"{id}.png"),
-            *(
-                lambda id=id, source=source: colourise(
-                    load_label(source / f"{id}.png", dataset.num_classes), dataset.colours
-                )
-                for source in columns.values()
-            ),
-        ):
-            try:
-                cells.append(load())
-            except UserError:
-                cells.append(None)
-        rows.append(cells)
-    contact_sheet(
-        folder / "contact_sheet.png", rows, ["image", *columns], zip(dataset.classes, dataset.colours, strict=True)
-    )
-
-
-def _blend(below: np.ndarray, above: np.ndarray, weight) -> np.ndarray:
+def _blend(below: np.ndarray, above: np.ndarray, weight: np.ndarray | float) -> np.ndarray:
     return np.rint(below * (1.0 - weight) + above * weight).astype(np.uint8)
 
 
 def _fit(picture: Image.Image, side: int, cell: int) -> Image.Image:
-    """Enlarge by the whole factor, or reduce by the fraction, that brings `side` pixels to the cell."""
+    """Enlarge by a whole factor, or reduce, so that `side` pixels fit the cell."""
     if side <= cell:
         factor = cell // side
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
@@ -158,7 +134,7 @@ def _fit(picture: Image.Image, side: int, cell: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.BOX)
 
 
-def _shorten(text: str, width: int, font) -> str:
+def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -1,6 +1,7 @@
 """Progress: a bar in a terminal, one line a minute in a log file."""
 
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
@@ -26,14 +27,14 @@ class Progress(tqdm):
             delay=0 if self.in_terminal else LINE_EVERY,
         )
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:  # tqdm: whether a line was written
         if self.in_terminal:
             return super().display(msg, pos)
         if self.n == self.initial:
             return False
         state = self.format_dict
         rate = state["rate"] or (self.n - self.initial) / max(state["elapsed"], 1e-9)
-        left = tqdm.format_interval((self.total - self.n) / max(rate, 1e-9))
+        left = tqdm.format_interval((state["total"] - self.n) / max(rate, 1e-9))
         extra = f", {self.extra}" if self.extra else ""
         print(f"{self.desc}: {self.n}/{self.total}, {rate:.3g} {self.unit}s a second, {left} left{extra}", file=self.fp)
         self.fp.flush()

@@ -35,6 +35,8 @@ class Run(BaseModel):
     inputs: dict[str, str] = {}  # name -> when the folder that was read was started, or the hash of a file
     notes: dict[str, Any] = {}  # facts that later tables must show, such as a stand-in
     warnings: list[str] = []
+    origins: dict[str, str] = {}  # constant that is None -> where its value comes from
+    hardware: dict[str, Any] = {}  # tools.devices.device_facts
     device: str = "cpu"
     processes: int = 1
     packages: dict[str, str] = {}
@@ -47,7 +49,7 @@ class Run(BaseModel):
 
     def part(self) -> dict[str, Any]:
         """What may differ in a run that continues this one."""
-        return self.model_dump(include={"script", "command", "device", "processes", "packages", "commit"})
+        return self.model_dump(include={"script", "command", "device", "hardware", "processes", "packages", "commit"})
 
 
 def read_run(folder: Path, remedy: str = "run the step again with --overwrite") -> Run:

@@ -1,32 +1,35 @@
-"""Scores of label maps against the truth, from one confusion matrix over all images (method, section 8: evaluation)."""
+"""Scores of label maps against the truth, from one confusion matrix over all images (method section 8)."""
 
 from collections.abc import Iterable
 
 import cv2
 import numpy as np
+from numpy.typing import ArrayLike
 
 PROTOCOLS = ("clean", "released")
 CHUNK = 1 << 24  # pixels: OpenCV counts in float32, which is exact up to here
 
 
 class ConfusionMatrix:
-    """Pixel counts of truth against prediction, added up image by image in 64 bits.
+    """Pixel counts of truth against prediction, summed image by image in 64 bits.
 
-    `counts` is (K, K+1) int64: rows are the truth, columns the prediction, and the last column counts pixels that have
-    a class in the truth but none in the prediction (`ignore` there): those are errors, not pixels to skip. Pixels whose
-    truth is `ignore` do not count at all.
+    `counts` is (K, K+1) int64: rows are the truth, columns the prediction. The last column counts pixels that have a
+    class in the truth but `ignore` in the prediction: they are errors. Pixels whose truth is `ignore` are not counted.
+    Raises `ValueError` for a number of classes that does not fit below `ignore`.
     """
 
     def __init__(self, num_classes: int, ignore: int = 255):
         if not 1 <= num_classes <= ignore <= 255:
-            raise ValueError(f"{num_classes} classes with ignore = {ignore}: needs 1 <= classes <= ignore <= 255")
+            raise ValueError(
+                f"{num_classes} classes and ignore {ignore} do not fit: 1 <= classes <= ignore <= 255 must hold"
+            )
         self.num_classes, self.ignore = num_classes, ignore
         self.counts = np.zeros((num_classes, num_classes + 1), np.int64)
 
     def update(self, truth: np.ndarray, prediction: np.ndarray) -> None:
-        """Add one image or batch: two integer arrays of one shape that hold class ids or `ignore`.
+        """Add one image or batch: two integer arrays of the same shape that hold class ids or `ignore`.
 
-        Raises `ValueError` for different shapes or other ids; then nothing was added.
+        Raises `ValueError` for different shapes and for other ids, and then adds nothing.
         """
         truth, prediction = _bytes(truth, "truth"), _bytes(prediction, "prediction")
         if truth.shape != prediction.shape:
@@ -47,7 +50,7 @@ class ConfusionMatrix:
         self.counts += pairs[: self.num_classes, known]
 
     def merge(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
-        """Add the counts of another matrix of the same classes to this one."""
+        """Add the counts of another matrix to this one. Raises `ValueError` for other classes."""
         if (self.num_classes, self.ignore) != (other.num_classes, other.ignore):
             raise ValueError(
                 f"cannot add counts of {other.num_classes} classes (ignore {other.ignore}) to counts of "
@@ -56,19 +59,17 @@ class ConfusionMatrix:
         self.counts += other.counts
         return self
 
-    def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
-        return ConfusionMatrix(self.num_classes, self.ignore).merge(self).merge(other)
-
     def scores(self, left_out: Iterable[int] = (), protocol: str = "clean") -> dict:
-        """Fractions from 0 to 1: per class (K,) `iou`, `f1`, `precision`, `recall`, and `support` in truth pixels;
-        over all `miou`, `mean_f1`, `overall_accuracy`, `kappa`.
+        """Fractions from 0 to 1. For each class (K,): `iou`, `f1`, `precision`, `recall`, and `support`, its pixels in
+        the truth. Over all classes: `miou`, `mean_f1`, `overall_accuracy`, `kappa`.
 
-        A score that is not defined is NaN: all of a class that occurs neither in truth nor prediction, which the means
-        leave out. A class that is predicted but absent from the truth has IoU and F1 of 0 and counts in the means.
+        A score that is not defined is NaN. A class that occurs neither in the truth nor in the prediction has no
+        defined score, and the means leave it out. A class that is predicted but absent from the truth has an IoU and F1
+        of 0, and the means include it.
 
-        Pixels whose truth is a class of `left_out` are ignored, and that class is NaN. A pixel of another class that is
-        predicted as a left-out class counts as an error, except with `protocol="released"`, which drops it, and so
-        flatters.
+        Pixels whose truth is a class of `left_out` are not counted, and the scores of that class are NaN. A pixel of
+        another class that is predicted as a left-out class is an error. With `protocol="released"` this pixel is not
+        counted, which raises the scores.
         """
         if protocol not in PROTOCOLS:
             raise ValueError(f'protocol is "{protocol}", but it must be one of {", ".join(PROTOCOLS)}')
@@ -79,8 +80,7 @@ class ConfusionMatrix:
             counts[:, left_out] = 0
         hit = np.diagonal(counts).astype(float)
         support, predicted = counts.sum(axis=1), counts.sum(axis=0)[:-1]
-        if left_out:
-            predicted[left_out] = 0  # they have no score of their own; their pixels stay in `support` as errors
+        predicted[left_out] = 0  # a left-out class has no score; pixels predicted as one stay in `support` as errors
         iou = _ratio(hit, support + predicted - hit)
         f1 = _ratio(2 * hit, support + predicted)
         pixels = float(counts.sum())
@@ -100,6 +100,7 @@ class ConfusionMatrix:
 
 
 def _bytes(ids: np.ndarray, name: str) -> np.ndarray:
+    """`ids` as uint8. Raises `ValueError` where they are not whole numbers from 0 to 255."""
     ids = np.asarray(ids)
     if ids.dtype == np.uint8:
         return ids
@@ -111,11 +112,13 @@ def _bytes(ids: np.ndarray, name: str) -> np.ndarray:
     return ids.astype(np.uint8)
 
 
-def _ratio(part, whole) -> np.ndarray:
+def _ratio(part: ArrayLike, whole: ArrayLike) -> np.ndarray:
+    """part / whole, NaN where `whole` is 0."""
     part, whole = np.broadcast_arrays(np.asarray(part, float), np.asarray(whole, float))
     return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole != 0)
 
 
 def _mean(values: np.ndarray) -> float:
+    """The mean without NaN; NaN where nothing else is left."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else float("nan")

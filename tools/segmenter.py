@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from models.backbone import Backbone
 from models.deeplab import DeepLabV3Plus
-from tools.cams import mirrored_scales
+from tools.cams import OUTPUT_STRIDE, mirrored_scales
 from tools.command import check
 from tools.dataset import Dataset
 from tools.runs import Run
@@ -40,3 +40,15 @@ class Segmenter:
             for scale in logits:
                 total = total + F.interpolate(scale, images.shape[-2:], mode="bilinear", align_corners=False)
             return total
+
+
+def small_probabilities(logits: Tensor, predictions: int) -> Tensor:
+    """Logits (B,K,H,W), a sum over `predictions` passes -> class probabilities (B,K,h,w), means over 4 x 4 pixels.
+
+    They come from the mean logits. As `tools.cams.fuse_scales` expects, they cover the image up to a multiple of the
+    output stride; the border pixels are repeated there.
+    """
+    height, width = logits.shape[-2:]
+    rest = (0, -width % OUTPUT_STRIDE, 0, -height % OUTPUT_STRIDE)
+    probabilities = F.pad((logits / predictions).softmax(1), rest, mode="replicate")
+    return F.avg_pool2d(probabilities, 4)

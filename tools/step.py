@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
@@ -10,10 +10,13 @@ from typing import Any, Self
 import numpy as np
 
 from tools.command import UserError, check
+from tools.constants import Machine
 from tools.dataset import load_dataset
+from tools.devices import device_facts, start_line
 from tools.folders import ProcessState, StepFolder
 from tools.labels import load_image, load_label
 from tools.pictures import colourise, contact_sheet, sample_ids
+from tools.result_checks import check_shares, patch_shares, pixel_shares
 from tools.runs import Run, read_run
 from tools.steps import STEPS, next_step, step_of
 
@@ -57,13 +60,15 @@ def _near(folder: Path) -> str:
 
 
 class Step(StepFolder):
-    """One run of a step: what it reads is found and checked at once, its folder is opened by `open`.
+    """One run of a step: what it reads is found and checked at once, its folder is opened by `output`.
 
     `name` is a folder of tools/steps.py. Attributes: `dataset`; `split`; `experiment`, the folder of the experiment;
     `sources`, name -> folder that is read; `inputs`, name -> its `Run`; `path`, the output folder.
     A constant with the name of an input (`cams = "other"`) takes it from another experiment. `reads` replaces the
     inputs of the table. With `image_labels` the step reads the image-level labels: `labels`.
     """
+
+    constants: Machine
 
     def __init__(self, name: str, constants: Any, *, reads: tuple[str, ...] | None = None, image_labels: bool = False):
         self.info = STEPS[name]
@@ -75,6 +80,8 @@ class Step(StepFolder):
         self.inputs = {
             name: require(folder, constants, experiment=folder.parent.name) for name, folder in self.sources.items()
         }
+        self._settings: dict[str, Any] = {}
+        self._origins: dict[str, str] = {}
         self._reads = {name: run.started for name, run in self.inputs.items()}
         if image_labels:
             self.labels = self.dataset.image_labels(self.split)
@@ -87,47 +94,72 @@ class Step(StepFolder):
         experiment = self.experiment.parent / other if other else self.experiment
         return experiment / (STEPS[name].folder_of(self.split) if name in STEPS else name)
 
+    def method_value(self, name: str, key: str) -> float:
+        """The constant `name`; where it is None, the data set's value of `key` in [method]. run.json says which."""
+        value, self._origins[name] = self.dataset.method_value(key, getattr(self.constants, name))
+        self._settings[name] = value
+        return value
+
     @cached_property
     def ids(self) -> list[str]:
         """The patches of the split."""
         return self.dataset.ids(self.split)
 
     @contextmanager
-    def open(  # type: ignore[override]
+    def output(
         self,
         suffix: str,
         *,
-        state: ProcessState | None = None,
+        state: ProcessState,
         notes: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
     ) -> Iterator[Self]:
-        """As `StepFolder.open`; the notes of the inputs are carried on, and the closing lines say what was made."""
+        """Open the output folder as `StepFolder.open` does; say first on what device, last what was made.
+
+        The notes of the inputs are carried on.
+        """
         begin = time.monotonic()
         carried: dict[str, Any] = {}
         for run in self.inputs.values():
             carried |= run.notes
-        with super().open(
-            suffix, state=state, inputs=self._reads, notes=carried | (notes or {}), settings=settings
-        ) as step:
-            yield step
+        settings = self._settings | (settings or {})
+        if state.is_main_process:
+            print(f"step {self.info.number}, {start_line(state, settings.get('precision', ''), self.constants.device)}")
+        with self.open(
+            suffix,
+            state=state,
+            inputs=self._reads,
+            notes=carried | (notes or {}),
+            settings=settings,
+            facts={"origins": self._origins, "hardware": device_facts(state.device)},
+        ):
+            yield self
         if self.is_main:
             following = next_step(self.info)
             print(f"made: {self.path}, {self.run.files} files, {time.monotonic() - begin:.0f} s")
             print(f"look at: {self.path / 'contact_sheet.png'}")
             print(f"next: {following.command(self.constants)}" if following else "")
 
+    def warn_of_labels(self, folder: Path, remedy: str) -> None:
+        """Warn of label maps <folder>/<id>.png that hardly use a class, or little else than one."""
+        self.join()
+        if self.is_main:
+            classes, present = self.dataset.classes, {}
+            with suppress(UserError):  # a machine that only segments may have no image-level labels
+                present = patch_shares(self.dataset.image_labels("train"), classes)
+            self.warn(check_shares(pixel_shares(folder, self.ids, classes), present, remedy))
+
     def draw(self, row: Row, titles: Sequence[str], legend: bool = True) -> None:
         """Wait for all processes, then write the contact sheet: `row(id)` of some patches. Bad files are left out."""
         self.join()
         if not self.is_main:
             return
-        rows = []
+        rows: dict[str, Sequence[np.ndarray | None]] = {}
         for id in sample_ids(self.ids, self.constants.samples):
-            try:
-                rows.append(row(id))
-            except UserError:  # already among the failures
-                continue
-        contact_sheet(self.path / "contact_sheet.png", rows, titles, self.dataset.legend if legend else ())
+            with suppress(UserError):  # already among the failures
+                rows[id] = row(id)
+        sheet, colours = self.path / "contact_sheet.png", self.dataset.legend if legend else ()
+        contact_sheet(sheet, list(rows.values()), titles, colours, names=list(rows))
 
     def draw_labels(self, columns: dict[str, Path]) -> None:
         """The contact sheet of a step that makes label maps: the image, then <folder>/<id>.png of each column.

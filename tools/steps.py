@@ -10,6 +10,17 @@ from tools.constants import ROOT
 SPLITS = ("train", "test")
 
 
+def command_line(script: str, constants: Any, **others: str | None) -> str:
+    """The command that runs a script on the data set, experiment and root of `constants`, quoted for a shell.
+
+    `others` replaces some of these constants or adds further ones; None leaves one out.
+    """
+    given = {name: getattr(constants, name, None) for name in ("dataset", "experiment", "root")} | others
+    if given["root"] == ROOT:
+        given["root"] = None
+    return " ".join(["python", script, *(f"--{name} {shlex.quote(str(v))}" for name, v in given.items() if v)])
+
+
 @dataclass(frozen=True)
 class StepInfo:
     """One step of the method.
@@ -35,14 +46,9 @@ class StepInfo:
         return f"step {self.number}, {self.command(constants, **others)}"
 
     def command(self, constants: Any, **others: str) -> str:
-        """The command that runs this step on the data set, experiment and root of `constants`."""
-        given = {name: getattr(constants, name, None) for name in ("dataset", "experiment", "root")} | others
-        if self.folder == "sam_masks":
-            given.pop("experiment", None)
-        if given["root"] == ROOT:
-            given["root"] = None
-        words = [f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value]
-        return " ".join(["python", self.script, *words])
+        """`command_line` of this step."""
+        without: dict[str, str | None] = {"experiment": None} if self.folder == "sam_masks" else {}
+        return command_line(self.script, constants, **(others | without))
 
 
 STEPS = {

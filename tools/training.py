@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,10 @@ from models.backbone import Backbone
 from tools.augment import TrainingPatches
 from tools.command import UserError, check
 from tools.files import write_whole
+from tools.logs import read_log
+from tools.memory import MicroBatches
 from tools.progress import Progress
+from tools.review import average_precision
 
 Losses = dict[str, Tensor]  # "loss", the total, and its parts: scalars
 ComputeLoss = Callable[[nn.Module, Tensor, Tensor], Losses]  # model, images, targets -> losses
@@ -29,34 +32,30 @@ ComputeLoss = Callable[[nn.Module, Tensor, Tensor], Losses]  # model, images, ta
 class Recipe(Protocol):
     """The constants that a training needs."""
 
-    weights: str
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float
-    weight_decay: float
-    seed: int
-    compile: bool
-    workers: int
-
-
-def make_accelerator(precision: str = "auto", device: str = "auto") -> Accelerator:
-    """Accelerate's device and processes. "auto" is bf16 where GPU or CPU (AMX) compute in it, and fp32 elsewhere."""
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    if precision == "auto":
-        fast = torch.cpu.get_capabilities().get("amx_tile") if on_cpu else torch.cuda.is_bf16_supported(False)
-        precision = "bf16" if fast else "fp32"
-    # without cpu=True every CPU process would do all the work
-    return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=on_cpu)
-
-
-def precision_of(accelerator: Accelerator) -> str:
-    """What "auto" became, for run.json: a run must not be continued on a machine that computes differently."""
-    return "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    @property
+    def weights(self) -> str: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def micro_batch(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def compile(self) -> bool: ...
+    @property
+    def workers(self) -> int: ...
 
 
 def parameter_groups(
-    pretrained: list[nn.Module], new: list[nn.Module], lr: float, weight_decay: float
+    pretrained: Sequence[nn.Module], new: Sequence[nn.Module], lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """SGD groups of the recipe: pretrained weights lr, biases x2, new weights x10, new biases x20; decay on weights.
 
@@ -159,22 +158,25 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
 
 
 class Training:
-    """A model under training: its optimiser, how far it is, and the files that it leaves in `folder`.
+    """A model under training: its patches, its loss, its optimiser, and how many epochs it has seen.
 
-    After each epoch the state goes to checkpoint.pt, from which a stopped training continues with equal results, and
-    one line of figures to log.jsonl. model.pt is the last epoch's, or, with `select`, that of the highest
-    `select(model)`.
+    The `pretrained` modules learn at the base rate, the other children of `model` at ten times the base rate.
+    compute_loss(model, images, targets) -> {"loss": total, ...parts}; `count(targets)`: what a loss is a mean over.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        pretrained: list[nn.Module],
+        pretrained: Sequence[nn.Module],
         patches: TrainingPatches,
+        compute_loss: ComputeLoss,
         constants: Recipe,
         accelerator: Accelerator,
+        *,
+        count: Callable[[Tensor], Tensor | int] = len,
     ):
         self.constants, self.accelerator = constants, accelerator
+        self.micro_batches = MicroBatches(accelerator, compute_loss, constants.micro_batch, count)
         self.sampler = EpochBatches(
             len(patches), constants.batch_size, constants.seed, accelerator.process_index, accelerator.num_processes
         )
@@ -236,7 +238,7 @@ class Training:
         self.model, self.optimiser = self.accelerator.prepare(model, self.optimiser)
         self.raw = self.accelerator.unwrap_model(self.model)
 
-    def train_one_epoch(self, compute_loss: ComputeLoss, bar: Progress) -> dict[str, float]:
+    def train_one_epoch(self, bar: Progress) -> dict[str, float]:
         """One pass over the patches -> means of the losses over it."""
         constants, device, epoch = self.constants, self.accelerator.device, self.epoch
         # dropout is random through (seed, epoch, process) alone, so that a resumed run repeats an uninterrupted one
@@ -249,22 +251,55 @@ class Training:
                 group["lr"] = rate * (1 - step / self.steps) ** 0.9
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
             targets = targets.to(device, non_blocking=True)
-            self.optimiser.zero_grad(set_to_none=True)
-            with self.accelerator.autocast():
-                losses = compute_loss(self.model, images, targets)
-            self.accelerator.backward(losses["loss"])
+            losses = self.micro_batches(self.model, self.optimiser, images, targets)
             self.optimiser.step()
             for name, value in losses.items():  # summed on the device: reading them each step would stall it
-                sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
+                sums[name] = sums.get(name, torch.zeros((), device=device)) + value
             bar.update()
         self.epoch += 1
         return {name: float(self.accelerator.reduce(value, "mean")) / len(self.sampler) for name, value in sums.items()}
 
 
+class ClassScores:
+    """Logits of the training patches, as they pass through the model, and the labels they should meet."""
+
+    def __init__(self, classes: tuple[str, ...], accelerator: Accelerator):
+        self.classes, self.accelerator = classes, accelerator
+        self.logits: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """A batch: logits (B,K), image-level labels (B,K)."""
+        self.logits.append(logits.detach().float())
+        self.labels.append(labels)
+
+    def average_precision(self) -> dict[str, dict[str, float]]:
+        """{"average_precision": {class: value}} of the patches added since the last call, in all processes."""
+        logits, labels = (
+            self.accelerator.gather(torch.cat(parts)).cpu().numpy() for parts in (self.logits, self.labels)
+        )
+        self.logits, self.labels = [], []
+        return {
+            "average_precision": {
+                name: round(average_precision(labels[:, k] > 0, logits[:, k]), 4)
+                for k, name in enumerate(self.classes)
+                if (labels[:, k] > 0).any()
+            }
+        }
+
+
 def train(
-    training: Training, folder: Path, compute_loss: ComputeLoss, select: Callable[[nn.Module], float] | None = None
+    training: Training,
+    folder: Path,
+    select: Callable[[nn.Module], float] | None = None,
+    measure: Callable[[], dict[str, Any]] | None = None,
 ) -> None:
-    """Train the epochs that are left; write model.pt, checkpoint.pt, log.jsonl and TensorBoard files to `folder`."""
+    """Train the epochs that are left; write model.pt, checkpoint.pt, log.jsonl and TensorBoard files to `folder`.
+
+    After each epoch the state goes to checkpoint.pt, from which a stopped training continues with equal results, and
+    one line of figures to log.jsonl, which `measure` may add to. model.pt is the last epoch's, or, with `select`, that
+    of the highest `select(model)`.
+    """
     checkpoint_file, log_file = folder / "checkpoint.pt", folder / "log.jsonl"
     main = training.accelerator.is_main_process
     training.resume(checkpoint_file)
@@ -279,23 +314,28 @@ def train(
     while training.epoch < training.constants.epochs:
         start = time.perf_counter()
         bar.set_description(f"training, epoch {training.epoch + 1} of {training.constants.epochs}", refresh=False)
-        means = training.train_one_epoch(compute_loss, bar)
+        means = training.train_one_epoch(bar)
         bar.note(f"loss {means['loss']:.4f}")
         check(
             math.isfinite(means["loss"]),
             f"the loss became {means['loss']} in epoch {training.epoch}: lower lr ({training.constants.lr}); the state "
             f"after epoch {training.epoch - 1} is kept in {checkpoint_file}",
         )
-        row = {"epoch": training.epoch, "step": training.epoch * steps, **means}
+        row: dict[str, Any] = {"epoch": training.epoch, "step": training.epoch * steps, **means}
         row["lr"] = training.optimiser.param_groups[0]["lr"]
         row["images_per_second"] = round(steps * training.constants.batch_size / (time.perf_counter() - start), 2)
+        if measure:
+            row |= measure()
         if select:
             row["train_miou"] = select(training.raw)
         if not main or writer is None:
             continue
         _log(log_file, row)
         for name, value in row.items():
-            if name not in ("epoch", "step"):
+            if isinstance(value, dict):  # one value for each class
+                for key, part in value.items():
+                    writer.add_scalar(f"{name}/{key}", part, row["step"])
+            elif name not in ("epoch", "step"):
                 writer.add_scalar(name, value, row["step"])
         if not select or row["train_miou"] > training.best:
             save_checkpoint(folder / "model.pt", training.raw, epoch=training.epoch)
@@ -312,22 +352,6 @@ def train(
         writer.close()
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The epochs of a log.jsonl; lines that are no JSON objects, as a power cut can leave, are passed over."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        rows += [row] if isinstance(row, dict) else []
-    return rows
-
-
 def _log(path: Path, row: dict[str, Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -335,6 +359,6 @@ def _log(path: Path, row: dict[str, Any]) -> None:
 
 def _cut_log(path: Path, epochs: int) -> None:
     """Drop what a killed run logged after its last checkpoint."""
-    rows = [row for row in read_log(path) if row.get("epoch", math.inf) <= epochs]
+    rows = [row for row in read_log(path) if row["epoch"] <= epochs]
     with write_whole(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

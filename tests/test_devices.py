@@ -1,0 +1,286 @@
+"""The choice of device and precision; and every computation on tensors of a GPU that is not there.
+
+The second half runs under torch's FakeTensorMode: tensors have a shape, a type and a device, here "cuda:0", but no
+values. An operation on tensors of different devices fails as on a GPU. Backward passes, the fused optimiser and sparse
+matrices cannot be run so.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import train_classification
+import train_segmentation
+from models.backbone import Backbone
+from models.classifier import Classifier
+from models.crf import DenseCRF
+from models.deeplab import DeepLabV3Plus
+from PRC_SAM.checkpoints import build_sam
+from PRC_SAM.generator import MaskGenerator, Settings
+from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
+from tools import augment, devices
+from tools.cams import mirrored_scales
+from tools.command import UserError
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(built, usable, signs): a torch built for that CUDA version (None: for the CPU), GPUs that it can use."""
+
+    def set_up(built, usable, signs=""):
+        monkeypatch.setattr(torch.version, "cuda", built)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: usable > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: usable)
+        monkeypatch.setattr(devices, "signs_of_a_gpu", lambda: signs)
+
+        def init():
+            raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Please update.")
+
+        monkeypatch.setattr(torch.cuda, "init", init)
+
+    return set_up
+
+
+@pytest.mark.parametrize(("built", "signs"), [("13.2", ""), (None, "nvidia-smi lists a GPU"), (None, "")])
+def test_auto_is_the_cpu_where_no_gpu_shows_or_torch_was_built_for_the_cpu(machine, built, signs):
+    machine(built, 0, signs)
+    state = devices.process_state("auto")
+    assert state.device == CPU
+    line = devices.start_line(state, "fp32")
+    assert line.endswith(
+        "precision: fp32; " + ("no GPU was found" if built else "this torch is built for the CPU alone")
+    )
+    assert "GPU" not in devices.start_line(state, "fp32", "cpu")
+
+
+def test_auto_does_not_pass_over_a_gpu_that_torch_cannot_use(machine):
+    machine("13.2", 0, "nvidia-smi lists NVIDIA GeForce RTX 3090 with driver 535.104.05")
+    with pytest.raises(UserError, match=r"built for CUDA 13\.2\) cannot use a GPU: .* too old .*12020.* 535\.104"):
+        devices.process_state("auto")
+    assert devices.process_state("cpu").device == CPU
+
+
+@pytest.mark.parametrize(
+    ("device", "usable", "sentence"),
+    [
+        ("cuda", 0, r"device is cuda, but torch .* too old .*; update the driver .* or add --device cpu"),
+        ("cuda:1", 0, r"device is cuda:1, but torch .* cannot use a GPU"),
+        ("cuda:2", 2, r"device is cuda:2, but this machine's GPUs are cuda:0 to cuda:1"),
+        ("mps", 0, r"device is mps, but this torch finds no Apple GPU"),
+    ],
+)
+def test_a_device_that_is_missing_is_refused(machine, device, usable, sentence):
+    machine("13.2", usable)
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        devices.process_state(device)
+
+
+def test_one_gpu_cannot_serve_several_processes(machine, monkeypatch):
+    machine("13.2", 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="device is cuda:1, but several processes need a GPU each"):
+        devices.process_state("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            "CUDA error: no kernel image is available for execution on the device",
+            "code for sm_75, sm_80, not .*sm_61",
+        ),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with", "another program holds it"),
+        ("CUDA error: unspecified launch failure\nCUDA kernel errors might", "unspecified launch failure;"),
+    ],
+)
+def test_a_gpu_that_fails_at_the_first_sum_is_explained(monkeypatch, error, sentence):
+    def ones(*_, **__):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GTX 1080")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
+    with pytest.raises(UserError, match=rf"the GPU cuda:0 \(NVIDIA GTX 1080\) cannot be used: .*{sentence}"):
+        devices._try_out(GPU)
+
+
+@pytest.mark.parametrize(
+    ("visible", "listed", "sign"),
+    [
+        (None, [], ""),
+        ("", ["RTX, 535"], ""),
+        ("-1", ["RTX, 535"], ""),
+        ("NoDevFiles", ["RTX, 535"], ""),
+        ("0", [], 'CUDA_VISIBLE_DEVICES is "0"'),
+        ("GPU-3a", [], 'CUDA_VISIBLE_DEVICES is "GPU-3a"'),
+        (None, ["NVIDIA GeForce RTX 3090, 535.104"], "nvidia-smi lists NVIDIA GeForce RTX 3090 with driver 535.104"),
+    ],
+)
+def test_signs_of_a_gpu(monkeypatch, visible, listed, sign):
+    monkeypatch.setattr(devices, "nvidia_gpus", lambda: listed)
+    monkeypatch.setattr(devices.Path, "glob", lambda *_: [])
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert devices.signs_of_a_gpu() == sign
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "training", "sam"),
+    [({}, "fp32", "fp32"), ({"avx512_bf16": True}, "bf16", "fp32"), ({"amx_bf16": True}, "bf16", "fp32")],
+)
+def test_auto_is_bf16_where_the_cpu_computes_in_it(monkeypatch, capabilities, training, sam):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert devices.choose_precision("auto", CPU) == training
+    assert devices.choose_precision("auto", CPU, bf16_on_cpu=False) == sam
+    assert devices.choose_precision("bf16", CPU) == "bf16" and devices.choose_precision("fp32", CPU) == "fp32"
+    assert devices.choose_precision("auto", torch.device("mps")) == "fp32"
+
+
+def test_fp32_is_not_rounded_to_tf32():
+    try:
+        devices.set_precision("bf16", CPU)
+        assert torch.backends.cudnn.allow_tf32
+        devices.set_precision("fp32", CPU)
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def test_facts_for_the_account(monkeypatch):
+    assert devices.device_facts(CPU).keys() == {"device", "name", "threads"}
+    monkeypatch.setattr(devices, "nvidia_gpus", lambda: ["NVIDIA H100, 570.86"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    found = SimpleNamespace(total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    facts = devices.device_facts(GPU)
+    assert facts["driver"] == "570.86" and facts["capability"] == "sm_90" and facts["memory_gib"] == 80
+    assert {facts["tf32_in_convolutions"], facts["tf32_in_products"]} <= {True, False} and "cudnn" in facts
+    line = devices.start_line(SimpleNamespace(device=GPU, num_processes=2), "bf16")
+    assert line == "device: NVIDIA H100 (cuda:0, 80 GiB); precision: bf16; 2 processes"
+
+
+# On a GPU that is not there
+
+PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
+SAM = {
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "global_attention": [1],
+    "image_size": 128,
+    "window_size": 3,
+    "prompt_dim": 32,
+    "decoder_mlp_dim": 64,
+}
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """Every tensor made in the test is fake; autocast works as where there is a GPU."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    augment._statistics.cache_clear()
+    with FakeTensorMode(shape_env=ShapeEnv(allow_dynamic_output_shape_ops=True)):
+        yield
+    augment._statistics.cache_clear()
+
+
+def moved(model):
+    """model.to("cuda"), which fake tensors do not allow: what torch would move, and nothing else."""
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                module._parameters[name] = nn.Parameter(value.to(GPU), value.requires_grad)
+        for name, value in module._buffers.items():
+            if value is not None:
+                module._buffers[name] = value.to(GPU)
+    return model
+
+
+def autocast(precision):
+    return torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16")
+
+
+def check(tensors, dtype=torch.float32):
+    assert tensors
+    for tensor in tensors:
+        assert tensor.device == GPU and tensor.dtype == dtype, tensor
+
+
+def kind(precision):
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+@PRECISIONS
+def test_classifier_and_its_losses(fake_gpu, precision):
+    model = moved(Classifier(Backbone("resnet18", "none"), 3))
+    images, labels = torch.empty(2, 3, 64, 64, device=GPU), torch.ones(2, 3, device=GPU)
+    with autocast(precision):
+        logits, maps = model(images)
+        losses = train_classification.compute_loss(
+            model, images, labels, train_classification.Constants(weights="none")
+        )
+    check([logits], kind(precision))
+    check([maps, *losses.values()])
+    with autocast(precision):  # thresholds must not depend on rounding to bf16
+        check([model.prc.affinity(torch.empty(2, 512, 4, 4, device=GPU, dtype=kind(precision)), images)])
+
+
+@PRECISIONS
+def test_segmenter_and_its_loss(fake_gpu, precision):
+    model = moved(DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16))
+    images, labels = torch.empty(2, 3, 64, 64, device=GPU), torch.empty(2, 64, 64, dtype=torch.long, device=GPU)
+    with autocast(precision):
+        check([model.backbone(images)[2]], kind(precision))
+        check([model(images), *train_segmentation.compute_loss(model, images, labels).values()])
+
+
+@PRECISIONS
+def test_multi_scale_inference(fake_gpu, precision):
+    classifier = moved(Classifier(Backbone("resnet18", "none"), 3))
+    segmenter = moved(DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16))
+    images, scales = torch.empty(2, 3, 48, 64, dtype=torch.uint8), (0.5, 1.0, 1.5)
+    with autocast(precision):
+        maps = mirrored_scales(lambda x: classifier(x)[1].relu(), images, scales, GPU)
+        raw = mirrored_scales(lambda x: classifier.classifier(classifier.backbone(x)[2]), images, scales, GPU)
+        logits = mirrored_scales(segmenter, images, scales, GPU)
+    check([*maps, *raw, *logits])
+    assert [tuple(scale.shape) for scale in logits] == [(2, 3, 24, 32), (2, 3, 48, 64), (2, 3, 72, 96)]
+
+
+@PRECISIONS
+def test_sam(fake_gpu, precision):
+    sam = moved(build_sam(**SAM))
+    generator = MaskGenerator(sam, Settings(points_per_side=4), precision, batch=2)
+    size, (crop,) = generator.prepare(np.zeros((96, 70, 3), np.uint8))
+    with torch.inference_mode():
+        embeddings = list(generator._encode([crop.pixels] * 3))
+        tokens = generator._tokens(crop)
+        scores, mask_tokens, pixels = generator.decoder.transform(embeddings[0], tokens)
+        logits = generator.decoder.masks(mask_tokens, pixels)
+        rows, columns = generator._resampling_of(crop.pixels.shape[1:], size)
+        full = (rows @ logits @ columns.T).flatten(0, 1)
+        stability = generator._stability(full)
+        masks = full > sam.mask_threshold
+    check([*embeddings, tokens, scores, mask_tokens, pixels, logits, full, stability])
+    assert len(embeddings) == 3 and embeddings[0].shape == (32, 8, 8) and full.shape == (48, 96, 70)
+    check([pack_bits(masks)], torch.uint8)
+    check([count_pixels(masks), outer_boxes(masks)], torch.int64)
+
+
+def test_exact_crf(fake_gpu):
+    crf = DenseCRF(np.zeros((8, 9, 3), np.uint8), 1.0, 3.0, 67.0, 3.0, 4.0, "exact", GPU)
+    q = torch.empty(72, 3, device=GPU)
+    assert len(crf.messages) == 2
+    check([message(q) for message in crf.messages])

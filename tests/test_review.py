@@ -1,0 +1,81 @@
+"""The classifier's view of the labels: average precision and doubts against float64 references, and damaged files."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.experiments import CLASSES, make_experiment
+from tools.cams import save_cams
+from tools.command import UserError
+from tools.dataset import load_dataset
+from tools.image_labels import write_image_labels
+from tools.review import average_precision, doubt, read_logits, review
+
+CAMS = "experiments/tiny/run/cams"
+
+
+def reference(labels, scores):
+    """The area under precision over recall, threshold by threshold."""
+    total, before = 0.0, 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        chosen = [label for label, score in zip(labels, scores, strict=True) if score >= threshold]
+        recall = sum(chosen) / sum(labels)
+        total += (recall - before) * sum(chosen) / len(chosen)
+        before = recall
+    return total
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=1, max_size=30))
+def test_average_precision_equals_its_definition(pairs):
+    labels, scores = map(list, zip(*pairs, strict=True))
+    found = average_precision(np.array(labels), np.array(scores, float))
+    if any(labels):
+        assert found == pytest.approx(reference(labels, scores))
+    else:
+        assert np.isnan(found)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(-30, 30)), min_size=1, max_size=30))
+def test_doubt_ranks_like_the_distance_between_label_and_probability(pairs):
+    labels, logits = (np.array(values) for values in zip(*pairs, strict=True))
+    distance = np.abs(labels - 1 / (1 + np.exp(-logits)))
+    order = np.argsort(-doubt(labels, logits))
+    assert (np.diff(distance[order]) <= 1e-12).all()
+    assert ((doubt(labels, logits) > 0) == (np.where(labels, logits, -logits) < 0)).all()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Five patches whose every second class is labelled, and a classifier that contradicts three of the labels."""
+    root = make_experiment(tmp_path)
+    labels = {id: np.array([True, False, True, False]) for id in "abcde"}
+    write_image_labels(root / "datasets/tiny/train/image_labels.csv", tuple(CLASSES), labels)
+    for id in "abcde":
+        logits = np.where(labels[id], 4.0, -4.0)
+        logits[3] = {"b": 2.0, "d": 0.5}.get(id, -4.0)
+        logits[0] = -6.0 if id == "c" else logits[0]
+        save_cams(root / CAMS / f"{id}.npz", np.array([0, 2]), [np.ones((2, 2, 2))], (32, 32), logits)
+    return root
+
+
+def test_a_review_names_the_strongest_doubts_first(root):
+    found = review(load_dataset("tiny", root), root / CAMS)
+    doubts = [(each.id, each.name, each.labelled, round(each.probability, 3)) for each in found.doubts]
+    assert doubts == [("c", CLASSES[0], True, 0.002), ("b", "clutter", False, 0.881), ("d", "clutter", False, 0.622)]
+    assert [(name, count) for name, count, _ in found.classes] == list(zip(CLASSES, [5, 0, 5, 0], strict=True))
+    assert found.classes[2][2] == 1 and np.isnan(found.classes[3][2])
+    assert len(review(load_dataset("tiny", root), root / CAMS, most=2).doubts) == 2
+
+
+def test_patches_without_logits_and_damaged_files(root):
+    assert sorted(read_logits(root / CAMS, ["a", "b", "new"], 4)) == ["a", "b"]
+    with pytest.raises(UserError, match=r"a\.npz has logits of 4 classes, but the data set has 5"):
+        read_logits(root / CAMS, ["a"], 5)
+    with pytest.raises(UserError, match="has no file of the train patches"):
+        read_logits(root / CAMS, ["new"], 4)
+    with np.load(root / CAMS / "a.npz") as arrays:
+        old = {name: array for name, array in arrays.items() if name != "logits"}
+    np.savez_compressed(root / CAMS / "a.npz", **old)
+    with pytest.raises(UserError, match=r"a\.npz cannot be read as class activation maps .*logits"):
+        read_logits(root / CAMS, ["a"], 4)

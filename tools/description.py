@@ -1,0 +1,225 @@
+"""The content of a dataset.toml: what may be in it, and how it is read (docs/own_data.md)."""
+
+import json
+import re
+import tomllib
+from collections import Counter
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from tools.command import UserError
+from tools.constants import ROOT, Affinity, PositiveCount, Share
+from tools.folders import and_more
+from tools.steps import SPLITS
+
+SHIPPED = ROOT / "datasetsprocess"  # <name>.toml of the data sets that come with the project
+
+
+def _colour(value: Any) -> tuple[int, ...]:
+    if isinstance(value, str) and re.fullmatch("#[0-9a-fA-F]{6}", value):
+        return tuple(bytes.fromhex(value[1:]))
+    if isinstance(value, list) and len(value) == 3 and all(type(v) is int and 0 <= v <= 255 for v in value):
+        return tuple(value)
+    raise ValueError('it must be three whole numbers from 0 to 255, such as [60, 16, 152], or text such as "#3C1098"')
+
+
+def _class_name(name: str) -> str:
+    if name != name.strip() or name in ("", "id") or not name.isprintable():  # it heads a column of image_labels.csv
+        raise ValueError('a class needs a name other than "id", without line breaks and without spaces at its ends')
+    return name
+
+
+Colour = Annotated[tuple[int, int, int], BeforeValidator(_colour)]
+Side = Annotated[int, Field(ge=16)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Split = Literal["train", "test"]
+
+
+class Table(BaseModel):
+    """A table of the file: exact types, finite numbers, no unknown key."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ClassEntry(Table):
+    name: Annotated[str, AfterValidator(_class_name)]
+    colour: Colour = Field(validation_alias=AliasChoices("colour", "color"))
+
+
+class Rules(Table):
+    """How the splitters of the paper's data sets cut scenes into patches; each reads its own keys."""
+
+    background: str | None = None  # iSAID: the background class
+    patches_per_scene: Annotated[list[PositiveCount], Field(min_length=1)] | None = None
+    tries: PositiveCount | None = None
+    max_background: dict[Split, Share] | None = None
+    rare_class: str | None = None  # Vaihingen
+    rare_share: Share | None = None
+    crop_side: Annotated[list[Share], Field(min_length=2, max_length=2)] | None = None
+    min_share: Share | None = None  # Potsdam
+    min_share_of: dict[str, Share] | None = None
+
+
+class Paper(Table):
+    """The paper's figures for the data set, in per cent."""
+
+    miou: Percent
+    share_of_supervised: Percent
+    supervised: Percent
+
+
+class Method(Table):
+    """Constants of the method that the released code ties to a data set (docs/data.md)."""
+
+    gamma: Affinity = 0.7  # step 1, PRC: affinities below this are cut
+    tau_pseudo_labels: Share = 0.9  # step 4, IOS on pseudo-labels
+    tau_segmentation: Share = 0.9  # step 7, IOS on segmentation results
+
+
+class Description(Table):
+    """A whole description, with everything that it takes from its base."""
+
+    title: str = ""
+    patch_size: Side
+    stride: Side | None = None
+    classes: list[ClassEntry] = Field(min_length=1, max_length=250)
+    ignore_colours: list[Colour] = Field([], validation_alias=AliasChoices("ignore_colours", "ignore_colors"))
+    left_out_of_mean: list[str] = []
+    scenes: dict[Split, list[str]] = {}
+    rules: Rules = Rules()
+    paper: Paper | None = None
+    method: Method = Method()
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> "Description":
+        names = [entry.name for entry in self.classes]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(f"two classes are called {twice[0]}: every class needs its own name")
+        owners: dict[tuple[int, int, int], str] = {}
+        colours = [(entry.colour, entry.name) for entry in self.classes]
+        for colour, owner in [*colours, *((colour, "ignore_colours") for colour in self.ignore_colours)]:
+            if colour in owners:
+                raise ValueError(
+                    f"{owners[colour]} and {owner} share the colour {list(colour)}: every class needs its own colour"
+                )
+            owners[colour] = owner
+        if not set(self.left_out_of_mean) < set(names):
+            raise ValueError(
+                f"left_out_of_mean is {', '.join(self.left_out_of_mean)}, but it must name some of the classes and not "
+                f"all of them: {', '.join(names)}"
+            )
+        return self
+
+
+KNOWN = {  # table -> its keys
+    "": ["base", *Description.model_fields],
+    "classes": list(ClassEntry.model_fields),
+    "rules": list(Rules.model_fields),
+    "paper": list(Paper.model_fields),
+    "method": list(Method.model_fields),
+}
+
+
+def read_description(name: str, root: Path) -> Description:
+    """Read <root>/datasets/<name>/dataset.toml, or the description of that name which comes with the project.
+
+    `base = "<other>"` takes everything that the file does not give from another description: [method] key by key, the
+    rest as a whole, [paper] never. Raises `UserError` for everything that is wrong with a description.
+    """
+    content, files = _read(name, root, ())
+    try:
+        return Description.model_validate(content)
+    except ValidationError as error:
+        sentences = [_sentence(each, files, _file(name, root)) for each in error.errors()]
+        raise UserError(and_more(sentences, most=3)) from None
+
+
+def _file(name: str, root: Path) -> Path:
+    own, shipped = root / "datasets" / name / "dataset.toml", SHIPPED / f"{name}.toml"
+    if own.exists():
+        return own
+    if shipped.exists():
+        return shipped
+    known = sorted(file.parent.name for file in (root / "datasets").glob("*/dataset.toml"))
+    coming = sorted(file.stem for file in SHIPPED.glob("*.toml"))
+    close = get_close_matches(name, [*known, *coming], 1)
+    raise UserError(
+        f'there is no data set "{name}"'
+        + (f", did you mean {close[0]}? " if close else ". ")
+        + (f"Your own: {', '.join(known)}. " if known else "")
+        + f"With the project: {', '.join(coming)}. To describe a new one, write {own} (docs/own_data.md)"
+    )
+
+
+def _read(name: str, root: Path, seen: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The content of a description and its bases, and for each key the file that gives its value."""
+    if not (isinstance(name, str) and re.fullmatch(r"[\w-]+", name)):
+        where = f"{_file(seen[-1], root)}: base" if seen else "dataset"
+        raise UserError(f'{where} is {_shown(name)}, but the name of a data set has only letters, digits, "_" and "-"')
+    file = _file(name, root)
+    if name in seen:
+        raise UserError(f"{file}: base leads back to itself ({' -> '.join([*seen, name])}): remove one base")
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
+        raise UserError(f"{file} is not valid TOML in UTF-8 ({error}): correct this place") from None
+    base: dict[str, Any] = {}
+    files: dict[str, Path] = {}
+    if "base" in content:
+        base, files = _read(content.pop("base"), root, (*seen, name))
+        base.pop("paper", None)  # a derived data set is not the paper's
+        if "patch_size" in content:
+            base.pop("stride", None)  # the base's stride may exceed our patch size
+        if isinstance(content.get("method"), dict) and isinstance(base.get("method"), dict):
+            content["method"] = base["method"] | content["method"]
+    return base | content, files | dict.fromkeys(content, file)
+
+
+EXPECTED = {  # pydantic's types of errors -> what we say in its place
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "string_type": "text in quotation marks",
+    "list_type": "a list in [ ]",
+    "dict_type": "a table",
+    "model_type": "a table",
+}
+
+
+def _sentence(error: Any, files: dict[str, Path], own: Path) -> str:
+    """One of pydantic's errors as file, key, value found and what was expected."""
+    place = [part for part in error["loc"] if part != "[key]"]
+    if not place:  # of the description as a whole
+        return f"{own}: {error['ctx']['error']}"
+    file, key = files.get(place[0], own), "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in place)[1:]
+    if error["type"] == "missing":
+        return f"{file}: {key} is missing, add it (docs/own_data.md)"
+    if error["type"] == "extra_forbidden" or "[key]" in error["loc"]:
+        known = SPLITS if "[key]" in error["loc"] else KNOWN[place[0] if len(place) > 1 else ""]
+        close = get_close_matches(str(place[-1]), known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}"
+        return f"{file}: there is no key {key}, {hint}"
+    if error["type"] in EXPECTED:
+        expected = f"it must be {EXPECTED[error['type']]}"
+    else:
+        expected = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
+        expected = re.sub("^(Input|List) should", "it must", expected)
+    return f"{file}: {key} is {_shown(error['input'])}, but {expected}"
+
+
+def _shown(value: Any) -> str:
+    """A value as TOML writes it, shortened."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -1,0 +1,85 @@
+"""Simple facts that show a worthless result, although the step that made it succeeded: one sentence for each."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.labels import IGNORE, load_label
+from tools.pictures import sample_ids
+
+MOST_READ = 400  # label maps that are read to estimate shares
+NEARLY_ALL = 0.95  # of all pixels
+HARDLY_ANY = 0.001  # of the pixels of the patches that have the class
+SEEN_OFTEN = 0.05  # of the patches
+BETTER_THAN_CHANCE = 1.2  # average precision, divided by the share of patches with the class
+FALLEN = 0.98  # of the first epoch's loss
+ADVICE = 'see "A few hundred patches" in docs/own_data.md'
+
+
+def check_losses(rows: Sequence[dict[str, Any]], name: str = "loss") -> list[str]:
+    """Whether the loss of a training, a row for each epoch, fell."""
+    losses = [row[name] for row in rows if isinstance(row.get(name), float)]
+    if len(losses) < 2 or losses[-1] < FALLEN * losses[0]:
+        return []
+    return [
+        f"the {name} did not fall: {losses[0]:.3g} in the first epoch, {losses[-1]:.3g} in the last; change lr or "
+        f"train for more epochs ({ADVICE})"
+    ]
+
+
+def check_classifier(rows: Sequence[dict[str, Any]], present: dict[str, float]) -> list[str]:
+    """Whether the classifier learnt; `present`: class -> share of the train patches that have the class."""
+    found = check_losses(rows, "classification")
+    if rows and rows[-1].get("classification", 0) >= math.log(2):
+        found.append(
+            f"the classification loss ended at {rows[-1]['classification']:.2f}, and guessing gives {math.log(2):.2f}: "
+            "the class activation maps will be worthless; use a lower lr, with --weights none also --momentum 0.9, or "
+            f"more epochs ({ADVICE})"
+        )
+    precision = rows[-1].get("average_precision", {}) if rows else {}
+    blind = [
+        f"{name} ({precision[name]:.2f}, chance {share:.2f})"
+        for name, share in present.items()
+        if isinstance(precision.get(name), float) and 0 < share < 0.9 and precision[name] < BETTER_THAN_CHANCE * share
+    ]
+    if blind:
+        found.append(
+            f"the classifier hardly tells patches with and without these classes apart, by average precision: "
+            f"{', '.join(blind)}; their maps will be worthless: train for more epochs, give more patches, or check "
+            "their labels"
+        )
+    return found
+
+
+def check_shares(shares: dict[str, float], present: dict[str, float], remedy: str) -> list[str]:
+    """Whether label maps use the classes; `shares`: class -> share of pixels, `present`: class -> share of patches."""
+    found = []
+    for name, share in shares.items():
+        if share > NEARLY_ALL and len(shares) > 1:
+            found.append(f"one class, {name}, covers {share:.1%} of all pixels: {remedy}")
+    absent = [
+        f"{name} (in {present[name]:.0%} of the patches, on {share:.2%} of the pixels)"
+        for name, share in shares.items()
+        if present.get(name, 0) >= SEEN_OFTEN and share < HARDLY_ANY * present[name]
+    ]
+    if absent:
+        found.append(f"classes that are hardly ever found: {', '.join(absent)}: {remedy}")
+    return found
+
+
+def pixel_shares(folder: Path, ids: Sequence[str], classes: Sequence[str]) -> dict[str, float]:
+    """class -> share of the labelled pixels in the label maps <folder>/<id>.png, estimated from `MOST_READ` of them."""
+    counts = np.zeros(IGNORE + 1, np.int64)
+    for id in sample_ids([id for id in ids if (folder / f"{id}.png").exists()], MOST_READ):
+        counts += np.bincount(load_label(folder / f"{id}.png", len(classes)).ravel(), minlength=IGNORE + 1)
+    labelled = max(int(counts[: len(classes)].sum()), 1)
+    return {name: float(counts[k] / labelled) for k, name in enumerate(classes)}
+
+
+def patch_shares(labels: dict[str, np.ndarray], classes: Sequence[str]) -> dict[str, float]:
+    """class -> share of the patches that have the class; `labels`: id -> (K,) bool."""
+    shares = np.mean(list(labels.values()), axis=0)
+    return dict(zip(classes, shares.tolist(), strict=True))
