@@ -5,6 +5,7 @@ A splitter in datasetsprocess finds the files of each scene and yields the patch
 counted in strides, or <scene>_p<number> for a random patch; then _v<version> for one of the four versions.
 """
 
+import os
 import re
 import zlib
 from collections import Counter
@@ -12,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel
@@ -20,6 +21,7 @@ from pydantic import BaseModel
 from datasetsprocess.scene_files import Source
 from datasetsprocess.scene_labels import Unknown, describe, read_truth
 from tools.command import UserError, check
+from tools.constants import Count, Place, Speed, constants
 from tools.dataset import Dataset
 from tools.files import read_json, write_json
 from tools.folders import StepFolder
@@ -28,6 +30,16 @@ from tools.rasters import KINDS, Raster
 from tools.steps import SPLITS, command_line
 
 PATCH_ID = re.compile(r"(.+)_(?:r\d+_c\d+|p\d+)(?:_v\d)?")
+
+
+@constants
+class Cutting(Place):
+    """What every splitter has."""
+
+    raw: str = ""  # the folder of unpacked archives or own scenes; empty: <root>/datasets/<dataset>/raw
+    unknown_colours: Literal["stop", "ignore"] = "stop"  # truth colours that are no class: stop, or ignore them (255)
+    missing_scenes: Speed[Literal["stop", "skip"]] = "stop"  # scenes without image or truth: stop, or skip them
+    workers: Speed[Count] = min(8, os.cpu_count() or 1)  # worker processes of about 200 MB; 0: the main process
 
 
 @dataclass
@@ -107,15 +119,6 @@ def class_id(dataset: Dataset, name: str) -> int:
     return dataset.classes.index(name)
 
 
-class SplitConstants(Protocol):
-    """The constants that `split_scenes` needs; `seed`, too, where a rule is random."""
-
-    root: Path
-    workers: int
-    overwrite: bool
-    unknown_colours: Literal["stop", "ignore"]
-
-
 class SceneAccount(BaseModel):
     """scenes/<scene>.json, written when all patches of a scene are there."""
 
@@ -127,7 +130,7 @@ class SceneAccount(BaseModel):
 
 
 def split_scenes(
-    constants: SplitConstants,
+    constants: Cutting,
     dataset: Dataset,
     sources: dict[str, list[Source]],
     rule: Rule,

@@ -20,7 +20,6 @@ repeat.
 Command: python datasetsprocess/isaid_split.py
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -30,10 +29,10 @@ from typing import Literal
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasetsprocess.cutting import Patch, Scene, class_id, rule_of, split_scenes
+from datasetsprocess.cutting import Cutting, Patch, Scene, class_id, rule_of, split_scenes
 from datasetsprocess.scene_files import find_sources, scene_files
 from tools.command import check, run
-from tools.constants import Count, Place, Seed, Speed, constants
+from tools.constants import Seed, constants
 from tools.dataset import Dataset, load_dataset
 from tools.rasters import Raster
 from tools.steps import SPLITS
@@ -43,14 +42,10 @@ IMAGE, TRUTH = "images/{}", "Semantic_masks/images/{}_instance_color_RGB"
 
 
 @constants
-class Constants(Place):
+class Constants(Cutting):
     dataset: str = "isaid"  # isaid | the name of your own dataset.toml for scenes in this layout
-    raw: str = ""  # where the archives are unpacked; empty: <root>/datasets/<dataset>/raw
     grey: Literal["stop", "repeat"] = "stop"  # scenes with one channel: stop, or repeat it three times
-    unknown_colours: Literal["stop", "ignore"] = "stop"  # truth colours that are no class: stop, or ignore them (255)
-    missing_scenes: Speed[Literal["stop", "skip"]] = "stop"  # incomplete scenes, and splits without scenes
     seed: Seed = 0  # of the random patches
-    workers: Speed[Count] = min(8, os.cpu_count() or 1)  # worker processes of about 200 MB; 0: the main process
 
 
 def patch_rule(dataset: Dataset) -> tuple[int, list[int], int, dict[str, float]]:

@@ -18,7 +18,6 @@ Labels of nodata pixels (nodata value, alpha channel or mask of the file, or --n
 Command: python datasetsprocess/own_patch_split.py --dataset fields
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -28,10 +27,10 @@ from typing import Literal
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasetsprocess.cutting import Patch, Scene, split_scenes
+from datasetsprocess.cutting import Cutting, Patch, Scene, split_scenes
 from datasetsprocess.scene_files import find_sources, scene_files
 from tools.command import check, run
-from tools.constants import Count, Place, Share, Speed, constants
+from tools.constants import Share, constants
 from tools.dataset import Dataset, load_dataset
 from tools.image_labels import write_image_labels
 from tools.labels import IGNORE
@@ -40,16 +39,12 @@ from tools.steps import SPLITS
 
 
 @constants
-class Constants(Place):
+class Constants(Cutting):
     dataset: str = "fields"  # the name of your own dataset.toml
-    raw: str = ""  # the folder of scenes; empty: <root>/datasets/<dataset>/raw
     border: Literal["shift", "drop"] = "shift"  # tiles that would cross the border: move them inward, or drop them
     nodata: Nodata = -1  # value of nodata pixels in all channels; -1: the nodata value stored in the file
     max_nodata: Share = 0.5  # tiles with a larger share of nodata pixels are left out, and those of nodata alone
     grey: Literal["stop", "repeat"] = "stop"  # scenes with one channel: stop, or repeat it three times
-    unknown_colours: Literal["stop", "ignore"] = "stop"  # truth colours that are no class: stop, or ignore them (255)
-    missing_scenes: Speed[Literal["stop", "skip"]] = "stop"  # incomplete scenes of a split that has truths
-    workers: Speed[Count] = min(8, os.cpu_count() or 1)  # worker processes of about 200 MB; 0: the main process
 
 
 def patches(scene: Scene, border: str, max_nodata: float) -> Iterator[Patch]:

@@ -23,7 +23,6 @@ dropped.
 Command: python datasetsprocess/potsdam_patch_split.py
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +31,10 @@ from typing import Literal
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasetsprocess.cutting import Patch, Scene, class_id, four_versions, rule_of, split_scenes
+from datasetsprocess.cutting import Cutting, Patch, Scene, class_id, four_versions, rule_of, split_scenes
 from datasetsprocess.scene_files import find_sources
 from tools.command import run
-from tools.constants import Count, Place, Seed, Speed, constants
+from tools.constants import Seed, constants
 from tools.dataset import Dataset, load_dataset
 
 PLACES = {  # truth -> image and truth of a scene
@@ -45,14 +44,10 @@ PLACES = {  # truth -> image and truth of a scene
 
 
 @constants
-class Constants(Place):
+class Constants(Cutting):
     dataset: str = "potsdam"  # potsdam | the name of your own dataset.toml for scenes in this layout
-    raw: str = ""  # where the archives are unpacked; empty: <root>/datasets/<dataset>/raw
     truth: Literal["full", "eroded"] = "full"  # which truth becomes the labels
-    unknown_colours: Literal["stop", "ignore"] = "stop"  # truth colours that are no class: stop, or ignore them (255)
-    missing_scenes: Speed[Literal["stop", "skip"]] = "stop"  # scenes of the description without files in <raw>
     seed: Seed = 0  # of the random rotations
-    workers: Speed[Count] = min(8, os.cpu_count() or 1)  # worker processes of about 200 MB; 0: the main process
 
 
 def smallest_shares(dataset: Dataset) -> np.ndarray:
@@ -70,6 +65,7 @@ def patches(scene: Scene) -> Iterator[Patch]:
     for row, column in scene.tiles():
         place = f"r{row:03d}_c{column:03d}"
         image, ids = scene.window(row * stride, column * stride)
+        assert ids is not None
         if scene.split == "test":
             yield place, image, ids
             continue

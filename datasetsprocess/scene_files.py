@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,8 +31,8 @@ class Source:
 
 def find_sources(
     raw: Path,
-    scenes: dict[str, list[str]],
-    places: dict[str, tuple[str, ...]],
+    scenes: Mapping[str, list[str]],
+    places: Mapping[str, tuple[str, ...]],
     missing_scenes: str,
 ) -> dict[str, list[Source]]:
     """The files of every scene: split -> sources.

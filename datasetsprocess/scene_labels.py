@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from tools.rasters import Raster
 BAND = 256  # rows decoded at a time
 MANY = 50  # nobody chooses more colours by hand
 
-Unknown = dict[tuple[int, int, int] | int, int]  # colour or number that is no class -> its pixels
+Unknown = dict[Any, int]  # colour (r,g,b) or number that is no class -> its pixels
 Decode = Callable[[np.ndarray, Unknown], np.ndarray]
 
 

@@ -21,7 +21,6 @@ Command: python datasetsprocess/vaihingen_patch_split.py
 """
 
 import math
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +30,10 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasetsprocess.cutting import Patch, Scene, class_id, four_versions, rule_of, split_scenes
+from datasetsprocess.cutting import Cutting, Patch, Scene, class_id, four_versions, rule_of, split_scenes
 from datasetsprocess.scene_files import find_sources
 from tools.command import check, run
-from tools.constants import Count, Place, Seed, Speed, constants
+from tools.constants import Seed, constants
 from tools.dataset import Dataset, load_dataset
 
 PLACES = {  # truth -> image and truth of an area
@@ -44,14 +43,10 @@ PLACES = {  # truth -> image and truth of an area
 
 
 @constants
-class Constants(Place):
+class Constants(Cutting):
     dataset: str = "vaihingen"  # vaihingen | demo | the name of your own dataset.toml for scenes in this layout
-    raw: str = ""  # where the archives are unpacked; empty: <root>/datasets/<dataset>/raw
     truth: Literal["full", "eroded"] = "full"  # which truth becomes the labels
-    unknown_colours: Literal["stop", "ignore"] = "stop"  # truth colours that are no class: stop, or ignore them (255)
-    missing_scenes: Speed[Literal["stop", "skip"]] = "stop"  # scenes of the description without files in <raw>
     seed: Seed = 0  # of the random crops and rotations
-    workers: Speed[Count] = min(8, os.cpu_count() or 1)  # worker processes of about 200 MB; 0: the main process
 
 
 def crop_rule(dataset: Dataset) -> tuple[int, float, int, int]:
@@ -85,16 +80,17 @@ def patches(scene: Scene) -> Iterator[Patch]:
     stride, (rare, share, smallest, largest) = scene.dataset.stride, crop_rule(scene.dataset)
     for row, column in scene.tiles():
         place = f"r{row:03d}_c{column:03d}"
-        tile = scene.window(row * stride, column * stride)
+        image, ids = scene.window(row * stride, column * stride)
+        assert ids is not None
         if scene.split == "train":
             random = scene.random(row, column)
-            crop = zoom(*tile, smallest, largest, random)
+            crop = zoom(image, ids, smallest, largest, random)
             if np.mean(crop[1] == rare) > share:
                 scene.notes["tiles zoomed in and saved in four versions"] += 1
                 for version, patch in enumerate(four_versions(*crop, random)):
                     yield f"{place}_v{version}", *patch
                 continue
-        yield place, *tile
+        yield place, image, ids
 
 
 def main(constants: Constants) -> None:

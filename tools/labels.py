@@ -95,7 +95,7 @@ def save_image(path: Path, rgb: np.ndarray) -> None:
     ]
     _, png = cv2.imencode(".png", cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2BGR), parameters)
     with write_whole(path) as temporary:
-        temporary.write_bytes(png)
+        temporary.write_bytes(png.tobytes())
 
 
 def load_image(path: Path) -> np.ndarray:
