@@ -9,10 +9,8 @@ from pathlib import Path
 
 from tools.command import UserError, check
 from tools.folders import and_more
-from tools.rasters import SUFFIXES
+from tools.rasters import LONGEST_NAME, SUFFIXES
 from tools.steps import SPLITS
-
-LONGEST_NAME = 200  # characters; a patch's temporary file adds about 40 to them, and file systems allow 255 bytes
 
 
 @dataclass(frozen=True)

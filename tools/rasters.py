@@ -41,6 +41,7 @@ MAX_PIXELS = 1 << 29  # a scene of 23,000 x 23,000; a damaged or hostile header 
 KINDS = ("rgb", "grey", "palette")
 ORIENTATION = 274  # the tag of TIFF and EXIF that says how to turn an image
 TILE = 256  # pixels a side of a written tile
+LONGEST_NAME = 200  # bytes of a scene's name; results and temporary files add about 40, and file systems allow 255
 
 Nodata = Annotated[int, Field(ge=-1, le=255)]  # -1: the nodata value stored in the file
 
@@ -54,8 +55,8 @@ class Raster:
     read like grey), and "holes" for images with nodata pixels; see `valid`. `nodata` is the value of nodata pixels in
     all channels, -1 for the value stored in the file. An opaque alpha channel is dropped in any case.
 
-    Only the rows of one window are held in memory, in full width. Windows that follow each other from top to bottom
-    decode the file once. Raises `UserError` for any other image and for damaged files.
+    Only the rows of one window are held in memory, in full width; of a JPEG all rows. Windows that follow each other
+    from top to bottom decode the file once. Raises `UserError` for any other image and for damaged files.
     """
 
     def __init__(self, path: Path, kinds: Sequence[str] = ("rgb",), nodata: int = -1):
@@ -143,7 +144,7 @@ class Raster:
                 self.palette[index] = colour[:3]
         self._check_channels()
         sidecar = path.with_name(path.name + ".msk")  # may be of any format, so GDAL must not open it
-        looked_for = "holes" in self.kinds and not alpha and not sidecar.exists()
+        looked_for = "holes" in self.kinds and not alpha and not sidecar.exists() and file.driver != "JPEG"
         self._masked = looked_for and file.mask_flag_enums[0] == [MaskFlags.per_dataset]
         turned = _orientation(path)
         check(
@@ -193,6 +194,12 @@ class Raster:
         """Hold the rows start to stop, and those that GDAL decodes with them. Rows that are held already are kept."""
         height, width = self.shape
         block = self._file.block_shapes[0][0]
+        if self._file.driver == "JPEG":
+            # rasterio's wheels decode JPEG otherwise than Pillow, OpenCV and other builds of GDAL, by up to 16 grey
+            # levels: patches would depend on the installation
+            with _pillow(self.path) as image:
+                self._band = np.asarray(image).reshape(height, width, -1)
+            return
         bottom = self._top + len(self._band)
         held = self._band[start - self._top :] if self._top <= start < bottom else self._band[:0]
         first = bottom if len(held) else start // block * block
@@ -237,16 +244,24 @@ def check_file(path: Path) -> None:
     check(stat.S_ISREG(mode), f"{path} is not a regular file: copy its content to one")
 
 
-def _orientation(path: Path) -> int:
-    """How the image must be turned: 1 for not at all, 2 to 8 as EXIF numbers the ways. GDAL is silent on TIFFs."""
-    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # only the header is read
+@contextmanager
+def _pillow(path: Path) -> Iterator[Image.Image]:
+    """The image as Pillow opens it, without Pillow's limit of pixels: ours is checked already."""
+    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with Image.open(path, formats=("TIFF", "JPEG", "MPO")) as image:
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = most
+
+
+def _orientation(path: Path) -> int:
+    """How the image must be turned: 1 for not at all, 2 to 8 as EXIF numbers the ways. GDAL is silent on TIFFs."""
+    try:
+        with _pillow(path) as image:
             turned = image.getexif().get(ORIENTATION, 1)
     except Exception:  # a header that Pillow does not understand
         return 1
-    finally:
-        Image.MAX_IMAGE_PIXELS = most
     return turned if turned in range(2, 9) else 1
 
 
