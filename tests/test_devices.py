@@ -18,7 +18,7 @@ import train_classification
 import train_segmentation
 from models.backbone import Backbone
 from models.classifier import Classifier
-from models.crf import DenseCRF
+from models.crf import _message, _softmax, exact_filter, gaussian_filter
 from models.deeplab import DeepLabV3Plus
 from PRC_SAM.checkpoints import build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
@@ -228,9 +228,7 @@ def test_classifier_and_its_losses(fake_gpu, precision):
     images, labels = torch.empty(2, 3, 64, 64, device=GPU), torch.ones(2, 3, device=GPU)
     with autocast(precision):
         logits, maps = model(images)
-        losses = train_classification.compute_loss(
-            model, images, labels, train_classification.Constants(weights="none")
-        )
+        losses = train_classification.compute_loss(model, images, labels, 0.1, 4)
     check([logits], kind(precision))
     check([maps, *losses.values()])
     with autocast(precision):  # thresholds must not depend on rounding to bf16
@@ -280,7 +278,6 @@ def test_sam(fake_gpu, precision):
 
 
 def test_exact_crf(fake_gpu):
-    crf = DenseCRF(np.zeros((8, 9, 3), np.uint8), 1.0, 3.0, 67.0, 3.0, 4.0, "exact", GPU)
-    q = torch.empty(72, 3, device=GPU)
-    assert len(crf.messages) == 2
-    check([message(q) for message in crf.messages])
+    log_p, image = torch.empty(72, 3, device=GPU), np.zeros((8, 9, 3), np.uint8)
+    for kernel in (gaussian_filter((8, 9), 1.0), exact_filter(image, 67.0, 3.0, GPU)):
+        check([kernel(log_p), _softmax(_message(4.0, kernel, log_p)(log_p))])
