@@ -25,7 +25,7 @@ from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from tools import augment, devices
 from tools.cams import mirrored_scales
-from tools.command import UserError
+from tools.command import UserError, _explain
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -110,6 +110,23 @@ def test_a_gpu_that_fails_at_the_first_sum_is_explained(monkeypatch, error, sent
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
     with pytest.raises(UserError, match=rf"the GPU cuda:0 \(NVIDIA GTX 1080\) cannot be used: .*{sentence}"):
         devices._try_out(GPU)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might", "the memory is full: lower micro_batch"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "the memory is full"),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "the memory is full"),
+        ("CUDA error: no kernel image is available for execution on the device", "use a GPU of sm_75 or newer"),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "another program holds the GPU"),
+        ("The NVIDIA driver on your system is too old (found version 11040).", "update the driver"),
+        ("CUDA error: an illegal memory access was encountered", ""),
+    ],
+)
+def test_errors_of_a_gpu_in_the_middle_of_a_run_are_explained(error, sentence):
+    found = _explain(RuntimeError(error))
+    assert sentence in found and bool(sentence) == bool(found)
 
 
 @pytest.mark.parametrize(
