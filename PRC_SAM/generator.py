@@ -145,23 +145,20 @@ class MaskGenerator:
     def _encode(self, crops: list[Tensor]) -> Iterator[Tensor]:
         """(3,h,w) uint8 each -> (C,h',w') embeddings. The last batch is filled up with repetitions, to be as large."""
 
-        def encode(some: list[Tensor]) -> Tensor:
-            images = torch.stack([self.sam.preprocess(self._to_device(crop)) for crop in some])
+        def encode(images: Tensor) -> list[Tensor]:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                return encode_images(self.sam.image_encoder, images, self.positions)
+                return [encode_images(self.sam.image_encoder, images, self.positions)]
 
         for start in range(0, len(crops), self.batch):
             some = crops[start : start + self.batch]
-            full = some + some[:1] * (self.batch - len(some))
-            embeddings = self.images_at_once(
-                lambda size, full=full: torch.cat([encode(full[at : at + size]) for at in range(0, len(full), size)]),
-                self.batch,
-            )
+            images = [self.sam.preprocess(self._to_device(crop)) for crop in some]
+            full = torch.stack(images + images[:1] * (self.batch - len(images)))
+            (embeddings,) = self.images_at_once.predict(encode, full)
             yield from embeddings[: len(some)]
 
     def _to_device(self, image: Tensor) -> Tensor:
         if self.sam.device.type == "cuda":
-            image = image.pin_memory()  # a copy from other memory would wait for all work that the GPU has to do before
+            image = image.pin_memory()  # a copy from other memory would wait until the GPU has finished its queue
         return image.to(self.sam.device, non_blocking=True)
 
     @contextmanager
@@ -203,7 +200,8 @@ class MaskGenerator:
             points = keep.any(dim=1).nonzero()[:, 0]
             logits = self.decoder.masks(mask_tokens[points], pixels[points])[keep[points]]
         scores = scores[keep]
-        rows, columns = self._resampling_of(crop.pixels.shape[1:], (y1 - y0, x1 - x0))
+        _, used_rows, used_columns = crop.pixels.shape
+        rows, columns = self._resampling_of((used_rows, used_columns), (y1 - y0, x1 - x0))
         at_once = max(1, (PIXELS_ON_GPU if logits.is_cuda else PIXELS_ON_CPU) // ((y1 - y0) * (x1 - x0)))
         parts = []
         for some, score in zip(logits.split(at_once), scores.split(at_once), strict=True):
@@ -238,10 +236,11 @@ class MaskGenerator:
             low = self.decoder.prompts.image_embedding_size[0] * 4
             unit = torch.eye(low, dtype=torch.float64)[None]
             large = F.interpolate(unit, size=self.sam.image_encoder.img_size, mode="linear")
-            self._resampling[key] = tuple(
+            rows, columns = (
                 F.interpolate(large[..., :used], size=length, mode="linear")[0].T.to(self.sam.device, torch.float32)
                 for used, length in zip(inside, size, strict=True)
             )
+            self._resampling[key] = rows, columns
         return self._resampling[key]
 
     def _without_small_regions(self, found: Found, size: tuple[int, int]) -> Found:
