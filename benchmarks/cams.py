@@ -1,15 +1,15 @@
-"""CAM inference our way and the plain way, from image files to stored maps: time, disk, agreement of the pseudo-labels.
+"""CAM inference our way and the plain way, from image files to stored maps: time, disk, agreement of pseudo-labels.
 
-Plain: one image, one scale, one flip at a time, in float32; each map brought to image size, the sum saved as float32
-.npy. Ours: batches of images with their mirrors, bf16 where the device has it, the maps of each scale at feature size
-in float16. In between ours in float32, so that what storing and what bf16 changes can be told apart. Pseudo-labels are
-those of the dense CRF on the stored maps. With a trained classifier: --classifier experiments/NAME/NAME/classifier and
---images FOLDER; without, random weights, whose maps no class wins clearly, and synthetic images.
+Plain: one image, one scale, one flip at a time, in float32; each map is upsampled to image size, the sum is saved as
+float32 .npy. Ours: batches of images with their mirror images, bf16 where the device computes in it, the maps of each
+scale saved at feature size in float16; and the same in float32, which separates the effects of storage and of bf16.
+Pseudo-labels come from the dense CRF on the saved maps. With a trained classifier: --classifier
+experiments/NAME/NAME/classifier and --images FOLDER. Without: random weights, whose maps are nearly equal, and
+synthetic images.
 
 Command: OMP_NUM_THREADS=1 python benchmarks/cams.py
 """
 
-import json
 import shutil
 import sys
 import tempfile
@@ -28,53 +28,55 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.backbone import Backbone
 from models.classifier import Classifier
-from models.crf import dense_crf
+from models.crf import CRF, dense_crf
 from tools.augment import normalise, to_tensor
 from tools.cams import OUTPUT_STRIDE, image_batches, in_background, load_cams, mirrored_cams, save_cams
 from tools.command import stop
+from tools.devices import make_accelerator
 from tools.labels import load_image
-from tools.training import load_checkpoint, make_accelerator
+from tools.runs import read_run
+from tools.training import load_checkpoint
 
 
 @dataclass(frozen=True)
 class Constants:
-    size: int = 256  # pixels a side
+    size: int = 256  # side in pixels
     count: int = 0  # images; 0: 4 on a CPU, 256 on a GPU
-    present: int = 3  # classes of each image whose maps are stored
+    present: int = 3  # classes of each image whose maps are saved
     num_classes: int = 6
     backbone: str = "resnet50"
     scales: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
     images_at_once: int = 8
-    workers: int = 0  # processes that read, of ours
-    classifier: Path | None = None  # the folder of a trained one; its backbone and classes go before those above
+    workers: int = 0  # worker processes of ours
+    classifier: Path | None = None  # folder of a trained classifier; its backbone and classes replace those above
     images: Path | None = None  # a folder of RGB images, cut to `size`; None: blobs with texture
-    growth: bool = True  # measure ours with other sizes and class counts too
+    growth: bool = True  # also measure ours with other sizes and numbers of classes
 
 
 def the_model(constants: Constants, device: torch.device, sample: torch.Tensor) -> Classifier:
     torch.manual_seed(0)
     if constants.classifier:
-        settings = json.loads((constants.classifier / "run.json").read_text())["constants"]
+        settings = read_run(constants.classifier).constants
         backbone = Backbone(settings["backbone"], "none")
-        state = torch.load(constants.classifier / "model.pt", weights_only=True)["model"]
+        state = torch.load(constants.classifier / "model.pt", map_location="cpu", weights_only=True)["model"]
         classes = len(state["classifier.weight"])
         model = Classifier(backbone, classes, settings["gamma"], settings["iterations"])
         load_checkpoint(constants.classifier / "model.pt", model)
     else:
         model = Classifier(Backbone(constants.backbone, "none"), constants.num_classes)
         with torch.no_grad():
-            for _ in range(3):  # gives BatchNorm statistics that fit the random weights
+            for _ in range(3):  # so that BatchNorm's statistics fit the random weights
                 model.train()(normalise(sample))
     return model.to(device).eval()
 
 
 def plain(model: Classifier, file: Path, output: Path, classes: np.ndarray, scales: tuple[float, ...]) -> None:
-    """One image as a first script would do it."""
+    """One image, as a simple script does it."""
     device = next(model.parameters()).device
     image = to_tensor(np.array(Image.open(file)))[None]
     size = image.shape[-2:]
     padded = [-(-length // OUTPUT_STRIDE) * OUTPUT_STRIDE for length in size]
-    total = 0
+    total = np.zeros((), np.float32)
     for scale in scales:
         scaled = resize(image, [round(length * scale) for length in size], InterpolationMode.BICUBIC, antialias=True)
         for flip in (False, True):
@@ -90,7 +92,7 @@ def plain(model: Classifier, file: Path, output: Path, classes: np.ndarray, scal
 def ours(
     model: Classifier, bf16: bool, images: Path, output: Path, present: dict[str, np.ndarray], constants: Constants
 ) -> None:
-    """What infer_classification.py does."""
+    """As infer_classification.py."""
     device = next(model.parameters()).device
     batches = image_batches(
         images, sorted(present), min(constants.images_at_once, len(present)), constants.workers, stop
@@ -99,10 +101,10 @@ def ours(
         for ids, batch in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits, maps = mirrored_cams(model, batch, constants.scales, device)
-            logits, maps = logits.cpu().numpy(), [scale.cpu().numpy() for scale in maps]
+            scores, arrays = logits.cpu().numpy(), [scale.cpu().numpy() for scale in maps]
             for index, id in enumerate(ids):
-                kept = [scale[index, present[id]] for scale in maps]
-                submit(save_cams, output / f"{id}.npz", present[id], kept, batch.shape[-2:], logits[index])
+                kept = [scale[index, present[id]] for scale in arrays]
+                submit(save_cams, output / f"{id}.npz", present[id], kept, batch.shape[-2:], scores[index])
 
 
 def write_images(folder: Path, size: int, count: int, constants: Constants) -> None:
@@ -117,18 +119,19 @@ def write_images(folder: Path, size: int, count: int, constants: Constants) -> N
 
 
 def labels(folder: Path, images: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """id -> argmax of the stored maps, and of the CRF's marginals."""
+    """id -> argmax of the saved maps, argmax of the CRF's marginals."""
     found = {}
     for file in sorted(folder.iterdir()):
-        maps = np.load(file) if file.suffix == ".npy" else load_cams(file)[1]
-        q = dense_crf(maps, load_image(images / f"{file.stem}.png"))
+        image = load_image(images / f"{file.stem}.png")
+        maps = np.load(file) if file.suffix == ".npy" else load_cams(file, 255, image.shape[:2])[1]
+        q = dense_crf(maps, image, CRF())
         found[file.stem] = maps.argmax(0), q.argmax(0)
     return found
 
 
 @torch.no_grad()
 def likely(model: Classifier, file: Path, count: int) -> np.ndarray:
-    """The classes that the classifier finds likeliest, ascending."""
+    """The `count` most likely classes, ascending."""
     x = normalise(to_tensor(load_image(file))[None]).to(next(model.parameters()).device)
     scores = model(x)[0][0]
     return scores.topk(min(count, len(scores))).indices.sort().values.cpu().numpy()
@@ -151,7 +154,7 @@ def compare(
     results = {}
     for name, way in ways.items():
         (root / name).mkdir()
-        way()  # kernels chosen, memory taken
+        way()  # chooses kernels and allocates memory: not a part of the cost
         _, seconds, memory = measured(way, 1, device)
         disk = sum(file.stat().st_size for file in (root / name).iterdir()) / count
         results[name] = seconds / count, disk, labels(root / name, images)
@@ -169,7 +172,7 @@ def compare(
 
 
 def growth(model: Classifier, constants: Constants, root: Path, bf16: bool) -> None:
-    """Ours over images, classes and pixels."""
+    """Ours with other numbers of images, classes and pixels."""
     for size, count, present in ((64, 4, 3), (64, 8, 3), (64, 4, 6), (128, 4, 3), (192, 4, 3)):
         folder, images = root / f"{size}_{count}_{present}", root / f"images_{size}_{count}_{present}"
         device = next(model.parameters()).device

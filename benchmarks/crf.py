@@ -62,7 +62,7 @@ def smooth_maps(random: np.random.Generator, classes: int, size: int, sigma: flo
 def plain(p: np.ndarray, image: np.ndarray, iterations: int) -> np.ndarray:
     """The plain way, with whole kernels."""
     size = image.shape[0]
-    position = np.stack(np.mgrid[:size, :size], -1).reshape(-1, 2).astype(np.float32)
+    position = np.moveaxis(np.mgrid[:size, :size], 0, -1).reshape(-1, 2).astype(np.float32)
     kernels = []
     for weight, features in ((3, position), (4, np.hstack([position / 67, image.reshape(-1, 3) / np.float32(3)]))):
         kernel = np.exp(-((features[:, None] - features[None]) ** 2).sum(-1) / 2)

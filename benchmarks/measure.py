@@ -1,4 +1,4 @@
-"""What the benchmarks share: the time and memory of a piece of work, and pictures to work on. Runs nothing."""
+"""Shared by the benchmarks: the time and memory of a piece of work, and synthetic images."""
 
 import time
 from collections.abc import Callable
@@ -11,18 +11,17 @@ import torch
 
 
 def measured(work: Callable, repeats: int = 1, device: str | torch.device = "cpu") -> tuple[Any, float, float]:
-    """Result, seconds of the fastest run, and the peak of memory in MB.
+    """Result of `work`, seconds of the fastest of `repeats` runs, and peak memory in MB.
 
-    On a CPU the seconds are those that this process computes, all its threads together: what else runs on the machine
-    takes none of them. On a GPU they are the clock's. The memory is what is allocated on a GPU, else what the process
-    grew by (Linux; elsewhere not a number); a process reuses what it once freed, so that a figure that counts wants a
-    new one.
+    On a CPU the seconds are the CPU time of this process, summed over its threads: other programs on the machine do not
+    count. On a GPU they are the time on the clock. The memory is what is allocated on a GPU, otherwise the growth of
+    the process (on Linux; elsewhere NaN). A process reuses memory that it has freed: measure memory in a new process.
     """
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     elif (clear := Path("/proc/self/clear_refs")).exists():
-        clear.write_text("5")  # forgets the peak so far
+        clear.write_text("5")  # resets the peak
     before, seconds = memory_mb("VmRSS"), []
     clock = time.perf_counter if on_gpu else time.process_time
     for _ in range(repeats):
@@ -36,7 +35,7 @@ def measured(work: Callable, repeats: int = 1, device: str | torch.device = "cpu
 
 
 def memory_mb(line: str) -> float:
-    """Of this process: line "VmRSS" for what it holds now, "VmHWM" for its peak."""
+    """Memory of this process: "VmRSS" for the present, "VmHWM" for the peak; NaN where there is no /proc."""
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
@@ -46,7 +45,7 @@ def memory_mb(line: str) -> float:
 def aerial_patch(
     random: np.random.Generator, size: int, classes: int, coarse: int = 8
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Image (S,S,3) uint8 and class ids (S,S) uint8: textured blobs, about `coarse` a side, a colour a class."""
+    """Image (S,S,3) uint8 and class ids (S,S) uint8: textured blobs, about `coarse` along a side; a class, a colour."""
     fields = [
         cv2.resize(random.standard_normal((coarse, coarse), np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
         for _ in range(classes)

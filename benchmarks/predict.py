@@ -1,8 +1,8 @@
-"""Predicted time and disk by step for the whole Vaihingen, Potsdam and iSAID on one 24 GB GPU.
+"""Predicted time and disk space of each step for the whole of Vaihingen, Potsdam and iSAID on one GPU of 24 GB.
 
-Nothing is run: every figure below is multiplied out. CPU parts were measured (docs/performance.md). GPU parts are
-ESTIMATES: the floating-point operations of this project's models, counted by PyTorch, over what the GPU sustains. The
-numbers of patches follow from the rules of cutting; what those leave open is assumed, and named here.
+The models are not run. CPU parts follow from measured times (docs/performance.md). GPU parts are ESTIMATES: the
+floating-point operations of this project's models, counted by PyTorch, divided by the rate that the GPU sustains. The
+numbers of patches follow from the rules of cutting and from the assumptions below.
 
 Command: python benchmarks/predict.py
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import tyro
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,28 +23,27 @@ from models.backbone import Backbone
 from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
 from tools.dataset import load_dataset
-from tools.training import parameter_groups
 
 SCALES, IMAGES_AT_ONCE = (0.5, 1.0, 1.5, 2.0), 8
-FAKE = FakeTensorMode()  # shapes without values: nothing is computed
+FAKE = FakeTensorMode()  # tensors with shapes but without values
 
 
 @dataclass(frozen=True)
 class Constants:
     # estimates: an RTX 3090 trains ResNet-50 (24.6 GFLOP an image of 224 px) at 1027 images/s in fp16, 561 in fp32
     bf16_tflops: float = 25.0  # sustained; from published tf_cnn_benchmarks at batch 64
-    fp32_tflops: float = 14.0  # the same in fp32: PRC
-    least_step: float = 0.03  # seconds of a training step, however small: a thousand kernels must be started
-    least_forward: float = 0.01  # the same of one batch without gradients
-    sam_seconds: float = 1.7  # an image: stock's 6 s on a GPU over 3.6, our ratio for ViT-B on a CPU
+    fp32_tflops: float = 14.0  # the same in fp32, for PRC
+    least_step: float = 0.03  # seconds, lower limit of a training step: starting a thousand kernels takes this long
+    least_forward: float = 0.01  # seconds, the same for one batch without gradients
+    sam_seconds: float = 1.7  # an image: 6 s of the stock generator on a GPU / 3.6, our ratio for ViT-B on a CPU
     # assumptions on the data
     vaihingen_tile: tuple[int, int] = (2494, 2064)  # mean size in pixels of the 33 tiles
     vaihingen_cars: float = 0.02  # share of train tiles replaced by four versions of a crop with cars
     potsdam_kept: float = 0.2  # share of train tiles whose classes are all frequent enough; each saved four times
     isaid_scenes: tuple[int, int] = (1411, 458)  # train, val
-    isaid_patches: float = 7.0  # a scene: the mean of 6, 7 or 8, at most
+    isaid_patches: float = 7.0  # of a scene: the mean of 6, 7 or 8; an upper limit
     # measured on one core (Xeon)
-    cores: int = 4  # that work at once: the default of --workers
+    cores: int = 4  # that work at the same time: the default of --workers
     split_us: float = 0.23  # core-microseconds a pixel: reading, decoding, cutting, writing a scene
     crf_us: float = 2.4  # the same for the CRF's lattice
     ios_us: float = 0.16  # the same for IOS with reading and writing
@@ -57,10 +57,11 @@ class Constants:
 
 
 def patches(name: str, constants: Constants) -> tuple[int, int]:
-    """Train and test patches; the rules are in method section "Data" and docs/data.md."""
+    """Train and test patches, by the rules of docs/data.md."""
     dataset = load_dataset(name)
     if name == "isaid":
-        return tuple(round(scenes * constants.isaid_patches) for scenes in constants.isaid_scenes)
+        train, test = (round(scenes * constants.isaid_patches) for scenes in constants.isaid_scenes)
+        return train, test
     width, height = constants.vaihingen_tile if name == "vaihingen" else (6000, 6000)
     tiles = (width // dataset.patch_size) * (height // dataset.patch_size)
     train, test = (len(dataset.scenes[split]) * tiles for split in ("train", "test"))
@@ -69,7 +70,7 @@ def patches(name: str, constants: Constants) -> tuple[int, int]:
 
 
 @cache
-def model_of(training: str, classes: int, prc: bool = True):
+def model_of(training: str, classes: int, prc: bool = True) -> nn.Module:
     with FAKE:
         backbone = Backbone("resnet50", "none")
         if training == "classification":
@@ -79,7 +80,7 @@ def model_of(training: str, classes: int, prc: bool = True):
 
 @cache
 def teraflops(training: str, classes: int, size: int, backward: bool, prc: bool = True) -> float:
-    """Of one image through the model; with backward, of a training step."""
+    """TFLOP of one image through the model; with `backward`, of a training step."""
     model = model_of(training, classes, prc).train(backward)
     with FAKE, FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         found = model(torch.zeros(2, 3, size, size))
@@ -90,21 +91,21 @@ def teraflops(training: str, classes: int, size: int, backward: bool, prc: bool 
 
 
 def gpu_seconds(training: str, classes: int, sizes: list[int], backward: bool, constants: Constants) -> float:
-    """Of one image at all `sizes`: bf16, and PRC in fp32."""
+    """Seconds of one image at all `sizes`: bf16, except PRC in fp32."""
     bf16 = sum(teraflops(training, classes, size, backward, False) for size in sizes)
     fp32 = sum(teraflops(training, classes, size, backward) for size in sizes) - bf16
     return bf16 / constants.bf16_tflops + fp32 / constants.fp32_tflops
 
 
 def weights_gb(training: str, classes: int) -> float:
-    """model.pt, and checkpoint.pt with the optimiser's momentum of what learns."""
+    """model.pt, and checkpoint.pt with the momentum of the trained parameters."""
     model = model_of(training, classes)
-    learnt = sum(p.numel() for group in parameter_groups(model, 1, 0) for p in group["params"])
+    learnt = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return (2 * sum(value.numel() for value in model.state_dict().values()) + learnt) * 4 / 1e9
 
 
 def steps(name: str, constants: Constants) -> list[tuple[str, float, float, str]]:
-    """(step, seconds, GB, basis) of each; a percentage after the basis is the share of the time that loading needs."""
+    """(step, seconds, GB, basis) of each step; the basis may end in ";" and loading's share of the time."""
     dataset, (train, test) = load_dataset(name), patches(name, constants)
     size, classes, both = dataset.patch_size, dataset.num_classes, train + test
     pixels = size**2
@@ -156,7 +157,7 @@ def main(constants: Constants) -> None:
         cells = [f"{duration(seconds)}, {gigabytes:.2f} GB" for _, seconds, gigabytes, _ in rows]
         basis, *shares = rows[0][3].split(";")
         if shares:
-            basis += f"; loading needs {', '.join(row[3].split(';')[1] for row in rows)} of the time"
+            basis += f"; loading: {', '.join(row[3].split(';')[1] for row in rows)} of the time"
         print(f"| {rows[0][0]} | {' | '.join(cells)} | {basis} |")
 
 

@@ -1,7 +1,7 @@
-"""Scoring: the confusion matrix against the plain ways, time, memory, agreement, growth with pixels and classes.
+"""The confusion matrix against plain ways: time, memory, agreement, growth with pixels and classes.
 
 Plain ways: a loop over all pairs of classes; numpy.bincount of K * truth + prediction in 64 bits (the usual fast_hist);
-scikit-learn's confusion_matrix where it is installed. The last lines score patches from PNG files, with their decoding.
+scikit-learn's confusion_matrix where it is installed. The last line measures patches in PNG files, decoding included.
 
 Command: OMP_NUM_THREADS=1 python benchmarks/scoring.py
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,8 +29,8 @@ from tools.scores import ConfusionMatrix
 class Constants:
     side: int = 6000  # pixels: truth and prediction are square
     num_classes: int = 16
-    repeats: int = 3  # the fastest counts
-    files: int = 40  # patches of 512 x 512 that are scored from files
+    repeats: int = 3  # the fastest of them is reported
+    files: int = 40  # patches of 512 x 512 in PNG files
     seed: int = 0  # of the synthetic label maps
 
 
@@ -72,8 +73,8 @@ def scikit_learn(truth: np.ndarray, prediction: np.ndarray, num_classes: int) ->
     return confusion_matrix(truth[kept], prediction[kept], labels=np.arange(num_classes))
 
 
-def measure(way: Callable, repeats: int, *arguments) -> tuple[float, float, np.ndarray]:
-    """Fastest seconds, MB that it needs beside its arguments, counts."""
+def measure(way: Callable, repeats: int, *arguments: Any) -> tuple[float, float, np.ndarray]:
+    """Fastest time in seconds, memory in MB beside the arguments, counts."""
     counts, seconds, _ = measured(partial(way, *arguments), repeats)
     tracemalloc.start()
     way(*arguments)
@@ -83,22 +84,22 @@ def measure(way: Callable, repeats: int, *arguments) -> tuple[float, float, np.n
 
 
 def compare(constants: Constants) -> None:
-    maps = label_maps(constants.side, constants.num_classes, constants.seed)
-    reference = None
-    for way in (ours, fast_hist, loop_over_pairs, scikit_learn):
+    truth, prediction = label_maps(constants.side, constants.num_classes, constants.seed)
+    fastest, memory, reference = measure(ours, constants.repeats, truth, prediction, constants.num_classes)
+    print(
+        f"ours: {truth.size / 1e6:.0f} Mpx of {constants.num_classes} classes in {fastest:.3f} s, {memory:.0f} MB",
+        flush=True,
+    )
+    for way, repeats in ((fast_hist, constants.repeats), (loop_over_pairs, 1), (scikit_learn, 1)):
         try:
-            seconds, memory, counts = measure(
-                way, constants.repeats if way in (ours, fast_hist) else 1, *maps, constants.num_classes
-            )
+            seconds, memory, counts = measure(way, repeats, truth, prediction, constants.num_classes)
         except ImportError:
             print(f"{way.__name__}: not installed")
             continue
-        if reference is None:
-            reference, fastest = counts, seconds
         print(
-            f"{way.__name__}: {maps[0].size / 1e6:.0f} Mpx of {constants.num_classes} classes in {seconds:.3f} s, "
-            f"{seconds / fastest:.1f} times ours, {memory:.0f} MB, "
-            f"{'equal' if np.array_equal(counts, reference) else 'DIFFERENT'}"
+            f"{way.__name__}: {seconds:.3f} s, {seconds / fastest:.1f} times ours, {memory:.0f} MB, counts "
+            f"{'equal' if np.array_equal(counts, reference) else 'DIFFERENT'}",
+            flush=True,
         )
 
 
@@ -128,7 +129,12 @@ def from_files(constants: Constants) -> None:
         files = sorted(Path(folder).iterdir())
         labels, decoding, _ = measured(lambda: [load_label(file, 16) for file in files])
         matrix = ConfusionMatrix(16)
-        _, scoring, _ = measured(lambda: [matrix.update(label, label) for label in labels])
+
+        def score() -> None:
+            for label in labels:
+                matrix.update(label, label)
+
+        _, scoring, _ = measured(score)
     print(
         f"patches of 512 x 512: decoding and checking a label map {1e3 * decoding / len(files):.2f} ms, scoring "
         f"{1e3 * scoring / len(files):.2f} ms"

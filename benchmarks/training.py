@@ -1,9 +1,9 @@
-"""A training step our way and the plain way, for both trainings; and loading alone, to show which of them is the limit.
+"""A training step our way and the plain way, for both trainings, and loading alone, to show which is the limit.
 
-Plain: NCHW, float32, every loss read by .item() in every step. Ours: what tools/training.py does; channels_last, bf16
-where the device has it, losses summed on the device, one fused optimiser. Both start from the same weights and see the
-same batches; random weights cost what pretrained ones do. Each way runs in a process of its own, whose growth or, on a
-GPU, allocations are the memory. Loading is read + resize + crop + normalise in one process, as in a worker.
+Plain: NCHW, float32, every loss read by .item() in every step. Ours: as tools/training.py; channels_last, bf16 where
+the device computes in it, losses summed on the device, one fused optimiser. Both start from the same weights and see
+the same batches; the weights are random, which does not change the cost. Each way runs in a process of its own, whose
+growth (on a GPU: allocations) is the memory. Loading: read, resize, crop and normalise in one process, as in a worker.
 
 Command: OMP_NUM_THREADS=1 python benchmarks/training.py, or with --images FOLDER on real images
 """
@@ -12,6 +12,7 @@ import multiprocessing
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 import tyro
 from measure import aerial_patch, measured
 from PIL import Image
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_classification
@@ -27,86 +29,89 @@ from models.backbone import Backbone
 from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
 from tools.augment import TrainingPatches
+from tools.devices import make_accelerator
 from tools.labels import save_label
-from tools.training import make_accelerator, parameter_groups
+from tools.training import ComputeLoss, Recipe, parameter_groups
 
 
 @dataclass(frozen=True)
 class Constants:
-    sizes: tuple[int, ...] | None = None  # pixels a side; None: 128 on a CPU, and 128, 256 and 512 on a GPU
+    sizes: tuple[int, ...] | None = None  # sides in pixels; None: 128 on a CPU; 128, 256 and 512 on a GPU
     backbone: str = "resnet50"
     num_classes: int = 6
-    batch_sizes: tuple[int, int] = (8, 16)  # of classification and segmentation: the paper's
-    steps: int = 2  # timed, after one that is not
+    batch_sizes: tuple[int, int] = (8, 16)  # of classification and segmentation, as in the paper
+    steps: int = 2  # timed, after one untimed step
     compile: bool = False  # ours with torch.compile
-    load_sizes: tuple[int, ...] = (128, 256, 512)
-    load_patches: int = 24  # of each size; read twice, the faster time counts
-    images: Path | None = None  # a folder of RGB images to cut them from; None: blobs with texture
+    load_sizes: tuple[int, ...] = (128, 256, 512)  # sides in pixels
+    load_patches: int = 24  # of each size; read twice, the faster time is reported
+    images: Path | None = None  # a folder of RGB images to cut patches from; None: blobs with texture
 
 
-def batches(training: str, size: int, count: int, constants: Constants) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batch_of(training: str, size: int, constants: Constants) -> tuple[Tensor, Tensor]:
+    """Random images and targets."""
     torch.manual_seed(1)
+    count = constants.batch_sizes[training == "segmentation"]
     images = torch.randn(count, 3, size, size)
     if training == "classification":
-        return [(images, (torch.rand(count, constants.num_classes) < 0.5).float())] * (constants.steps + 1)
-    return [(images, torch.randint(0, constants.num_classes, (count, size, size)))] * (constants.steps + 1)
+        return images, (torch.rand(count, constants.num_classes) < 0.5).float()
+    return images, torch.randint(0, constants.num_classes, (count, size, size))
 
 
-def time_steps(training: str, way: str, size: int, constants: Constants) -> tuple[float, list[float]]:
-    """Seconds a step, the loss of each step."""
+def model_of(training: str, constants: Constants) -> tuple[nn.Module, nn.Module, ComputeLoss, Recipe]:
+    """Model, its backbone, its loss, and the constants of its step."""
     torch.manual_seed(0)
     backbone = Backbone(constants.backbone, "none")
     if training == "classification":
-        model = Classifier(backbone, constants.num_classes)
-        settings = train_classification.Constants(weights="none")
-
-        def compute_loss(*arguments):
-            return train_classification.compute_loss(*arguments, settings)
-
-    else:
-        model = DeepLabV3Plus(backbone, constants.num_classes, freeze_norm=False)
-        settings, compute_loss = train_segmentation.Constants(weights="none"), train_segmentation.compute_loss
-    for module in model.modules():  # with dropout no two ways would see the same losses
-        if isinstance(module, torch.nn.Dropout):
+        step1 = train_classification.Constants(weights="none")
+        compute_loss = partial(train_classification.compute_loss, ir_weight=step1.ir_weight, tiles=step1.tiles)
+        return Classifier(backbone, constants.num_classes), backbone, compute_loss, step1
+    model = DeepLabV3Plus(backbone, constants.num_classes, freeze_norm=False)
+    for module in model.modules():  # with dropout the two ways would not have the same losses
+        if isinstance(module, nn.Dropout):
             module.p = 0.0
-    ours = way == "ours"
+    return model, backbone, train_segmentation.compute_loss, train_segmentation.Constants(weights="none")
+
+
+def time_steps(training: str, ours: bool, size: int, constants: Constants) -> tuple[float, list[float]]:
+    """Seconds a step, the loss of each step."""
+    raw, backbone, compute_loss, recipe = model_of(training, constants)
     accelerator = make_accelerator("auto" if ours else "fp32")
     device, losses = accelerator.device, []
-    model = model.to(device, memory_format=torch.channels_last if ours else torch.contiguous_format).train()
-    groups = parameter_groups(model, 1e-3, settings.weight_decay)
-    optimiser = torch.optim.SGD(groups, 1e-3, settings.momentum, nesterov=True, fused=ours or None)
+    layout = torch.channels_last if ours else torch.contiguous_format
+    raw = raw.to(device, memory_format=layout).train()  # type: ignore[call-overload]
+    new = [module for module in raw.children() if module is not backbone]
+    groups = parameter_groups([backbone], new, 1e-3, recipe.weight_decay)
     if ours and constants.compile:
-        model.compile()
-    model, optimiser = accelerator.prepare(model, optimiser)
+        raw.compile()
+    model, optimiser = accelerator.prepare(
+        raw, torch.optim.SGD(groups, 1e-3, recipe.momentum, nesterov=True, fused=ours or None)
+    )
+    images, targets = batch_of(training, size, constants)
 
-    def step(images: torch.Tensor, targets: torch.Tensor) -> None:
-        layout = torch.channels_last if ours else torch.contiguous_format
-        images, targets = images.to(device, memory_format=layout), targets.to(device)
-        with accelerator.autocast():
-            found = compute_loss(model, images, targets)
+    def step() -> float | None:
         optimiser.zero_grad()
+        with accelerator.autocast():
+            found = compute_loss(model, images.to(device, memory_format=layout), targets.to(device))
         accelerator.backward(found["loss"])
         optimiser.step()
-        parts = {name: value.detach() for name, value in found.items()}
-        losses.append(parts["loss"] if ours else next(iter([value.item() for value in parts.values()])))
+        losses.append(found["loss"].detach())
+        return None if ours else sum(value.item() for value in found.values())
 
-    first, *rest = batches(training, size, constants.batch_sizes[training == "segmentation"], constants)
-
-    step(*first)
-    _, seconds, _ = measured(lambda: [step(*batch) for batch in rest], 1, device)
+    step()
+    _, seconds, _ = measured(lambda: [step() for _ in range(constants.steps)], 1, device)
     return seconds / constants.steps, [float(loss) for loss in losses]
 
 
-def measure(*arguments) -> tuple[float, float, list[float]]:
+def measure(training: str, ours: bool, size: int, constants: Constants) -> tuple[float, float, list[float]]:
     """Seconds a step, peak memory in MB, the loss of each step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    (seconds, losses), _, memory = measured(lambda: time_steps(*arguments), 1, device)
+    (seconds, losses), _, memory = measured(lambda: time_steps(training, ours, size, constants), 1, device)
     return seconds, memory, losses
 
 
 def load(size: int, constants: Constants, folder: Path) -> dict[str, float]:
     """Images a second of one loading process, for each training."""
-    random, ids, rates = np.random.default_rng(0), [f"{index:03}" for index in range(constants.load_patches)], {}
+    random, ids = np.random.default_rng(0), [f"{index:03}" for index in range(constants.load_patches)]
     files = sorted(path for path in constants.images.iterdir() if path.is_file()) if constants.images else []
     colours = random.integers(0, 256, (constants.num_classes, 3)).astype(np.uint8)
     for part in ("images", "labels"):
@@ -117,10 +122,12 @@ def load(size: int, constants: Constants, folder: Path) -> dict[str, float]:
             image = np.array(Image.open(files[index % len(files)]).convert("RGB"))[:size, :size]
         Image.fromarray(image).save(folder / "images" / f"{id}.png")
         save_label(folder / "labels" / f"{id}.png", label[: image.shape[0], : image.shape[1]], colours)
-    targets = {"classification": dict.fromkeys(ids, np.ones(constants.num_classes, bool))}
-    for training, target in (targets | {"segmentation": folder / "labels"}).items():
+    present = dict.fromkeys(ids, np.ones(constants.num_classes, bool))
+    targets: dict[str, dict[str, np.ndarray] | Path] = {"classification": present, "segmentation": folder / "labels"}
+    rates = {}
+    for training, target in targets.items():
         patches = TrainingPatches(ids, folder / "images", target, constants.num_classes, size, 0)
-        patches[0, 0]  # what a first one loads is no part of the cost
+        patches[0, 0]  # loads libraries: not a part of the cost
         _, seconds, _ = measured(lambda patches=patches: [patches[0, index] for index in range(len(ids))], 2)
         rates[training] = len(ids) / seconds
     return rates
@@ -133,12 +140,12 @@ def main(constants: Constants) -> None:
     precision = make_accelerator().mixed_precision
     print(f"{device}; {constants.backbone}; ours in {'fp32' if precision == 'no' else precision}")
     rates = {}
-    # a new process for each figure, so that one way's memory does not count for the other
+    # a new process for each figure, so that the memory of one way does not count for the other
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for size in sizes:
             for training, count in zip(("classification", "segmentation"), constants.batch_sizes, strict=True):
-                found = {way: pool.apply(measure, (training, way, size, constants)) for way in ("plain", "ours")}
-                (plain, plain_memory, plain_losses), (ours, memory, losses) = found["plain"], found["ours"]
+                plain, plain_memory, plain_losses = pool.apply(measure, (training, False, size, constants))
+                ours, memory, losses = pool.apply(measure, (training, True, size, constants))
                 rates[training, size] = count / ours
                 apart = max(abs(a - b) / abs(b) for a, b in zip(losses, plain_losses, strict=True))
                 print(
@@ -152,7 +159,7 @@ def main(constants: Constants) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for training, rate in load(size, constants, Path(folder)).items():
                 needed = rates.get((training, size))
-                limit = f"; the step needs {needed:.1f}, that is {needed / rate:.2f} workers" if needed else ""
+                limit = f"; a step needs {needed:.1f}, {needed / rate:.2f} workers" if needed else ""
                 print(f"loading for {training:14} at {size}: {rate:.0f} images/s a worker{limit}", flush=True)
 
 

@@ -28,6 +28,7 @@ from tools.constants import ROOT, constants
 from tools.dataset import Dataset, load_dataset
 from tools.files import write_whole
 from tools.image_labels import read_image_labels
+from tools.steps import command_line
 
 
 @constants
@@ -84,7 +85,7 @@ def main(constants: Constants) -> None:
         undefined=StrictUndefined,
     )
     environment.filters["digest"] = digest
-    next = f"python datasetsprocess/process.py --dataset {dataset.name}"
+    next = command_line("datasetsprocess/process.py", constants)
     page = environment.get_template("label_page.html.j2").render(
         title=dataset.title, data=page_data(dataset, labels, logits, next)
     )

@@ -290,15 +290,15 @@ def test_a_dropped_csv_is_loaded_and_its_slips_are_listed(plots, browser, tmp_pa
     assert kept(page)[GRID[0]] == "0001"
     for text, sentence in (
         ("id;field\n", "separated by semicolons"),
-        ("id,field\n", "The first line must be id,field,"),
+        ("id,field\n", "line 1 must be id,field,"),
         ("", "but is empty"),
     ):
         file.write_text(text)
         page.drop(file)
-        page.until(f"document.querySelector('.notice.warning').textContent.includes({json.dumps(sentence)})")
+        page.until(f"document.querySelector('.notice.warning')?.textContent.includes({json.dumps(sentence)})")
     file.write_bytes("id,ä\n".encode("latin-1"))
     page.drop(file)
-    page.until("document.querySelector('.notice.warning').textContent.includes('is not text in UTF-8')")
+    page.until("document.querySelector('.notice.warning')?.textContent.includes('is not text in UTF-8')")
     assert kept(page)[GRID[0]] == "0001" and page.js("document.title").startswith("Labels: plots & <script>")
     assert page.complaints() == []
 

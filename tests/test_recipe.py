@@ -1,7 +1,4 @@
-"""The training recipe: which patches an epoch reads in which order, constants that cannot work, and ignored pixels."""
-
-import json
-from dataclasses import replace
+"""The training recipe: the patches and the order of an epoch, ranges of constants, and ignored pixels."""
 
 import numpy as np
 import pytest
@@ -10,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import train_classification
+import train_segmentation
 from tests.steps import Recipe
 from tools.command import UserError
 from tools.training import EpochBatches, check_recipe
-from train_classification import warn_of_guessing
-from train_segmentation import compute_loss as segmentation_loss
 
 
 @given(size=st.integers(1, 60), batch=st.integers(1, 12), seed=st.integers(0, 9), epoch=st.integers(0, 5))
@@ -60,6 +57,7 @@ def test_processes_partition_each_batch(processes):
         EpochBatches(30, 9, 0, 0, 2)
 
 
+@pytest.mark.parametrize("step", [train_classification, train_segmentation])
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -76,27 +74,26 @@ def test_processes_partition_each_batch(processes):
         ("seed", 2**40),
     ],
 )
-def test_constants_that_cannot_work(name, value):
-    check_recipe(Recipe(), 11)
+def test_constants_that_cannot_work(step, name, value):
     with pytest.raises(UserError, match=f"{name} is {value}, but"):
-        check_recipe(replace(Recipe(), **{name: value}), 11)
+        step.Constants(**{name: value})
+
+
+def test_fewer_patches_than_a_batch_are_refused():
+    check_recipe(Recipe(batch_size=11), 11)
+    with pytest.raises(UserError, match=r"there are 11 training patches, fewer than one batch: lower batch_size .12"):
+        check_recipe(Recipe(batch_size=12), 11)
 
 
 def test_a_batch_that_is_all_ignore_costs_nothing():
     model = nn.Conv2d(3, 4, 1)
     x, labels = torch.randn(2, 3, 8, 8), torch.full((2, 8, 8), 255)
-    loss = segmentation_loss(model, x, labels)["loss"]
+    loss = train_segmentation.compute_loss(model, x, labels)["loss"]
     loss.backward()
     assert float(loss.detach()) == 0 and not model.weight.grad.any()
     labels[0, 0, :2] = torch.tensor([1, 3])
     logits = model(x).detach().double()[0, :, 0]
     expected = -np.mean([logits[:, i].log_softmax(0)[k] for i, k in enumerate((1, 3))])
-    assert float(segmentation_loss(model, x, labels)["loss"].detach()) == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_classifier_that_only_guesses_is_told(tmp_path, capsys):
-    log = tmp_path / "log.jsonl"
-    for loss, told in ((0.2, False), (1.35, True)):
-        log.write_text(json.dumps({"classification": 3.0}) + "\n" + json.dumps({"classification": loss}) + "\n")
-        warn_of_guessing(log)
-        assert ("ended at 1.35, and guessing gives 0.69" in capsys.readouterr().out) == told
+    assert float(train_segmentation.compute_loss(model, x, labels)["loss"].detach()) == pytest.approx(
+        expected, rel=1e-6
+    )

@@ -135,14 +135,14 @@ def save_cams(
     path: Path,
     classes: np.ndarray,
     maps: Sequence[np.ndarray],
-    size: tuple[int, int],
+    size: Sequence[int],
     logits: np.ndarray | None = None,
 ) -> None:
-    """Store the maps of each scale at feature size: all that the full-size maps are made of, in a fraction of the disk.
+    """Store the maps of each scale at feature size, from which `load_cams` makes the maps at image size.
 
     classes (k,) ids of the classes present, ascending; maps: for each scale (k,h,w), not negative; size: (H,W) of the
-    image; logits (K,) of all classes, the mean over scales and mirrors, for the review of the labels. Values go to
-    float16 as shares of the class's maximum, which is kept in float32, so nothing overflows.
+    image; logits (K,) of all classes, the mean over scales and mirror images, for the review of the labels. A value is
+    stored in float16 as a share of its class's maximum, the maximum in float32: no value overflows.
     """
     peaks = np.max([scale.max((1, 2)) for scale in maps], axis=0).astype(np.float32)
     shares = [(scale / np.maximum(peaks, 1e-30)[:, None, None]).astype(np.float16) for scale in maps]
@@ -157,7 +157,7 @@ def save_cams(
         )
 
 
-def fuse_scales(maps: Sequence[Tensor], size: tuple[int, int], relative: bool = True) -> Tensor:
+def fuse_scales(maps: Sequence[Tensor], size: Sequence[int], relative: bool = True) -> Tensor:
     """Class maps (k,h,w) of each scale -> (k,H,W), H,W = size (method section 2).
 
     Upsampled to the size rounded up to the output stride, summed, cut to the image, and if `relative` divided by each
@@ -170,7 +170,7 @@ def fuse_scales(maps: Sequence[Tensor], size: tuple[int, int], relative: bool = 
 
 
 def load_cams(
-    path: Path, num_classes: int, size: tuple[int, int], relative: bool = True
+    path: Path, num_classes: int, size: Sequence[int], relative: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """The maps of an image of (H,W) = size -> class ids (k,) ascending, maps (k,H,W) float32 in 0..1.
 
