@@ -26,28 +26,12 @@ from torchvision.ops import nms
 
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from PRC_SAM.sam_forward import PointDecoder, encode_images, relative_positions
+from PRC_SAM.settings import Settings
 from tools.masks import Masks
 from tools.memory import Parts
 
 PIXELS_ON_GPU, PIXELS_ON_CPU = 1 << 26, 1 << 20  # of masks in float at full size; a processor's cache wants few
 POINTS_AT_ONCE = 64  # a constant: the size of a batch changes the last digits of the results
-
-
-@dataclass(frozen=True)
-class Settings:
-    """SAM's names and defaults; points_per_batch = 0 finds the batch."""
-
-    points_per_side: int = 32
-    points_per_batch: int = 0
-    pred_iou_thresh: float = 0.88
-    stability_score_thresh: float = 0.95
-    stability_score_offset: float = 1.0
-    box_nms_thresh: float = 0.7
-    crop_n_layers: int = 0
-    crop_nms_thresh: float = 0.7
-    crop_overlap_ratio: float = 512 / 1500
-    crop_n_points_downscale_factor: int = 1
-    min_mask_region_area: int = 0
 
 
 @dataclass
@@ -99,12 +83,6 @@ class MaskGenerator:
             self.positions = relative_positions(sam.image_encoder, dtype)
         self._prompts: dict[tuple, Tensor] = {}
         self._resampling: dict[tuple, tuple[Tensor, Tensor]] = {}
-
-    @staticmethod
-    def from_constants(sam: Sam, constants) -> "MaskGenerator":
-        """With the settings of a script's constants block."""
-        settings = Settings(**{field.name: getattr(constants, field.name) for field in fields(Settings)})
-        return MaskGenerator(sam, settings, constants.precision, constants.images_at_once)
 
     def prepare(self, image: np.ndarray) -> tuple[tuple[int, int], list[Crop]]:
         """What the processor does to an image before the device sees it: its size and its crops, resized."""
