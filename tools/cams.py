@@ -87,7 +87,7 @@ def in_background(threads: int = 2) -> Iterator[Callable[..., None]]:
             call.result()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # autocast keeps the weights it has cast for all scales, but not in inference_mode
 def mirrored_scales(
     predict: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float], device: torch.device
 ) -> list[Tensor]:
