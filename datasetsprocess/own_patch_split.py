@@ -1,20 +1,19 @@
 """Cut large scenes of your own into patches for training and testing (docs/own_data.md).
 
-A scene is covered by tiles of patch_size at every stride of its dataset.toml. Where they do not come out even, the last
-row and column are moved inward to end at the border (--border shift), so that every pixel is in a tile and some are in
-two; or what is left over is dropped (--border drop). Tiles with too little image in them are left out. A patch is named
-<scene>_r<row>_c<column>.
+A scene is covered by tiles of patch_size, one beginning every stride (both from dataset.toml). Where the last tiles
+would cross the border, they are moved inward (--border shift), so that every pixel is in a tile and some are in two, or
+dropped (--border drop). Tiles with too much nodata are left out. A patch is named <scene>_r<row>_c<column>.
 
-Reads   <raw>/{train,test}/images/<scene>.tif, .png or .jpg       three channels of 8 bits
-        <raw>/{train,test}/labels/<scene>.tif or .png             truth: the colours of dataset.toml, or class ids in
-                                                                  one channel; a split may have none
+Reads   <raw>/{train,test}/images/<scene>.tif, .png, .jpg, .jp2   three channels of 8 bits
+        <raw>/{train,test}/labels/<scene>.tif or .png             truth in the colours of dataset.toml, or class ids in
+                                                                  one channel; a split may have no truth
 Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png    three channels of 8 bits
         <root>/datasets/<dataset>/{train,test}/labels/<id>.png    class ids in a palette PNG, 255 = ignore
-        <root>/datasets/<dataset>/train/image_labels_blank.csv    to fill in and save as image_labels.csv, where there
-                                                                  is no truth
-        beside them run.json, scenes/<scene>.json (account of each scene), contact_sheet.png
+        <root>/datasets/<dataset>/train/image_labels_blank.csv    where there is no truth: fill it in and save it as
+                                                                  image_labels.csv
+        in the same folders run.json, scenes/<scene>.json (account of each scene), contact_sheet.png
 
-Where pixels are no image, because the file says so (nodata value, alpha channel) or --nodata does, labels become 255.
+Labels of nodata pixels (nodata value, alpha channel or mask of the file, or --nodata) become 255.
 
 Command: python datasetsprocess/own_patch_split.py --dataset fields
 """
@@ -22,7 +21,6 @@ Command: python datasetsprocess/own_patch_split.py --dataset fields
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -31,34 +29,33 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasetsprocess.cutting import Patch, Scene, split_scenes
-from datasetsprocess.scene_files import find_sources
+from datasetsprocess.scene_files import find_sources, scene_files
 from tools.command import check, run
-from tools.dataset import SPLITS, Dataset, load_dataset
+from tools.constants import Count, Place, Share, Speed, constants
+from tools.dataset import Dataset, load_dataset
 from tools.image_labels import write_image_labels
 from tools.labels import IGNORE
-from tools.rasters import SUFFIXES, Raster, covering_starts
-from tools.step import ROOT
+from tools.rasters import SUFFIXES, Nodata, Raster, covering_starts
+from tools.steps import SPLITS
 
 
-@dataclass(frozen=True)
-class Constants:
+@constants
+class Constants(Place):
     dataset: str = "fields"  # the name of your own dataset.toml
-    root: Path = ROOT  # the folder that holds datasets/
     raw: str = ""  # the folder of scenes; empty: <root>/datasets/<dataset>/raw
-    border: Literal["shift", "drop"] = "shift"  # tiles over the border: moved inward, or left out
-    nodata: int = -1  # pixels with this value in all channels are no image; -1: those that the file names
-    max_nodata: float = 0.5  # tiles with a larger share of such pixels are left out, and those without any image
+    border: Literal["shift", "drop"] = "shift"  # tiles that would cross the border: move them inward, or drop them
+    nodata: Nodata = -1  # value of nodata pixels in all channels; -1: the nodata value stored in the file
+    max_nodata: Share = 0.5  # tiles with a larger share of nodata pixels are left out, and those of nodata alone
     grey: Literal["stop", "repeat"] = "stop"  # scenes with one channel: stop, or repeat it three times
-    unknown_colours: Literal["stop", "ignore"] = "stop"  # a truth's colour that is no class: stop, or 255 (ignored)
-    missing_scenes: Literal["stop", "skip"] = "stop"  # images without a truth where others have one, and the reverse
-    workers: int = min(8, os.cpu_count() or 1)  # processes; 0: none beside this one
-    overwrite: bool = False  # remove the patches that are there and start anew
+    unknown_colours: Literal["stop", "ignore"] = "stop"  # truth colours that are no class: stop, or ignore them (255)
+    missing_scenes: Speed[Literal["stop", "skip"]] = "stop"  # incomplete scenes of a split that has truths
+    workers: Speed[Count] = min(8, os.cpu_count() or 1)  # worker processes of about 200 MB; 0: the main process
 
 
 def patches(scene: Scene, border: str, max_nodata: float) -> Iterator[Patch]:
-    """The tiles that cover a scene and hold enough of it."""
+    """The tiles of a scene, without those of too much nodata."""
     size, stride = scene.dataset.patch_size, scene.dataset.stride
-    whole = {(row * stride, column * stride) for row, column in scene.tiles()}  # refuses a scene without any
+    whole = {(row * stride, column * stride) for row, column in scene.tiles()}  # raises if there is none
     rows, columns = (covering_starts(length, size, stride) for length in scene.image.shape)
     for row, y in enumerate(rows):
         for column, x in enumerate(columns):
@@ -66,48 +63,42 @@ def patches(scene: Scene, border: str, max_nodata: float) -> Iterator[Patch]:
                 continue
             valid = scene.image.valid(y, x, size, size)
             if not valid.any() or np.mean(~valid) > max_nodata:
-                scene.notes["tiles with too little image, left out"] += 1
+                scene.notes["tiles with too much nodata, left out"] += 1
                 continue
             pixels, ids = scene.window(y, x)
             yield f"r{row:03d}_c{column:03d}", pixels, None if ids is None else np.where(valid, ids, IGNORE)
 
 
-def scene_names(folder: Path) -> list[str]:
-    return sorted({path.stem for path in folder.glob("[!.]*") if path.suffix.lower() in SUFFIXES})
-
-
 def write_blank(dataset: Dataset) -> None:
-    """A csv with a line for each train patch and no class yet; every later step notices a line that was forgotten."""
+    """A csv with a line for each train patch and no class yet; process.py names the lines that were not filled in."""
     file = dataset.folder / "train" / "image_labels_blank.csv"
     write_image_labels(file, dataset.classes, {id: np.zeros(dataset.num_classes, bool) for id in dataset.ids("train")})
-    print(f"before that, fill in {file} and save it as image_labels.csv: the train scenes have no truth")
+    print(f"the train scenes have no truth, so before that fill in {file} and save it as image_labels.csv")
 
 
 def main(constants: Constants) -> None:
-    check(-1 <= constants.nodata <= 255, f"nodata is {constants.nodata}, but it must be from 0 to 255, or -1")
-    check(0 <= constants.max_nodata <= 1, f"max_nodata is {constants.max_nodata}, but it must be from 0 to 1")
     dataset = load_dataset(constants.dataset, constants.root)
     check(
         dataset.stride <= dataset.patch_size,
-        f"stride is {dataset.stride} in {dataset.folder / 'dataset.toml'}, but more than patch_size "
-        f"({dataset.patch_size}) would leave gaps",
+        f"stride is {dataset.stride} in {dataset.folder / 'dataset.toml'}, but it must be at most patch_size "
+        f"({dataset.patch_size}), so that the tiles leave no gaps",
     )
     raw = Path(constants.raw) if constants.raw else dataset.folder / "raw"
-    scenes = {split: scene_names(raw / split / "images") for split in SPLITS}
+    images = {split: scene_files(raw / split / "images") for split in SPLITS}
     check(
-        bool(scenes["train"]),
-        f"{raw / 'train' / 'images'} holds no scenes ({', '.join(SUFFIXES)}): put your large images there, those to "
-        f"test on into {raw / 'test' / 'images'}, or name another folder with --raw",
+        bool(images["train"]),
+        f"{raw / 'train' / 'images'} has no scenes ({', '.join(SUFFIXES)}): put the large images for training there "
+        f"and those for testing into {raw / 'test' / 'images'}, or name another folder with --raw",
     )
-    places = {}
+    scenes, places = {}, {}
     for split in SPLITS:
-        truths = scene_names(raw / split / "labels")
-        scenes[split] = sorted({*scenes[split], *truths})
+        truths = scene_files(raw / split / "labels")
+        scenes[split] = sorted({*images[split], *truths})
         places[split] = (f"{split}/images/{{}}", f"{split}/labels/{{}}") if truths else (f"{split}/images/{{}}",)
         by_hand = dataset.image_labels_file(split)
         check(
-            truths or not (constants.overwrite and by_hand.exists()),
-            f"{by_hand} may have been written by hand, and --overwrite would remove it: move it away first",
+            bool(truths) or not (constants.overwrite and by_hand.exists()),
+            f"{by_hand} may be written by hand, and --overwrite would delete it: move it away first",
         )
     sources = find_sources(raw, scenes, places, constants.missing_scenes)
     rule = partial(patches, border=constants.border, max_nodata=constants.max_nodata)

@@ -1,23 +1,24 @@
 """Cut the scenes of ISPRS Potsdam into patches for training and testing (method, "Data").
 
-Test: every whole tile. Train: a tile in which any class is present with less than a smallest share of the pixels is
-dropped; the others are saved in four versions, _v0 to _v3: as they are, flipped vertically, flipped horizontally,
-turned by a random multiple of 90 degrees. A patch is named <scene>_r<row>_c<column>, then the version.
+Test: every whole tile. Train: a tile is dropped if any of its classes covers less than a minimum share of the pixels;
+the others are saved in four versions, _v0 to _v3: as they are, flipped vertically, flipped horizontally, rotated by a
+random multiple of 90 degrees. A patch is named <scene>_r<row>_c<column>, then the version.
 
 Reads   <raw>/2_Ortho_RGB/top_potsdam_<scene>_RGB.tif                               red, green, blue
         <raw>/5_Labels_all/top_potsdam_<scene>_label.tif                            full colour-coded truth
-        <raw>/5_Labels_all_noBoundary/top_potsdam_<scene>_label_noBoundary.tif      the same with black (ignored)
-                                                                                    boundaries, for --truth eroded
+        <raw>/5_Labels_all_noBoundary/top_potsdam_<scene>_label_noBoundary.tif      for --truth eroded: boundaries are
+                                                                                    black (ignored)
 Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channels of 8 bits
         <root>/datasets/<dataset>/{train,test}/labels/<id>.png     class ids in a palette PNG, 255 = ignore
-        beside them run.json, scenes/<scene>.json (account of each scene), contact_sheet.png
+        in the same folders run.json, scenes/<scene>.json (account of each scene), contact_sheet.png
 
-The archives come from ISPRS (2D Semantic Labelling, Potsdam): unpack 2_Ortho_RGB.zip, which brings its folder, into
-<raw>, 5_Labels_all.zip, which brings none, into <raw>/5_Labels_all and, if wanted, 5_Labels_all_noBoundary.zip into the
-folder of its name. (5_Labels_for_participants.zip has the truth of 24 scenes only: unpack it into 5_Labels_all and skip
-the missing scenes.) The published truth of 4_12 is a faulty overlay with thousands of colours: with --unknown-colours
-ignore its wrong pixels become 255; the other way is a dataset.toml of your own without this scene. Scenes may also be
-png or jpg; they must have three channels of 8 bits (an opaque alpha channel of a png is dropped).
+The archives come from ISPRS (2D Semantic Labelling, Potsdam). Unpack 2_Ortho_RGB.zip, which contains a folder, into
+<raw>, and 5_Labels_all.zip, which contains none, into <raw>/5_Labels_all. For --truth eroded, unpack
+5_Labels_all_noBoundary.zip into <raw>/5_Labels_all_noBoundary. 5_Labels_for_participants.zip has the truth of 24 scenes
+only: unpack it into <raw>/5_Labels_all and add --missing-scenes skip. The published truth of 4_12 is a faulty overlay
+with thousands of colours: either ignore its wrong pixels with --unknown-colours ignore, or write a dataset.toml without
+this scene. Scenes may also be png, jpg or jp2. They must have three channels of 8 bits; an opaque alpha channel is
+dropped.
 
 Command: python datasetsprocess/potsdam_patch_split.py
 """
@@ -25,7 +26,6 @@ Command: python datasetsprocess/potsdam_patch_split.py
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasetsprocess.cutting import Patch, Scene, class_id, four_versions, rule_of, split_scenes
 from datasetsprocess.scene_files import find_sources
 from tools.command import run
+from tools.constants import Count, Place, Seed, Speed, constants
 from tools.dataset import Dataset, load_dataset
-from tools.step import ROOT
 
 PLACES = {  # truth -> image and truth of a scene
     "full": ("2_Ortho_RGB/top_potsdam_{}_RGB", "5_Labels_all/top_potsdam_{}_label"),
@@ -44,21 +44,19 @@ PLACES = {  # truth -> image and truth of a scene
 }
 
 
-@dataclass(frozen=True)
-class Constants:
+@constants
+class Constants(Place):
     dataset: str = "potsdam"  # potsdam | the name of your own dataset.toml for scenes in this layout
-    root: Path = ROOT  # the folder that holds datasets/
     raw: str = ""  # where the archives are unpacked; empty: <root>/datasets/<dataset>/raw
     truth: Literal["full", "eroded"] = "full"  # which truth becomes the labels
-    unknown_colours: Literal["stop", "ignore"] = "stop"  # a truth's colour that is no class: stop, or 255 (ignored)
-    missing_scenes: Literal["stop", "skip"] = "stop"  # scenes of the description that <raw> lacks
-    seed: int = 0  # of the random turns
-    workers: int = min(8, os.cpu_count() or 1)  # processes, each below 500 MB; 0: none beside this one
-    overwrite: bool = False  # remove the patches that are there and start anew
+    unknown_colours: Literal["stop", "ignore"] = "stop"  # truth colours that are no class: stop, or ignore them (255)
+    missing_scenes: Speed[Literal["stop", "skip"]] = "stop"  # scenes of the description without files in <raw>
+    seed: Seed = 0  # of the random rotations
+    workers: Speed[Count] = min(8, os.cpu_count() or 1)  # worker processes of about 200 MB; 0: the main process
 
 
 def smallest_shares(dataset: Dataset) -> np.ndarray:
-    """(K,) the share of a train tile's pixels below which a class that is present must not be."""
+    """(K,) the minimum share of the pixels of a train tile, for each class in it."""
     min_share, exceptions = rule_of(dataset, "min_share", "min_share_of")
     shares = np.full(dataset.num_classes, min_share, np.float64)
     for name, share in exceptions.items():
@@ -67,7 +65,7 @@ def smallest_shares(dataset: Dataset) -> np.ndarray:
 
 
 def patches(scene: Scene) -> Iterator[Patch]:
-    """The tiles of a scene; in the train split without those that hold too little of a class, in four versions."""
+    """The tiles of a scene; in the train split without those that show too little of a class, in four versions."""
     stride, classes, smallest = scene.dataset.stride, scene.dataset.num_classes, smallest_shares(scene.dataset)
     for row, column in scene.tiles():
         place = f"r{row:03d}_c{column:03d}"
@@ -77,7 +75,7 @@ def patches(scene: Scene) -> Iterator[Patch]:
             continue
         shares = np.bincount(ids.ravel(), minlength=classes)[:classes] / ids.size
         if ((shares > 0) & (shares < smallest)).any():
-            scene.notes["tiles dropped, a class below its smallest share"] += 1
+            scene.notes["tiles dropped, a class below its minimum share"] += 1
             continue
         for version, patch in enumerate(four_versions(image, ids, scene.random(row, column))):
             yield f"{place}_v{version}", *patch
@@ -85,7 +83,7 @@ def patches(scene: Scene) -> Iterator[Patch]:
 
 def main(constants: Constants) -> None:
     dataset = load_dataset(constants.dataset, constants.root)
-    smallest_shares(dataset)  # a wrong rule shows before anything is written
+    smallest_shares(dataset)  # refuse a wrong rule before anything is written
     raw = Path(constants.raw) if constants.raw else dataset.folder / "raw"
     places = PLACES[constants.truth]
     sources = find_sources(raw, dataset.scenes, {"train": places, "test": places}, constants.missing_scenes)

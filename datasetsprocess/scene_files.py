@@ -1,12 +1,18 @@
-"""The files of the scenes that are to be cut: image and truth, found by name."""
+"""The files of the scenes that are cut: image and truth, found by name."""
 
 import re
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from tools.command import UserError, check
-from tools.dataset import SPLITS
+from tools.folders import and_more
 from tools.rasters import SUFFIXES
+from tools.steps import SPLITS
+
+LONGEST_NAME = 200  # characters; a patch's temporary file adds about 40 to them, and file systems allow 255 bytes
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class Source:
     truth: Path | None = None
 
     def state(self) -> list[list[int]]:
-        """Bytes and time of change of each file: another under the same name must not pass for the old one."""
+        """Size in bytes and modification time of each file, by which a replaced file is recognised."""
         states = [path.stat() for path in (self.image, self.truth) if path]
         return [[state.st_size, state.st_mtime_ns] for state in states]
 
@@ -31,40 +37,51 @@ def find_sources(
 ) -> dict[str, list[Source]]:
     """The files of every scene: split -> sources.
 
-    `places` gives the paths of image and truth, or of the image alone, below `raw` for each split, without suffix and
-    with {} for the scene.
-    Raises `UserError` that lists what is not there (with `missing_scenes` "skip" only when that is everything), for a
-    scene with two files, one in both splits, and names that are no plain file names.
+    `places` gives for each split the paths of image and truth, or of the image alone, below `raw`, without suffix and
+    with {} for the scene. Raises `UserError` for missing files (with `missing_scenes` "skip" only when nothing is
+    complete), for a scene with two files, a scene in both splits, and a name that patches cannot have.
     """
-    check(raw.is_dir(), f"{raw} is missing: unpack the archives there as the top of this script says, or set --raw")
+    check(raw.is_dir(), f"{raw} is missing: unpack the archives there as this script's docstring says, or set --raw")
     names = [name for split in SPLITS for name in scenes.get(split, [])]
     for name in names:
         check(
-            re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
-            f'the scene "{name}" needs another name: only letters, digits, "_" and "-" are possible',
+            re.fullmatch(rf"[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}", name) is not None,
+            f'the scene "{name}" needs another name, of at most {LONGEST_NAME} letters, digits, "_" and "-": its '
+            "patches are named after it",
         )
         check(names.count(name) == 1, f"the scene {name} is listed twice: a scene belongs to one split")
     found: dict[str, list[Source]] = {split: [] for split in SPLITS}
     missing = []
+    files = cache(scene_files)
     for split in SPLITS:
         for name in scenes.get(split, []):
-            paths = {place.format(name): _find(raw / place.format(name)) for place in places[split]}
-            if all(paths.values()):
-                found[split].append(Source(name, *paths.values()))
+            paths = {place.format(name): _find(raw / place.format(name), files) for place in places[split]}
+            complete = [path for path in paths.values() if path]
+            if len(complete) == len(paths):
+                found[split].append(Source(name, *complete))
             missing += [place for place, path in paths.items() if not path]
-    shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+    shown = and_more(missing, 6, ", ")
     if missing and (missing_scenes == "stop" or not any(found.values())):
         raise UserError(
-            f"{raw} lacks {shown} ({' or '.join(SUFFIXES)}): put the files there under these names (the top of "
-            "this script says whence), or cut the scenes that are complete with --missing-scenes skip"
+            f"{raw} has no {shown} ({' or '.join(SUFFIXES)}): put the files there under these names (this script's "
+            "docstring says where they come from), or cut only the complete scenes with --missing-scenes skip"
         )
     if missing:
-        print(f"not in {raw}, so their scenes are skipped: {shown}")
+        print(f"missing in {raw}, so their scenes are skipped: {shown}")
     return found
 
 
-def _find(stem: Path) -> Path | None:
-    files = [path for suffix in SUFFIXES if (path := stem.with_name(stem.name + suffix)).is_file()]
-    if len(files) > 1:
-        raise UserError(f"{files[0]} and {files[1].name} are the same scene twice: remove one of them")
-    return files[0] if files else None
+def scene_files(folder: Path) -> dict[str, list[Path]]:
+    """Name without suffix -> the images of that name in a folder; hidden files are left out."""
+    files: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(folder.glob("[!.]*")):
+        if path.suffix.lower() in SUFFIXES:
+            files[path.stem].append(path)
+    return files
+
+
+def _find(place: Path, files: Callable[[Path], dict[str, list[Path]]]) -> Path | None:
+    paths = files(place.parent).get(place.name, [])
+    if len(paths) > 1:
+        raise UserError(f"{paths[0]} and {paths[1].name} are the same scene: remove one of them")
+    return paths[0] if paths else None

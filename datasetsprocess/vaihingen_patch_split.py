@@ -1,21 +1,21 @@
 """Cut the scenes of ISPRS Vaihingen into patches for training and testing (method, "Data").
 
-Test: every whole tile. Train: of each tile a random smaller crop is enlarged to the tile's size; where the rare class
-(cars) covers enough of it, four versions of the crop stand in for the tile, and otherwise the tile is taken as it is.
+Test: every whole tile. Train: a random crop of each tile is enlarged to the size of the tile. Where the rare class
+(car) covers enough of the crop, four versions of the crop replace the tile; otherwise the tile is saved as it is.
 A patch is named <area>_r<row>_c<column>, with _v0 to _v3 for the versions: as it is, flipped vertically, flipped
-horizontally, turned by a random multiple of 90 degrees.
+horizontally, rotated by a random multiple of 90 degrees.
 
-Reads   <raw>/top/top_mosaic_09cm_area<N>.tif                      near infrared, red, green: kept in this order
+Reads   <raw>/top/top_mosaic_09cm_area<N>.tif                      near infrared, red, green, in this order
         <raw>/gts_for_participants/top_mosaic_09cm_area<N>.tif     full colour-coded truth
-        <raw>/gts_eroded/top_mosaic_09cm_area<N>_noBoundary.tif    the same, boundaries black (ignored): --truth eroded
+        <raw>/gts_eroded/top_mosaic_09cm_area<N>_noBoundary.tif    for --truth eroded: boundaries are black (ignored)
 Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channels of 8 bits
         <root>/datasets/<dataset>/{train,test}/labels/<id>.png     class ids in a palette PNG, 255 = ignore
-        beside them run.json, scenes/<area>.json (account of each scene), contact_sheet.png
+        in the same folders run.json, scenes/<area>.json (account of each scene), contact_sheet.png
 
-The archives come from ISPRS (2D Semantic Labelling, Vaihingen): unpack ISPRS_semantic_labeling_Vaihingen.zip into
-<raw>, ISPRS_semantic_labeling_Vaihingen_ground_truth_COMPLETE.zip into <raw>/gts_for_participants (the first archive
-has the truth of 16 areas only), and, if wanted, the ..._ground_truth_eroded_COMPLETE.zip into <raw>/gts_eroded.
-Scenes may also be png or jpg; they must have three channels of 8 bits (an opaque alpha channel of a png is dropped).
+The archives come from ISPRS (2D Semantic Labelling, Vaihingen). Unpack ISPRS_semantic_labeling_Vaihingen.zip into <raw>
+and ISPRS_semantic_labeling_Vaihingen_ground_truth_COMPLETE.zip into <raw>/gts_for_participants: the first archive has
+the truth of 16 areas only. For --truth eroded, unpack the ..._ground_truth_eroded_COMPLETE.zip into <raw>/gts_eroded.
+Scenes may also be png, jpg or jp2. They must have three channels of 8 bits; an opaque alpha channel is dropped.
 
 Command: python datasetsprocess/vaihingen_patch_split.py
 """
@@ -24,7 +24,6 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasetsprocess.cutting import Patch, Scene, class_id, four_versions, rule_of, split_scenes
 from datasetsprocess.scene_files import find_sources
 from tools.command import check, run
+from tools.constants import Count, Place, Seed, Speed, constants
 from tools.dataset import Dataset, load_dataset
-from tools.step import ROOT
 
 PLACES = {  # truth -> image and truth of an area
     "full": ("top/top_mosaic_09cm_area{}", "gts_for_participants/top_mosaic_09cm_area{}"),
@@ -44,17 +43,15 @@ PLACES = {  # truth -> image and truth of an area
 }
 
 
-@dataclass(frozen=True)
-class Constants:
+@constants
+class Constants(Place):
     dataset: str = "vaihingen"  # vaihingen | demo | the name of your own dataset.toml for scenes in this layout
-    root: Path = ROOT  # the folder that holds datasets/
     raw: str = ""  # where the archives are unpacked; empty: <root>/datasets/<dataset>/raw
     truth: Literal["full", "eroded"] = "full"  # which truth becomes the labels
-    unknown_colours: Literal["stop", "ignore"] = "stop"  # a truth's colour that is no class: stop, or 255 (ignored)
-    missing_scenes: Literal["stop", "skip"] = "stop"  # scenes of the description that <raw> lacks
-    seed: int = 0  # of the random crops and turns
-    workers: int = min(8, os.cpu_count() or 1)  # processes, each below 500 MB; 0: none beside this one
-    overwrite: bool = False  # remove the patches that are there and start anew
+    unknown_colours: Literal["stop", "ignore"] = "stop"  # truth colours that are no class: stop, or ignore them (255)
+    missing_scenes: Speed[Literal["stop", "skip"]] = "stop"  # scenes of the description without files in <raw>
+    seed: Seed = 0  # of the random crops and rotations
+    workers: Speed[Count] = min(8, os.cpu_count() or 1)  # worker processes of about 200 MB; 0: the main process
 
 
 def crop_rule(dataset: Dataset) -> tuple[int, float, int, int]:
@@ -62,14 +59,17 @@ def crop_rule(dataset: Dataset) -> tuple[int, float, int, int]:
     rare_class, rare_share, (smallest, largest) = rule_of(dataset, "rare_class", "rare_share", "crop_side")
     sides = math.ceil(smallest * dataset.patch_size), math.floor(largest * dataset.patch_size)
     check(
-        0 < sides[0] <= sides[1] <= dataset.patch_size,
-        f'[rules] of "{dataset.name}": crop_side is [{smallest}, {largest}], not two rising shares of the tile',
+        0 < sides[0] <= sides[1],
+        f'crop_side is [{smallest}, {largest}] in the [rules] of "{dataset.name}", but it must be two rising shares, '
+        "the first above 0",
     )
     return class_id(dataset, rare_class), rare_share, *sides
 
 
-def zoom(image: np.ndarray, ids: np.ndarray, smallest: int, largest: int, random: np.random.Generator):
-    """A random square crop of a tile, enlarged to the tile's size: image (P,P,3) linearly, ids (P,P) by the nearest."""
+def zoom(
+    image: np.ndarray, ids: np.ndarray, smallest: int, largest: int, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random square crop of a tile, enlarged to the tile's size: image (P,P,3) bilinear, ids (P,P) by the nearest."""
     size = len(ids)
     side = int(random.integers(smallest, largest, endpoint=True))
     y, x = random.integers(0, size - side, size=2, endpoint=True)
@@ -81,7 +81,7 @@ def zoom(image: np.ndarray, ids: np.ndarray, smallest: int, largest: int, random
 
 
 def patches(scene: Scene) -> Iterator[Patch]:
-    """The tiles of a scene; for training, four versions of a zoomed crop instead where the rare class has its share."""
+    """The tiles of a scene; in the train split four versions of an enlarged crop where the rare class covers enough."""
     stride, (rare, share, smallest, largest) = scene.dataset.stride, crop_rule(scene.dataset)
     for row, column in scene.tiles():
         place = f"r{row:03d}_c{column:03d}"
@@ -99,7 +99,7 @@ def patches(scene: Scene) -> Iterator[Patch]:
 
 def main(constants: Constants) -> None:
     dataset = load_dataset(constants.dataset, constants.root)
-    crop_rule(dataset)  # a wrong rule shows before anything is written
+    crop_rule(dataset)  # refuse a wrong rule before anything is written
     raw = Path(constants.raw) if constants.raw else dataset.folder / "raw"
     places = PLACES[constants.truth]
     sources = find_sources(raw, dataset.scenes, {"train": places, "test": places}, constants.missing_scenes)

@@ -1,12 +1,14 @@
-"""Label maps: class ids in palette PNGs, and the exact way from colours to ids and back."""
+"""Label maps and patches as PNG files, and the exact way from colours to class ids."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import imagecodecs
+import cv2
 import numpy as np
 from PIL import Image
 
-from tools.command import UserError
+from tools.command import UserError, check
 from tools.files import write_whole
 
 IGNORE = 255
@@ -65,21 +67,16 @@ def save_label(path: Path, ids: np.ndarray, colours: np.ndarray) -> None:
 def load_label(path: Path, num_classes: int) -> np.ndarray:
     """Read (H,W) uint8 class ids.
 
-    Raises `UserError` when the file cannot be read, is not one 8-bit channel, or holds an id that is neither a class
-    nor 255.
+    Raises `UserError` when the file cannot be read, is not one channel of 8 bits or a palette image, or holds an id
+    that is neither a class nor 255.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise UserError(
-                    f"{path} is a {image.mode} image, not a map of class ids: make it with the scripts in "
-                    "datasetsprocess, which turn colours into ids, or save the ids as an 8-bit grey or palette PNG"
-                )
-            ids = np.array(image)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: copy it there, or run again the step that makes it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}): copy or make it anew") from None
+    with _png(path, "run the step that makes it again, or copy it there") as (image, bits):
+        check(
+            image.mode == "P" or (image.mode == "L" and bits == 8),
+            f"{path} has mode {image.mode} and {bits} bits, so it is no map of class ids: make it with the scripts in "
+            "datasetsprocess, which turn colours into ids, or save the ids as a palette PNG or a grey PNG of 8 bits",
+        )
+        ids = np.array(image)
     wrong = (ids >= num_classes) & (ids != IGNORE)
     if wrong.any():
         raise UserError(
@@ -90,25 +87,41 @@ def load_label(path: Path, num_classes: int) -> np.ndarray:
 
 
 def save_image(path: Path, rgb: np.ndarray) -> None:
-    """Write (H,W,3) uint8 as PNG. Filter and strategy suit photographs: far faster than Pillow, files no larger."""
-    png = imagecodecs.png_encode(
-        np.ascontiguousarray(rgb), level=1, strategy=imagecodecs.PNG.STRATEGY.RLE, filter=imagecodecs.PNG.FILTER.AVG
-    )
+    """Write (H,W,3) uint8 as PNG, with filter and strategy for photographs: faster than Pillow, files no larger."""
+    parameters = [
+        *(cv2.IMWRITE_PNG_COMPRESSION, 1),
+        *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE),
+        *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_AVG),
+    ]
+    _, png = cv2.imencode(".png", cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2BGR), parameters)
     with write_whole(path) as temporary:
         temporary.write_bytes(png)
 
 
 def load_image(path: Path) -> np.ndarray:
-    """Read an 8-bit RGB image as (H,W,3) uint8; raises `UserError` when it is damaged or has other channels."""
+    """Read a patch as (H,W,3) uint8; raises `UserError` when it is damaged or not an RGB PNG of 8 bits."""
+    with _png(path, "cut the scenes again, or copy it there") as (image, bits):
+        check(
+            image.mode == "RGB" and bits == 8,
+            f"{path} has mode {image.mode} and {bits} bits, but RGB of 8 bits is expected: convert it as "
+            "docs/own_data.md says",
+        )
+        return np.array(image)
+
+
+@contextmanager
+def _png(path: Path, remedy: str) -> Iterator[tuple[Image.Image, int]]:
+    """An open PNG and the bits of its channels, which Pillow would bring to 8.
+
+    No other format, whatever the file's name: for an EPS, Pillow would start Ghostscript.
+    """
+    check(path.exists(), f"{path} is missing: {remedy}")
+    check(path.is_file(), f"{path} is not a regular file: {remedy}")  # reading a named pipe would wait for ever
     try:
-        with Image.open(path) as image:
-            if image.mode != "RGB":
-                raise UserError(
-                    f"{path} has mode {image.mode}, not 8-bit RGB: convert it to three 8-bit channels "
-                    "(docs/own_data.md says how)"
-                )
-            return np.array(image)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: copy it there, or cut the scenes again") from None
+        with path.open("rb") as file:
+            header = file.read(25)  # its last byte holds the bits
+            file.seek(0)
+            with Image.open(file, formats=("PNG",)) as image:
+                yield image, header[-1]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}): copy or make it anew") from None
+        raise UserError(f"{path} cannot be read as a PNG image ({error}): {remedy}") from None

@@ -1,192 +1,294 @@
-"""Reading large scenes by windows, whatever their TIFF looks like inside."""
+"""Large scenes as files: images read by windows, and label maps that GIS programs open at the right place (GDAL)."""
 
-from collections.abc import Iterator, Sequence
+import logging
+import shutil
+import stat
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
-import tifffile
+import rasterio
 from PIL import Image
+from pydantic import Field
+from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.errors import NotGeoreferencedWarning
+from rasterio.io import MemoryFile
+from rasterio.windows import Window
 
-from tools.command import UserError
+from tools.command import UserError, check
+from tools.files import write_whole
+from tools.labels import IGNORE, palette
 
-SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
+DRIVERS = {  # of GDAL, by suffix; each file is opened by its own driver alone, never as a VRT or a web address
+    ".tif": "GTiff",
+    ".tiff": "GTiff",
+    ".png": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jp2": "JP2OpenJPEG",
+}
+SUFFIXES = tuple(DRIVERS)
+OPTIONS: dict[str, Any] = {
+    "GDAL_CACHEMAX": 32 << 20,  # bytes; `Raster` keeps the rows that it needs itself
+    "GDAL_JPEG_TO_RGB": "NO",  # a CMYK image is refused, not converted
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": "YES",  # an incomplete JPEG is refused, not filled up with grey
+    "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": ".none",  # no file may refer to a web address
+}
 MAX_PIXELS = 1 << 29  # a scene of 23,000 x 23,000; a damaged or hostile header may promise far more
-NODATA = 42113  # the TIFF tag in which GDAL names the value of pixels that are no image
 KINDS = ("rgb", "grey", "palette")
+ORIENTATION = 274  # the tag of TIFF and EXIF that says how to turn an image
+TILE = 256  # pixels a side of a written tile
+
+Nodata = Annotated[int, Field(ge=-1, le=255)]  # -1: the nodata value stored in the file
+
+logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # what GDAL reports is part of our own messages
 
 
 class Raster:
     """An image file of `shape` (height, width) with 8-bit channels, read window by window.
 
-    `kinds` are the images that are welcome: "rgb", "grey" (one channel, read as three equal ones), "palette" (indices,
-    read like grey), and "holes" for images with pixels that are none, of which `valid` tells: those that an alpha
-    channel makes wholly transparent, or whose channels all have the value `nodata` (-1: what the file names). An alpha
-    channel that is opaque is dropped in any case.
+    `kinds` are the images that are accepted: "rgb", "grey" (one channel, read as three equal ones), "palette" (indices,
+    read like grey), and "holes" for images with nodata pixels; see `valid`. `nodata` is the value of nodata pixels in
+    all channels, -1 for the value stored in the file. An opaque alpha channel is dropped in any case.
 
-    TIFFs are memory-mapped where they are not compressed; otherwise the strips or tiles that a window touches are
-    decoded and kept until a window leaves them. PNG and JPEG know no windows and are held whole.
-    Raises `UserError` for any other kind of image and for damaged files.
+    Only the rows of one window are held in memory, in full width. Windows that follow each other from top to bottom
+    decode the file once. Raises `UserError` for any other image and for damaged files.
     """
 
     def __init__(self, path: Path, kinds: Sequence[str] = ("rgb",), nodata: int = -1):
-        self.path, self.kinds, self.kind, self.palette = Path(path), kinds, "rgb", None
-        self.nodata = None if nodata < 0 else nodata
-        self._tiff, self._top = None, 0
-        try:
-            with self._decoding():
-                if self.path.suffix.lower() in (".tif", ".tiff"):
-                    self._open_tiff()
-                else:
-                    self._band = self._read_whole()
-                    self.shape = self._band.shape[:2]
-        except BaseException:
-            self.close()
-            raise
+        self.path, self.kinds = Path(path), kinds
+        self.palette: np.ndarray | None = None  # (256,3) uint8
+        self._top, self._band = 0, np.empty((0, 0, 3), np.uint8)
+        self._file: Any = None
+        with self._decoding():
+            check_file(self.path)
+            driver = DRIVERS.get(self.path.suffix.lower())
+            check(
+                driver is not None, f"{self.path} is not one of {', '.join(SUFFIXES)}: convert it with gdal_translate"
+            )
+            self._file = rasterio.open(self.path.absolute(), driver=driver)
+            try:
+                self._examine()
+                stored = self._file.nodatavals[: self._colours] if nodata < 0 else [nodata]
+                known = all(value in range(256) for value in stored)
+                self._nodata = np.array(stored, np.uint8) if known else None
+            except BaseException:
+                self._file.close()
+                raise
 
     def __enter__(self) -> "Raster":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close the file and let go of the pixels; `shape` stays."""
-        self._band = np.empty((0, 0, 3), np.uint8)
-        if self._tiff:
-            self._tiff.close()
+        """Close the file and free the memory; `shape` stays."""
+        self._band = self._band[:0, :0].copy()
+        self._file.close()
 
     def read(self, y: int, x: int, height: int, width: int) -> np.ndarray:
         """The window (height, width, 3) uint8 with upper left corner (y, x); it lies inside the image."""
-        window = self._window(y, x, height, width)[..., :3]
-        return window if window.shape[-1] == 3 else np.repeat(window, 3, axis=-1)
+        window = self._window(y, x, height, width)[..., : self._colours]
+        return window if self._colours == 3 else np.repeat(window, 3, axis=-1)
 
     def valid(self, y: int, x: int, height: int, width: int) -> np.ndarray:
-        """The pixels (height, width) bool of a window that are image: neither transparent nor nodata."""
+        """Which pixels (height, width) bool of a window belong to the image.
+
+        False where the alpha channel or the mask stored in the file says so, and where all channels have the nodata
+        value.
+        """
         window = self._window(y, x, height, width)
-        valid = np.ones((height, width), bool) if window.shape[-1] < 4 else window[..., 3] > 0
-        if self.nodata is not None:
-            valid &= (window[..., :3] != self.nodata).any(-1)
+        valid = window[..., -1] > 0 if window.shape[-1] > self._colours else np.ones((height, width), bool)
+        if self._nodata is not None:
+            valid &= (window[..., : self._colours] != self._nodata).any(-1)
         return valid
 
-    def tags(self, codes: Sequence[int]) -> list[tuple]:
-        """Those of the TIFF tags that the file has, as tifffile writes them: (code, type, count, value, once)."""
-        found = [self._page.tags.get(code) for code in codes] if self._tiff else []
-        return [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in found if tag]
+    @property
+    def place(self) -> dict[str, Any]:
+        """The georeference as arguments of `write_label_tiff`; empty where the file has none."""
+        points, system = self._file.gcps
+        if points:
+            return {"gcps": points, "crs": system}
+        return {} if self._file.transform.is_identity else {"transform": self._file.transform, "crs": self._file.crs}
+
+    @property
+    def square_metres(self) -> float | None:
+        """The area of a pixel, where the georeference has an equal scale everywhere; else None."""
+        system = self._file.crs
+        # Mercator's scale grows towards the poles: at 50 degrees, areas appear 2.4 times too large
+        if not self.place.get("transform") or not system or not system.is_projected or '["Mercator' in system.to_wkt():
+            return None
+        return abs(self._file.transform.determinant) * system.linear_units_factor[1] ** 2
+
+    def _examine(self) -> None:
+        """Check size and channels before any pixel is read; sets what is known of them."""
+        file, path = self._file, self.path
+        self.shape: tuple[int, int] = file.shape
+        height, width = self.shape
+        check(
+            height * width <= MAX_PIXELS,
+            f"{path} has {width} x {height} pixels, but at most {MAX_PIXELS:,} are read: cut it into parts with "
+            "gdal_translate -srcwin",
+        )
+        alpha = file.count > 1 and file.colorinterp[-1] == ColorInterp.alpha
+        self._alpha, self._colours = alpha, file.count - alpha
+        self.kind = {1: "grey", 3: "rgb"}.get(self._colours, "other")
+        if file.colorinterp[0] == ColorInterp.palette:
+            self.kind, self.palette = "palette", np.zeros((256, 3), np.uint8)
+            for index, colour in file.colormap(1).items():
+                self.palette[index] = colour[:3]
+        self._check_channels()
+        sidecar = path.with_name(path.name + ".msk")  # may be of any format, so GDAL must not open it
+        looked_for = "holes" in self.kinds and not alpha and not sidecar.exists()
+        self._masked = looked_for and file.mask_flag_enums[0] == [MaskFlags.per_dataset]
+        turned = _orientation(path)
+        check(
+            turned == 1,
+            f"{path} has the orientation {turned} in its EXIF or TIFF tags, which some programs apply and others "
+            "ignore: save it upright with an image editor, or drop the tag with gdal_translate",
+        )
+
+    def _check_channels(self) -> None:
+        file, path = self._file, self.path
+        check(
+            self.kind != "palette" or "palette" in self.kinds,
+            f"{path} is a palette image, but three channels of 8 bits are expected: gdal_translate -expand rgb",
+        )
+        bits = int(file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8 * np.dtype(file.dtypes[0]).itemsize))
+        found = (
+            f"{path} has {file.count} channel{'s' * (file.count != 1)} of {bits} bits, but three of 8 bits are expected"
+        )
+        check(
+            set(file.dtypes) == {"uint8"} and (bits == 8 or self.kind == "palette"),
+            f"{found}: scale it with gdal_translate -ot Byte -scale <darkest> <brightest> 0 255, with the same figures "
+            "for all scenes",
+        )
+        check(
+            self.kind != "grey" or "grey" in self.kinds,
+            f"{found}: --grey repeat reads it as three equal channels; for a script without this constant, use "
+            "gdal_translate -b 1 -b 1 -b 1",
+        )
+        check(self.kind in self.kinds, f"{found}: choose three with gdal_translate -b 1 -b 2 -b 3")
 
     def _window(self, y: int, x: int, height: int, width: int) -> np.ndarray:
+        """(height, width, C) uint8: one or three colours, then alpha or mask where the file has it."""
         if y < self._top or y + height > self._top + len(self._band):
             with self._decoding():
-                self._band = self._decode(y, y + height)
+                self._decode(y, y + height)
         window = self._band[y - self._top : y - self._top + height, x : x + width]
-        if window.shape[-1] == 4:
-            alpha, holes = window[..., 3], "holes" in self.kinds
-            if not ((alpha == 255) | ((alpha == 0) & holes)).all():
-                raise UserError(
-                    f"{self.path} has a fourth channel that is no {'alpha of 0 and 255' if holes else 'opaque alpha'}, "
-                    "but three of 8 bits are expected: choose channels with gdal_translate -b 1 -b 2 -b 3"
-                )
+        if self._alpha:
+            alpha, holes = window[..., -1], "holes" in self.kinds
+            check(
+                bool(((alpha == 255) | ((alpha == 0) & holes)).all()),
+                f"{self.path} has a channel that is no {'alpha of 0 and 255' if holes else 'opaque alpha'}, but three "
+                "of 8 bits are expected: choose channels with gdal_translate -b 1 -b 2 -b 3",
+            )
         return window
+
+    def _decode(self, start: int, stop: int) -> None:
+        """Hold the rows start to stop, and those that GDAL decodes with them. Rows that are held already are kept."""
+        height, width = self.shape
+        block = self._file.block_shapes[0][0]
+        bottom = self._top + len(self._band)
+        held = self._band[start - self._top :] if self._top <= start < bottom else self._band[:0]
+        first = bottom if len(held) else start // block * block
+        last = min(-(-stop // block) * block, height)
+        fresh = np.empty((last - first, width, self._colours + (self._alpha or self._masked)), np.uint8)
+        channels = fresh[..., : self._file.count].transpose(2, 0, 1)
+        window = Window(0, first, width, last - first)
+        self._file.read(out=channels, window=window)
+        if self._masked:
+            fresh[..., -1] = self._file.read_masks(1, window=window)
+        self._top = first - len(held)
+        self._band = np.concatenate([held, fresh]) if len(held) else fresh
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
+        """What GDAL raises inside becomes one sentence."""
         try:
-            yield
-        except UserError:
+            with gdal():
+                yield
+        except (UserError, MemoryError):
             raise
-        except FileNotFoundError:
-            raise UserError(f"{self.path} is missing") from None
-        except Exception as error:  # the decoders meet damaged files with many kinds of exception
-            raise UserError(f"{self.path} cannot be read as an image ({error}): copy or unpack it anew") from None
-
-    def _check(self, height: int, width: int, channels: int, bits: int) -> None:
-        if height * width > MAX_PIXELS:
-            raise UserError(
-                f"{self.path} has {width} x {height} pixels, more than the {MAX_PIXELS:,} of the largest "
-                "scene that is read: cut it into parts"
-            )
-        if bits == 8 and channels == 1 and self.kind == "palette" and "palette" not in self.kinds:
-            raise UserError(f"{self.path} is a palette image: save it as an RGB image of 8 bits")
-        if bits != 8 or channels != (3 if self.kind == "rgb" else 1) or self.kind not in self.kinds:
-            found = f"{channels} channel{'s' * (channels != 1)} of {bits} bits"
-            raise UserError(
-                f"{self.path} has {found}, but three of 8 bits are expected: choose channels with "
-                "gdal_translate -b 1 -b 2 -b 3 (-b 1 three times for a grey image), scale to 8 bits with "
-                "-ot Byte -scale <darkest> <brightest> 0 255, the same for all scenes"
-            )
-
-    def _read_whole(self) -> np.ndarray:
-        most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own limit stands below
-        try:
-            image = Image.open(self.path)
-        finally:
-            Image.MAX_IMAGE_PIXELS = most
-        with image:
-            bits = 16 if "16" in str(image.tile[0][3]) or image.mode[0] in "IF" else 8  # Pillow would cut 16 bits to 8
-            self.kind = {"P": "palette", "L": "grey"}.get(image.mode, "rgb")
-            alpha = image.mode == "RGBA" and bits == 8
-            self._check(image.height, image.width, 3 if alpha else len(image.getbands()), bits)
-            if self.kind == "palette":
-                colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
-                self.palette = np.zeros((256, 3), np.uint8)
-                self.palette[: len(colours)] = colours
-            pixels = np.array(image if alpha or self.kind != "rgb" else image.convert("RGB"))
-            return pixels.reshape(image.height, image.width, -1)
-
-    def _open_tiff(self) -> None:
-        self._tiff = tifffile.TiffFile(self.path)
-        page = self._page = self._tiff.pages[0]
-        self.shape = (page.imagelength, page.imagewidth)
-        channels = self._channels = page.samplesperpixel
-        if channels == 1:
-            self.kind = "palette" if page.photometric == tifffile.PHOTOMETRIC.PALETTE else "grey"
-        if self.kind == "palette" and page.colormap is not None and page.colormap.shape == (3, 256):
-            self.palette = (page.colormap.T >> 8).astype(np.uint8)
-        alpha = channels == 4 and page.extrasamples and page.extrasamples[0] in (1, 2)  # associated or not
-        self._check(*self.shape, 3 if alpha else channels, 1 if page.dtype == bool else page.dtype.itemsize * 8)
-        if self.nodata is None and NODATA in page.tags:
-            self.nodata = _whole_number(page.tags[NODATA].value)
-        self._planes = channels if page.planarconfig == 2 else 1  # channels interleaved, or plane behind plane
-        self._chunk = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
-        self._band = np.empty((0, 0, channels), np.uint8)
-        if page.is_memmappable:
-            mapped = tifffile.memmap(self.path, page=0, mode="r")
-            mapped = np.moveaxis(mapped, 0, -1) if self._planes > 1 else mapped
-            self._band = mapped.reshape(*self.shape, channels) if channels == 1 else mapped
-
-    def _decode(self, start: int, stop: int) -> np.ndarray:
-        """The rows of all strips or tiles that rows start to stop touch; sets the row where they begin."""
-        (height, width), page, (rows, columns) = self.shape, self._page, self._chunk
-        first, last, across = start // rows, -(-stop // rows), -(-width // columns)
-        plane = -(-height // rows) * across
-        indices = [p * plane + n for p in range(self._planes) for n in range(first * across, last * across)]
-        offsets, sizes = ([values[i] for i in indices] for values in (page.dataoffsets, page.databytecounts))
-        tables = {"jpegtables": page.jpegtables, "jpegheader": page.jpegheader} if page.compression in (6, 7) else {}
-        band = np.empty((min(last * rows, height) - first * rows, width, self._channels), np.uint8)
-        for data, index in self._tiff.filehandle.read_segments(offsets, sizes, indices):
-            if not data or len(data) < page.databytecounts[index]:
-                raise UserError(f"{self.path} ends too early: copy or unpack it anew")
-            block = page.decode(data, index, **tables)[0][0]
-            y, x = (index % plane // across - first) * rows, index % across * columns
-            target = band[y : y + rows, x : x + columns]
-            channels = slice(None) if self._planes == 1 else slice(index // plane, index // plane + 1)
-            target[..., channels] = block[: target.shape[0], : target.shape[1]]
-        self._top = first * rows
-        return band
+        except Exception as error:  # GDAL reports damaged files by many kinds of exception
+            reason = str(error.__cause__ or error).removeprefix(f"{self.path.absolute()}: ")[:200]
+            raise UserError(f"{self.path} cannot be read as an image ({reason}): copy or export it again") from None
 
 
-def _whole_number(text: str) -> int | None:
-    """GDAL's nodata value where an 8-bit channel can have it."""
+@contextmanager
+def gdal() -> Iterator[None]:
+    """GDAL with our options, silent about images without a georeference."""
+    with rasterio.Env(**OPTIONS), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        yield
+
+
+def check_file(path: Path) -> None:
+    """Raise `UserError` unless `path` is a file that can be read in any order; never opens it."""
     try:
-        number = float(text)
-    except (TypeError, ValueError):
-        return None
-    return int(number) if number.is_integer() and 0 <= number <= 255 else None
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # also for a name that no file can have
+        raise UserError(f"{path} is missing") from None
+    check(not stat.S_ISDIR(mode), f"{path} is a folder: name its files, such as {path / '*.tif'}")
+    check(stat.S_ISREG(mode), f"{path} is not a regular file: copy its content to one")
+
+
+def _orientation(path: Path) -> int:
+    """How the image must be turned: 1 for not at all, 2 to 8 as EXIF numbers the ways. GDAL is silent on TIFFs."""
+    most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # only the header is read
+    try:
+        with Image.open(path, formats=("TIFF", "JPEG", "MPO")) as image:
+            turned = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a header that Pillow does not understand
+        return 1
+    finally:
+        Image.MAX_IMAGE_PIXELS = most
+    return turned if turned in range(2, 9) else 1
 
 
 def covering_starts(length: int, size: int, stride: int) -> list[int]:
-    """Where windows begin that cover `length` pixels: every `stride`, and the last moved inward to end at the border.
+    """Where windows begin that cover `length` pixels: every `stride`, the last one moved inward to end at the border.
 
     `stride` is at most `size`, and `size` at most `length`.
     """
     return [*range(0, length - size, stride), length - size]
+
+
+def write_label_tiff(
+    path: Path, strips: Iterable[np.ndarray], shape: tuple[int, int], colours: np.ndarray, place: dict[str, Any]
+) -> None:
+    """Write strips (h,W) uint8 of class ids as a compressed GeoTIFF in tiles, in the classes' colours, nodata 255.
+
+    `place` is a `Raster.place`. The compressed file is held in memory, the label map is not: GDAL would not report a
+    full disk.
+    """
+    height, width = shape
+    profile = {"driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": "uint8", "nodata": IGNORE}
+    tiles = {"tiled": True, "blockxsize": TILE, "blockysize": TILE, "compress": "deflate"}
+    with gdal(), MemoryFile() as memory:
+        with memory.open(**profile, **tiles, **place) as file:
+            file.write_colormap(1, dict(enumerate(map(tuple, palette(colours).tolist()))))
+            top = 0
+            for strip in strips:
+                file.write(strip, 1, window=Window(0, top, width, len(strip)))
+                top += len(strip)
+        with write_whole(path) as temporary:
+            temporary.write_bytes(memory.getbuffer())
+
+
+def copy_world_file(image: Path, target: Path) -> None:
+    """Copy the text file beside an image that places it on a map (.tfw, .pgw, .jgw, ...), under the result's name."""
+
+    def names(path: Path) -> list[Path]:
+        suffix = path.suffix
+        return [path.with_suffix(ending) for ending in (suffix[:2] + suffix[-1] + "w", suffix + "w", ".wld")]
+
+    for file in names(image):
+        if file.is_file():
+            with write_whole(names(target)[0]) as temporary:
+                shutil.copyfile(file, temporary)
+            return
