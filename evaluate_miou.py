@@ -1,228 +1,165 @@
-"""Step 8: score every label folder of an experiment against the truth (method, section 8: evaluation).
+"""Step 8: score every label folder of an experiment against the truth (method section 8).
 
 Reads  experiments/<dataset>/<experiment>/{cams,pseudo_labels,...}/ and datasets/<dataset>/{train,test}/labels
 Writes experiments/<dataset>/<experiment>/scores/: scores.json and scores.csv (fractions from 0 to 1), scores.md (the
-       table, in per cent), confusion_<split>.png, contact_sheet_<split>.png, report.html and samples.json (the page's
-       pictures); anew each time. The other steps renew the page, but no result of theirs rests on anything here
+       tables, in per cent), confusion_<split>.png, contact_sheet_<split>.png, report.html and samples.json (its
+       pictures). All are written anew each time; no other result rests on them
 
     python evaluate_miou.py --dataset vaihingen
 """
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from tqdm import tqdm
+from pydantic import Field
 
-from report.page import accounts, write_report
-from report.patch_pictures import ERRORS, choose, load_prediction, panels, sample
-from report.score_tables import STAGES, Stage, markdown, summarise, write_csv
+from report.label_folders import LabelFolder, load_prediction
+from report.page import read_experiment, write_report
+from report.patch_pictures import SamplesFile, draw_split
+from report.score_tables import markdown, scored, write_scores
 from tools.command import UserError, check, run
-from tools.dataset import SPLITS, Dataset, load_dataset
-from tools.files import remove_leftovers, write_json, write_whole
+from tools.constants import Place, constants
+from tools.dataset import Dataset, load_dataset
+from tools.files import remove_leftovers, write_json
+from tools.folders import and_more
 from tools.labels import load_label
-from tools.masks import load_masks
-from tools.pictures import confusion_picture, contact_sheet, sample_ids
+from tools.progress import Progress
+from tools.runs import read_run
 from tools.scores import ConfusionMatrix
-from tools.step import ROOT, experiment_folder, require, step_name
-from tools.workers import worker_pool
+from tools.step import experiment_folder, require
+from tools.steps import LABEL_STEPS, SPLITS
+from tools.workers import in_workers
 
 
-@dataclass(frozen=True)
-class Constants:
+@constants
+class Constants(Place):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # its label folders in experiments/<dataset>/<experiment>/ are scored
-    stages: tuple[str, ...] = ()  # folders to score, such as segmentation; none: every one that is there
-    supervised: str = "supervised"  # experiment of the fully supervised run: the bound, when it is there
+    stages: tuple[str, ...] = ()  # folders to score, such as segmentation; empty: every one that exists
+    supervised: str = "supervised"  # experiment of the fully supervised run, the bound; used where it exists
     protocol: Literal["clean", "released"] = "clean"  # released: pixels predicted as a left-out class are dropped
-    samples: int = 2  # best, median and worst patches of each split in the report, so many of each
-    workers: int = 4  # processes; 0 works in this one
-    root: Path = ROOT  # folder that holds datasets/ and experiments/
+    samples: Annotated[int, Field(ge=0, le=20)] = 2  # best, median and worst patches in the report: of each, and split
 
 
-PATCHES_A_PROCESS = 100  # for fewer, starting a process takes longer than scoring them here
+PATCHES_A_PROCESS = 100  # for fewer patches, starting a process takes longer than scoring them here
 
 
-def main(constants: Constants) -> None:
-    check(constants.workers >= 0, f"workers is {constants.workers}, but it must be 0 or more")
-    check(0 <= constants.samples <= 20, f"samples is {constants.samples}, but it must be from 0 to 20")
-    dataset = load_dataset(constants.dataset, constants.root)
-    folder = experiment_folder(constants.root, constants.dataset, constants.experiment)
-    stages = find_stages(dataset, folder, constants)
-    failures = []
-    for split in SPLITS:
-        if here := [stage for stage in stages if stage.split == split]:
-            failures += score(dataset, split, here, constants)
-    runs = accounts(folder, dataset)
-    summary = summarise(dataset, stages, runs, failures, constants.experiment, constants.supervised, constants.protocol)
-    write_files(dataset, folder / "scores", stages, summary, runs, failures, constants)
-    print(markdown(summary))
-    print(f"\nreport: {folder / 'scores' / 'report.html'}")
-    if failures:
-        shown = "\n  ".join(failures[:20] + [f"and {len(failures) - 20} more"] * (len(failures) > 20))
-        raise UserError(f"{len(failures)} files could not be scored, so the scores are partial:\n  {shown}")
-
-
-def find_stages(dataset: Dataset, folder: Path, constants: Constants) -> list[Stage]:
+def find_folders(dataset: Dataset, folder: Path, constants: Constants) -> list[LabelFolder]:
     """The label folders to score, in the order of the steps, then the fully supervised ones of the same splits."""
-    check(
-        folder.is_dir(),
-        f"{folder} is missing: run steps 1 to 7 with --experiment {constants.experiment} first, or "
-        "name an experiment that is there",
-    )
-    known = [name + suffix for name in STAGES for suffix in ("", *(f"_{split}" for split in SPLITS))]
-    names = constants.stages or tuple(name for name in known if (folder / name).is_dir())
-    for name in names:
+    known = {step.folder_of(split): split for step in LABEL_STEPS.values() for split in SPLITS}
+    for name in constants.stages:
         check(
             name in known,
-            f'stages holds "{name}", but label folders are called {", ".join(STAGES)}, the last two '
-            "with _train and the others with _test when they were made for the other split",
+            f'stages holds "{name}", but label folders are called {", ".join(LABEL_STEPS)}, the last two with _train '
+            "and the others with _test when they were made for the other split",
         )
-    check(len(names) > 0, f"{folder} holds no label folder yet: run step 2, python infer_classification.py")
-    stages = [_stage(dataset, folder, name, constants.experiment) for name in sorted(set(names), key=known.index)]
-    if constants.supervised != constants.experiment:
-        bound = experiment_folder(constants.root, constants.dataset, constants.supervised)
-        for split in SPLITS:
-            name = step_name("segmentation", split, "test")
-            if (bound / name).is_dir() and any(stage.split == split for stage in stages):
-                stages.append(_stage(dataset, bound, name, constants.supervised, "fully supervised segmentation"))
-    with_truth = [stage for stage in stages if dataset.labels(stage.split).is_dir()]
-    for split in sorted({stage.split for stage in stages if stage not in with_truth}):
+    names = [name for name in known if (name in constants.stages if constants.stages else (folder / name).is_dir())]
+    if not names:
+        require(folder / "cams", constants)  # its sentence says what to run
+    found = [_label_folder(dataset, folder / name, known[name], constants) for name in names]
+    bound = experiment_folder(constants.root, constants.dataset, constants.supervised)
+    for split in dict.fromkeys(folder.split for folder in found):
+        path = bound / LABEL_STEPS["segmentation"].folder_of(split)
+        if bound != folder and path.is_dir():
+            found.append(_label_folder(dataset, path, split, constants))
+    with_truth = [each for each in found if dataset.labels(each.split).is_dir()]
+    for split in sorted({each.split for each in found} - {each.split for each in with_truth}):
         print(f"{dataset.labels(split)} is missing, so the {split} split is not scored")
-    check(bool(with_truth), f"{dataset.labels(stages[0].split)} is missing: scoring needs label maps of the truth")
-    return sorted(with_truth, key=lambda stage: SPLITS.index(stage.split))
-
-
-def _stage(dataset: Dataset, folder: Path, name: str, experiment: str, title: str = "") -> Stage:
-    try:
-        account = json.loads((folder / name / "run.json").read_text(encoding="utf-8"))  # unfinished is scored in part
-    except (OSError, ValueError):
-        account = require(folder / name)
-    base = next(step for step in STAGES if name in (step, f"{step}_train", f"{step}_test"))
-    usual = name.rsplit("_", 1)[1] if name != base else STAGES[base][1]
-    split = account.get("constants", {}).get("split", usual)
-    return Stage(
-        name, title or STAGES[base][0], experiment, split, folder / name, account, ConfusionMatrix(dataset.num_classes)
+    check(
+        len(with_truth) > 0,
+        f"{dataset.labels(found[0].split)} is missing: scores need label maps of the truth; without them, "
+        f"{folder / 'scores' / 'report.html'} shows the pictures of each step",
     )
+    return sorted(with_truth, key=lambda each: SPLITS.index(each.split))
 
 
-def score_image(id: str, dataset: Dataset, split: str, folders: dict[str, Path]) -> tuple[dict, list[str]]:
-    """One image against the truth: stage -> counts (K,K+1), and a sentence for each file that cannot be scored."""
-    counts, failures = {}, []
+def _label_folder(dataset: Dataset, path: Path, split: str, constants: Constants) -> LabelFolder:
+    experiment = path.parent.name
     try:
-        file = dataset.labels(split) / f"{id}.png"
+        run = read_run(path)  # an unfinished folder is scored in part
+    except FileNotFoundError:
+        run = require(path, constants, experiment=experiment, split="" if path.name in LABEL_STEPS else split)
+    matrix = ConfusionMatrix(dataset.num_classes)
+    return LabelFolder(path, split, run, matrix, is_bound=experiment == constants.supervised)
+
+
+def score_image(id: str, dataset: Dataset, split: str, folders: Sequence[Path]) -> tuple[dict, list[str]]:
+    """One image against the truth: folder -> counts (K,K+1), and a sentence for each file that cannot be scored."""
+    counts, failures = {}, []
+    file = dataset.labels(split) / f"{id}.png"
+    try:
         truth = load_label(file, dataset.num_classes)
     except UserError as error:
         return {}, [str(error)]
-    for name, folder in folders.items():
+    for folder in folders:
         try:
             prediction = load_prediction(folder, id, dataset.num_classes, truth.shape)
-            if prediction.shape != truth.shape:
-                raise UserError(
-                    f"{folder / id} is {prediction.shape[1]} x {prediction.shape[0]} pixels, but {file} is "
-                    f"{truth.shape[1]} x {truth.shape[0]}: make it again from the present images"
-                )
+            check(
+                prediction.shape == truth.shape,
+                f"{folder / id} is {prediction.shape[1]} x {prediction.shape[0]} pixels, but {file} is "
+                f"{truth.shape[1]} x {truth.shape[0]}: make it again from the present images",
+            )
             matrix = ConfusionMatrix(dataset.num_classes)
             matrix.update(truth, prediction)
-            counts[name] = matrix.counts
+            counts[folder] = matrix.counts
         except UserError as error:
             failures.append(str(error))
-        except ValueError as error:  # class ids of another data set
-            failures.append(f"{folder / id}: {error}")
     return counts, failures
 
 
-def score(dataset: Dataset, split: str, stages: list[Stage], constants: Constants) -> list[str]:
-    """Fill the stages of one split; each truth is read once for all of them, and no prediction is kept."""
-    ids, failures = dataset.ids(split), []
-    left_out = np.flatnonzero(~dataset.scored)
-    work = partial(
-        score_image,
-        dataset=dataset,
-        split=split,
-        folders={f"{stage.experiment}/{stage.name}": stage.folder for stage in stages},
-    )
-    with _mapping(min(constants.workers, len(ids) // PATCHES_A_PROCESS)) as mapping:
-        results = tqdm(mapping(work, ids), f"scoring {split}", len(ids), unit="image", disable=None)
-        for id, (counts, bad) in zip(ids, results, strict=True):
+def score(dataset: Dataset, folders: Sequence[LabelFolder], constants: Constants) -> list[str]:
+    """Fill the folders of one split; each truth is read once for all of them, and no prediction is kept."""
+    split, failures = folders[0].split, []
+    ids, left_out = dataset.ids(split), np.flatnonzero(~dataset.scored)
+    work = partial(score_image, dataset=dataset, split=split, folders=[folder.path for folder in folders])
+    workers = min(constants.workers, len(ids) // PATCHES_A_PROCESS)
+    with Progress(len(ids), f"scoring {split}") as bar:
+        for id, (counts, bad) in zip(ids, in_workers(work, ids, workers if workers > 1 else 0, chunk=4), strict=True):
             failures += bad
-            for stage in stages:
+            bar.update()
+            for folder in folders:
                 matrix = ConfusionMatrix(dataset.num_classes)
-                if (key := f"{stage.experiment}/{stage.name}") in counts:
-                    matrix.counts += counts[key]
-                    stage.matrix.merge(matrix)
-                    stage.per_image[id] = matrix.scores(left_out, constants.protocol)["miou"]
-                    stage.present[id] = int(matrix.counts[dataset.scored].any(axis=1).sum())
-                else:
-                    stage.partial = True
+                if folder.path not in counts:
+                    folder.partial = True
+                    continue
+                matrix.counts += counts[folder.path]
+                folder.matrix.merge(matrix)
+                folder.per_image[id] = matrix.scores(left_out, constants.protocol)["miou"]
+                folder.present[id] = int(matrix.counts[dataset.scored].any(axis=1).sum())
     return failures
 
 
-@contextmanager
-def _mapping(workers: int) -> Iterator[Callable]:
-    """A `map` that works in several processes, or the plain one."""
-    if workers < 2:
-        yield map
-        return
-    with worker_pool(workers) as pool:
-        yield partial(pool.map, chunksize=4)
-
-
-def write_files(
-    dataset: Dataset,
-    folder: Path,
-    stages: list[Stage],
-    summary: dict,
-    runs: dict[str, dict],
-    failures: list[str],
-    constants: Constants,
-) -> None:
-    """Everything in scores/; each file appears whole. Pictures that cannot be read are added to `failures`."""
-    remove_leftovers(folder)
-    write_json(folder / "scores.json", summary)
-    with write_whole(folder / "scores.md") as temporary:
-        temporary.write_text(markdown(summary) + "\n", encoding="utf-8")
-    write_csv(folder / "scores.csv", summary)
-    samples: dict[str, list[dict]] = {}
-    for split in SPLITS:
-        here = [stage for stage in stages if stage.split == split and stage.per_image]
-        if not here:
-            continue
-        last = [stage for stage in here if stage.experiment == constants.experiment or stage is here[0]][-1]
-        confusion_picture(
-            folder / f"confusion_{split}.png", last.matrix.counts, dataset.classes, f"{last.title}, {split} split"
-        )
-        scored = {id: last.per_image[id] for id in last.per_image if all(id in stage.per_image for stage in here)}
-        show = partial(_panels, failures, dataset, split, stages=here, load_masks=load_masks, last=last)
-        rows = [row for id in sample_ids(sorted(scored), 8) if (row := show(id))]
-        titles = max(map(list, rows), key=len, default=[])
-        contact_sheet(
-            folder / f"contact_sheet_{split}.png",
-            [[row.get(title) for title in titles] for row in rows],
-            titles,
-            [*zip(dataset.classes, dataset.colours, strict=True), *ERRORS.items()],
-        )
-        samples[split] = [
-            sample(id, split, kind, scored[id], pictures)
-            for kind, id in choose(scored, constants.samples, last.present)
-            if (pictures := show(id, with_maps=True))
-        ]
-    write_json(folder / "samples.json", samples)
-    write_report(folder.parent, dataset, summary, runs, [each for found in samples.values() for each in found])
-
-
-def _panels(failures: list[str], *arguments, **options) -> dict[str, np.ndarray]:
-    """`panels`; {} for a patch with a bad file, which is added to `failures`."""
-    try:
-        return panels(*arguments, **options)
-    except UserError as error:
-        failures += [str(error)] * (str(error) not in failures)
-        return {}
+def main(constants: Constants) -> None:
+    begin = time.monotonic()
+    dataset = load_dataset(constants.dataset, constants.root)
+    experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
+    folders = find_folders(dataset, experiment, constants)
+    splits = {split: [folder for folder in folders if folder.split == split] for split in SPLITS}
+    failures = [line for part in splits.values() if part for line in score(dataset, part, constants)]
+    output, stages = experiment / "scores", [scored(folder) for folder in folders]
+    summary = read_experiment(constants, dataset)
+    summary = replace(summary, protocol=constants.protocol, stages=stages, failures=failures)
+    remove_leftovers(output)
+    write_scores(output, summary)
+    samples = {
+        split: draw_split(dataset, output, ready, constants.experiment, constants.samples, failures)
+        for split, part in splits.items()
+        if (ready := [folder for folder in part if folder.per_image])
+    }
+    write_json(output / "samples.json", SamplesFile(samples).model_dump())
+    write_report(summary, [sample for split in SPLITS for sample in samples.get(split, [])])
+    print(markdown(summary))
+    print(f"\nmade: {output}, scores of {len(stages)} label folders, {time.monotonic() - begin:.0f} s")
+    print(f"look at: {output / 'report.html'}")
+    check(
+        not failures,
+        f"{len(failures)} files could not be scored, so the scores are partial:\n  {and_more(failures)}",
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ Writes experiments/<dataset>/<experiment>/cams/<id>.npz: the maps of the classes
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from models.backbone import Backbone
 from models.classifier import Classifier
@@ -19,6 +21,7 @@ from tools.command import run
 from tools.constants import Count, Machine, PositiveCount, Scales, Speed, constants
 from tools.devices import make_accelerator, precision_of
 from tools.labels import load_image
+from tools.memory import Parts
 from tools.pictures import heat
 from tools.step import Step
 from tools.training import load_checkpoint
@@ -43,7 +46,14 @@ def main(constants: Constants) -> None:
     model = Classifier(Backbone(trained["backbone"], "none"), dataset.num_classes, trained["gamma"], iterations)
     load_checkpoint(step.sources["classifier"] / "model.pt", model)
     accelerator = make_accelerator(constants.precision, constants.device)
-    model = model.to(accelerator.device).eval()
+    model = model.to(accelerator.device).to(memory_format=torch.channels_last).eval()
+    parts = Parts()
+
+    def predict(images: Tensor) -> list[Tensor]:
+        """Mean logits (B,K), and the maps (B,K,h,w) of each scale."""
+        with accelerator.autocast():
+            logits, maps = mirrored_cams(model, images, constants.scales, accelerator.device)
+        return [logits, *maps]
 
     def row(id: str) -> list[np.ndarray | None]:
         """The patch with the maps of its classes."""
@@ -57,9 +67,7 @@ def main(constants: Constants) -> None:
             for ids, images in image_batches(
                 dataset.images(step.split), pending, constants.images_at_once, constants.workers, step.fail
             ):
-                with accelerator.autocast():
-                    logits, maps = mirrored_cams(model, images, constants.scales, accelerator.device)
-                scores, arrays = logits.cpu().numpy(), [scale.cpu().numpy() for scale in maps]
+                scores, *arrays = (found.cpu().numpy() for found in parts.predict(predict, images))
                 for index, id in enumerate(ids):
                     classes = np.flatnonzero(step.labels[id])
                     present = [scale[index, classes] for scale in arrays]

@@ -26,28 +26,12 @@ from torchvision.ops import nms
 
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from PRC_SAM.sam_forward import PointDecoder, encode_images, relative_positions
+from PRC_SAM.settings import Settings
 from tools.masks import Masks
 from tools.memory import Parts
 
 PIXELS_ON_GPU, PIXELS_ON_CPU = 1 << 26, 1 << 20  # of masks in float at full size; a processor's cache wants few
 POINTS_AT_ONCE = 64  # a constant: the size of a batch changes the last digits of the results
-
-
-@dataclass(frozen=True)
-class Settings:
-    """SAM's names and defaults; points_per_batch = 0 finds the batch."""
-
-    points_per_side: int = 32
-    points_per_batch: int = 0
-    pred_iou_thresh: float = 0.88
-    stability_score_thresh: float = 0.95
-    stability_score_offset: float = 1.0
-    box_nms_thresh: float = 0.7
-    crop_n_layers: int = 0
-    crop_nms_thresh: float = 0.7
-    crop_overlap_ratio: float = 512 / 1500
-    crop_n_points_downscale_factor: int = 1
-    min_mask_region_area: int = 0
 
 
 @dataclass
@@ -100,12 +84,6 @@ class MaskGenerator:
         self._prompts: dict[tuple, Tensor] = {}
         self._resampling: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    @staticmethod
-    def from_constants(sam: Sam, constants) -> "MaskGenerator":
-        """With the settings of a script's constants block."""
-        settings = Settings(**{field.name: getattr(constants, field.name) for field in fields(Settings)})
-        return MaskGenerator(sam, settings, constants.precision, constants.images_at_once)
-
     def prepare(self, image: np.ndarray) -> tuple[tuple[int, int], list[Crop]]:
         """What the processor does to an image before the device sees it: its size and its crops, resized."""
         size, settings = image.shape[:2], self.settings
@@ -145,23 +123,20 @@ class MaskGenerator:
     def _encode(self, crops: list[Tensor]) -> Iterator[Tensor]:
         """(3,h,w) uint8 each -> (C,h',w') embeddings. The last batch is filled up with repetitions, to be as large."""
 
-        def encode(some: list[Tensor]) -> Tensor:
-            images = torch.stack([self.sam.preprocess(self._to_device(crop)) for crop in some])
+        def encode(images: Tensor) -> list[Tensor]:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                return encode_images(self.sam.image_encoder, images, self.positions)
+                return [encode_images(self.sam.image_encoder, images, self.positions)]
 
         for start in range(0, len(crops), self.batch):
             some = crops[start : start + self.batch]
-            full = some + some[:1] * (self.batch - len(some))
-            embeddings = self.images_at_once(
-                lambda size, full=full: torch.cat([encode(full[at : at + size]) for at in range(0, len(full), size)]),
-                self.batch,
-            )
+            images = [self.sam.preprocess(self._to_device(crop)) for crop in some]
+            full = torch.stack(images + images[:1] * (self.batch - len(images)))
+            (embeddings,) = self.images_at_once.predict(encode, full)
             yield from embeddings[: len(some)]
 
     def _to_device(self, image: Tensor) -> Tensor:
         if self.sam.device.type == "cuda":
-            image = image.pin_memory()  # a copy from other memory would wait for all work that the GPU has to do before
+            image = image.pin_memory()  # a copy from other memory would wait until the GPU has finished its queue
         return image.to(self.sam.device, non_blocking=True)
 
     @contextmanager
@@ -203,7 +178,8 @@ class MaskGenerator:
             points = keep.any(dim=1).nonzero()[:, 0]
             logits = self.decoder.masks(mask_tokens[points], pixels[points])[keep[points]]
         scores = scores[keep]
-        rows, columns = self._resampling_of(crop.pixels.shape[1:], (y1 - y0, x1 - x0))
+        _, used_rows, used_columns = crop.pixels.shape
+        rows, columns = self._resampling_of((used_rows, used_columns), (y1 - y0, x1 - x0))
         at_once = max(1, (PIXELS_ON_GPU if logits.is_cuda else PIXELS_ON_CPU) // ((y1 - y0) * (x1 - x0)))
         parts = []
         for some, score in zip(logits.split(at_once), scores.split(at_once), strict=True):
@@ -238,10 +214,11 @@ class MaskGenerator:
             low = self.decoder.prompts.image_embedding_size[0] * 4
             unit = torch.eye(low, dtype=torch.float64)[None]
             large = F.interpolate(unit, size=self.sam.image_encoder.img_size, mode="linear")
-            self._resampling[key] = tuple(
+            rows, columns = (
                 F.interpolate(large[..., :used], size=length, mode="linear")[0].T.to(self.sam.device, torch.float32)
                 for used, length in zip(inside, size, strict=True)
             )
+            self._resampling[key] = rows, columns
         return self._resampling[key]
 
     def _without_small_regions(self, found: Found, size: tuple[int, int]) -> Found:

@@ -1,193 +1,168 @@
 """Step 9: regions of every patch, from SAM's automatic mask generator (method, section 9).
 
 Reads  datasets/<dataset>/<split>/images/<id>.png and a SAM checkpoint
-Writes datasets/<dataset>/<split>/sam_masks/<id>.npz (tools/masks.py describes them), contact_sheet.png, run.json
+Writes datasets/<dataset>/<split>/sam_masks/<id>.npz (described in tools/masks.py), contact_sheet.png, run.json
 
   python PRC_SAM/get_se_map.py --dataset vaihingen --download
   python PRC_SAM/get_se_map.py --dataset demo --generator felzenszwalb     # a stand-in that needs no checkpoint
-  accelerate launch PRC_SAM/get_se_map.py --dataset potsdam                # images shared out to all GPUs
+  accelerate launch PRC_SAM/get_se_map.py --dataset potsdam                # all GPUs share the images
 
-Steps 4 and 7 need the masks; nothing here looks at a label. The same command continues after an interruption.
+Steps 4 and 7 need the masks. This step reads no label. After an interruption the same command continues.
 """
 
 import sys
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from tyro.conf import OmitArgPrefixes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from PRC_SAM.settings import Settings
 from tools.command import UserError, check, run
-from tools.dataset import SPLITS, load_dataset
+from tools.constants import Count, Machine, PositiveCount, Scales, Speed, constants
+from tools.dataset import Dataset, load_dataset
 from tools.files import write_whole
+from tools.folders import StepFolder
 from tools.labels import load_image
-from tools.masks import load_masks, save_masks
+from tools.masks import Masks, load_masks, save_masks
 from tools.pictures import contact_sheet, regions, sample_ids
-from tools.step import ROOT, StepFolder, process_state
+from tools.steps import SPLITS, STEPS, next_step
 
 
-@dataclass(frozen=True)
-class Constants:
+@constants
+class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
-    split: str = "both"  # both | train | test
-    generator: str = "sam"  # sam | felzenszwalb (regions from scikit-image, a stand-in that needs no checkpoint)
-    model: str = "vit_h"  # vit_h | vit_l | vit_b | custom (a file of other sizes, see PRC_SAM/checkpoints.py)
+    split: Literal["both", "train", "test"] = "both"  # both | train | test
+    generator: Literal["sam", "felzenszwalb"] = "sam"  # felzenszwalb: a stand-in that needs no checkpoint
+    model: Literal["vit_h", "vit_l", "vit_b", "custom"] = "vit_h"  # custom: a file of other sizes, see checkpoints.py
     checkpoint: str = ""  # the model's file; empty: weights/<official name> under root
-    download: bool = False  # fetch a missing official checkpoint (vit_h 2.6 GB, vit_l 1.2 GB, vit_b 0.4 GB)
-    # SAM's own settings and defaults
-    points_per_side: int = 32  # points of the prompt grid along each side
-    points_per_batch: int = 0  # points decoded at once; 0: 64
-    pred_iou_thresh: float = 0.88  # masks of a lower predicted IoU are dropped
-    stability_score_thresh: float = 0.95  # masks that change more with the cutoff are dropped
-    stability_score_offset: float = 1.0  # by how much the cutoff is shifted for that
-    box_nms_thresh: float = 0.7  # of masks whose boxes overlap by more, the one of higher predicted IoU stays
-    crop_n_layers: int = 0  # layer n runs again on 4^n crops of the image
-    crop_nms_thresh: float = 0.7  # the same between crops; masks of smaller crops stay
-    crop_overlap_ratio: float = 512 / 1500  # overlap of crops, as a share of the image's shorter side
-    crop_n_points_downscale_factor: int = 1  # points_per_side is divided by its n-th power in layer n
-    min_mask_region_area: int = 0  # smaller islands and holes are removed from the masks, in pixels
-    precision: str = "auto"  # auto (bf16 where a GPU has it) | fp32 (the reference) | bf16
-    # the stand-in's settings
-    scales: tuple[float, ...] = (100, 400, 1600)  # of Felzenszwalb's segmentation, fine to coarse
-    min_area: int = 64  # pixels of the smallest region
-    images_at_once: int = 4  # images encoded together by SAM
-    workers: int = 2  # processes of the stand-in; threads that read and write beside SAM
-    coloured_maps: bool = False  # also write a picture of the regions of each patch to sam_masks/coloured/<id>.png
-    samples: int = 8  # patches in contact_sheet.png
-    overwrite: bool = False  # start anew instead of continuing
-    root: Path = ROOT  # the folder that holds datasets/ and weights/
+    download: Speed[bool] = False  # fetch a missing official checkpoint (vit_h 2.6 GB, vit_l 1.2 GB, vit_b 0.4 GB)
+    sam: OmitArgPrefixes[Settings] = Settings()  # SAM's own settings, PRC_SAM/settings.py
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that computes in it, else fp32
+    scales: Scales = (100, 400, 1600)  # felzenszwalb: scales of the segmentation, fine to coarse
+    min_area: PositiveCount = 64  # felzenszwalb: pixels of the smallest region
+    images_at_once: Speed[PositiveCount] = 4  # images that SAM encodes together
+    workers: Speed[Count] = 4  # felzenszwalb: worker processes; sam: threads that read, and threads that write
+    coloured_maps: Speed[bool] = False  # also write a picture of the regions to sam_masks/coloured/<id>.png
 
 
 def main(constants: Constants) -> None:
-    check_constants(constants)
+    from tools.devices import device_facts, process_state, start_line  # here: the stand-in's workers need no torch
+
+    begin = time.monotonic()
     dataset = load_dataset(constants.dataset, constants.root)
     splits = SPLITS if constants.split == "both" else (constants.split,)
     ids = {split: dataset.ids(split) for split in splits}
-    state = process_state()
-    device, generate, notes = "cpu", None, {"stand_in": "felzenszwalb regions in place of SAM masks"}
-    if constants.generator == "sam":
-        from PRC_SAM.checkpoints import find_checkpoint, load_sam
-        from PRC_SAM.generator import MaskGenerator
-        from tools.devices import set_precision
-
-        with state.main_process_first():  # it fetches, the others find
-            checkpoint = find_checkpoint(constants.model, constants.checkpoint, constants.root, constants.download)
-        device, notes = state.device, {}
-        constants = replace(constants, precision=set_precision(constants.precision, device, bf16_on_cpu=False))
-        generate = MaskGenerator.from_constants(load_sam(constants.model, checkpoint).to(device), constants)
-    failures = []
+    state = process_state(constants.device)
+    generate, settings = load_generator(constants, state) if constants.generator == "sam" else (None, {})
+    if state.is_main_process:
+        print(f"step 9, {start_line(state, settings.get('precision', ''), constants.device)}")
+    notes = {} if generate else {"stand_in": "felzenszwalb regions in place of SAM masks"}
+    steps, failures = [], []
     for split in splits:
-        step = StepFolder(
-            dataset.sam_masks(split),
-            replace(constants, split=split),
-            notes=notes,
-            device=str(device),
-            state=state,
-        )
-        pending = step.pending(ids[split], ".npz")
-        if generate is None:
-            work = partial(_regions, images=dataset.images(split), folder=step.folder, constants=constants)
-            step.each(work, pending, constants.workers, f"{split}: regions")
-        else:
-            _sam_masks(generate, step, dataset.images(split), pending, constants, f"{split}: SAM masks")
-        step.join()
-        if state.is_main_process:
-            _contact_sheet(step.folder, dataset.images(split), ids[split], constants.samples)
+        steps.append(StepFolder(dataset.sam_masks(split), constants))
         try:
-            step.close(".npz")
-        except UserError as error:  # the other split is done all the same
+            with steps[-1].open(
+                ".npz",
+                state=state,
+                notes=notes,
+                settings=settings | {"split": split},
+                facts={"hardware": device_facts(state.device)},
+            ) as step:
+                make_masks(step, dataset, split, ids[split], generate)
+        except UserError as error:  # the other split is made all the same
             failures.append(str(error))
     check(not failures, "\n".join(failures))
+    if state.is_main_process:
+        print(f"made: {', '.join(f'{s.path}, {s.run.files} files' for s in steps)}, {time.monotonic() - begin:.0f} s")
+        print(f"look at: {', '.join(str(step.path / 'contact_sheet.png') for step in steps)}")
+        following = next_step(STEPS["sam_masks"])
+        print(f"next: {following.command(constants)}" if following else "")
 
 
-def check_constants(constants: Constants) -> None:
-    """Raise `UserError` for a constant that cannot work, before anything is read."""
-    choices = {
-        "split": ("both", *SPLITS),
-        "generator": ("sam", "felzenszwalb"),
-        "precision": ("auto", "fp32", "bf16"),
-        "model": ("vit_h", "vit_l", "vit_b", "custom"),
-    }
-    for name, known in choices.items():
-        value = getattr(constants, name)
-        check(value in known, f'{name} is "{value}", but it must be one of {", ".join(known)}')
-    ranges = {
-        "points_per_side": (1, 1000),
-        "points_per_batch": (0, 10**6),
-        "pred_iou_thresh": (0, 1),
-        "stability_score_thresh": (0, 1),
-        "stability_score_offset": (0, 1000),
-        "box_nms_thresh": (0, 1),
-        "crop_n_layers": (0, 4),
-        "crop_nms_thresh": (0, 1),
-        "crop_overlap_ratio": (0, 0.9),
-        "crop_n_points_downscale_factor": (1, 1000),
-        "min_mask_region_area": (0, 10**9),
-        "min_area": (1, 10**9),
-        "images_at_once": (1, 1000),
-        "workers": (0, 1000),
-        "samples": (0, 1000),
-    }
-    for name, (low, high) in ranges.items():
-        value = getattr(constants, name)
-        check(low <= value <= high, f"{name} is {value}, but it must lie between {low} and {high}")
-    check(
-        len(constants.scales) > 0 and min(constants.scales) > 0,
-        f"scales is {constants.scales}, but it must hold numbers above 0",
-    )
-    smallest = constants.points_per_side // constants.crop_n_points_downscale_factor**constants.crop_n_layers
-    check(
-        smallest >= 1,
-        "points_per_side is too small to be divided by crop_n_points_downscale_factor in each of the "
-        f"{constants.crop_n_layers} crop layers",
-    )
+def load_generator(constants: Constants, state: Any) -> tuple[Callable, dict[str, str]]:
+    """SAM on the device of `state`, and what "auto" has become, for run.json. Fetches the checkpoint if asked to."""
+    from PRC_SAM.checkpoints import find_checkpoint, load_sam
+    from PRC_SAM.generator import MaskGenerator
+    from tools.devices import set_precision
+
+    with state.main_process_first():  # the first process fetches the checkpoint, the others find it
+        file = find_checkpoint(constants.model, constants.checkpoint, constants.root, constants.download)
+    precision = set_precision(constants.precision, state.device, bf16_on_cpu=False)
+    sam = load_sam(constants.model, file).to(state.device)
+    return MaskGenerator(sam, constants.sam, precision, constants.images_at_once), {"precision": precision}
 
 
-def _regions(id: str, images: Path, folder: Path, constants: Constants) -> None:
+def make_masks(step: StepFolder, dataset: Dataset, split: str, ids: list[str], generate: Callable | None) -> None:
+    """Masks of all patches of a split that have none yet, and the contact sheet."""
+    images, pending = dataset.images(split), step.pending(ids, ".npz")
+    if generate:
+        sam_masks(step, images, pending, generate, f"{split}: SAM masks")
+    else:
+        work = partial(felzenszwalb_regions, images=images, folder=step.path, constants=step.constants)
+        step.each(work, pending, f"{split}: regions")
+    step.join()
+    if step.is_main:
+        draw_sheet(step.path, images, sample_ids(ids, step.constants.samples))
+
+
+def felzenszwalb_regions(id: str, images: Path, folder: Path, constants: Constants) -> None:
+    """Regions of one patch by the stand-in, from file to file."""
     from PRC_SAM.regions import felzenszwalb_masks
 
     image = load_image(images / f"{id}.png")
-    _write(folder, id, felzenszwalb_masks(image, constants.scales, constants.min_area), image, constants.coloured_maps)
+    try:
+        masks = felzenszwalb_masks(image, constants.scales, constants.min_area)
+    except ValueError as error:
+        raise UserError(f"{images / id}.png: {error}") from None
+    write(folder, id, masks, image, constants.coloured_maps)
 
 
-def _sam_masks(
-    generate: Callable, step: StepFolder, images: Path, ids: list[str], constants: Constants, title: str
-) -> None:
-    """Masks of all ids, while threads read the next images and write the last masks."""
+def sam_masks(step: StepFolder, images: Path, ids: list[str], generate: Any, title: str) -> None:
+    """Masks of all ids by SAM, while threads read the next images and write the last masks."""
+    from tools.cams import in_background
 
-    def read(id: str) -> tuple | UserError:
+    def read(id: str) -> tuple[np.ndarray, Any] | UserError:
         try:
             image = load_image(images / f"{id}.png")
             return image, generate.prepare(image)
         except UserError as error:
             return error
 
-    writes: deque = deque()
-    with step.progress(len(ids), title) as bar, ThreadPoolExecutor(max(constants.workers, 1)) as pool:
-        stream = _read_ahead(pool, read, ids, 2 * constants.images_at_once)
-        while batch := list(islice(stream, constants.images_at_once)):
-            good = [(id, *answer) for id, answer in batch if not isinstance(answer, UserError)]
-            for _, answer in batch:
+    def write_or_fail(id: str, masks: Masks, image: np.ndarray) -> None:
+        try:
+            write(step.path, id, masks, image, step.constants.coloured_maps)
+        except UserError as error:
+            step.fail(error)
+
+    batch, threads = step.constants.images_at_once, max(step.constants.workers, 1)
+    with (
+        step.progress(len(ids), title) as bar,
+        ThreadPoolExecutor(threads) as readers,
+        in_background(threads) as submit,
+    ):
+        stream = read_ahead(readers, read, ids, 2 * batch)
+        while answers := list(islice(stream, batch)):
+            good = [(id, *answer) for id, answer in answers if not isinstance(answer, UserError)]
+            for _, answer in answers:
                 if isinstance(answer, UserError):
                     step.fail(answer)
             for (id, image, _), masks in zip(good, generate([prepared for *_, prepared in good]), strict=True):
-                writes.append(pool.submit(_write, step.folder, id, masks, image, constants.coloured_maps))
-            while len(writes) > 4 * constants.images_at_once:
-                writes.popleft().result()  # a full disk is told here
-            bar.update(len(batch))
-        for write in writes:
-            write.result()
+                submit(write_or_fail, id, masks, image)
+            bar.update(len(answers))
 
 
-def _read_ahead(pool: ThreadPoolExecutor, read: Callable, ids: Iterable[str], ahead: int) -> Iterator[tuple]:
-    """(id, read(id)) in order, with up to `ahead` further ones being read."""
+def read_ahead(pool: ThreadPoolExecutor, read: Callable, ids: list[str], ahead: int) -> Iterator[tuple[str, Any]]:
+    """Yield (id, read(id)) in order, while the next `ahead` ids are being read."""
     waiting: deque = deque()
     for id in ids:
         waiting.append((id, pool.submit(read, id)))
@@ -198,22 +173,24 @@ def _read_ahead(pool: ThreadPoolExecutor, read: Callable, ids: Iterable[str], ah
         yield id, future.result()
 
 
-def _write(folder: Path, id: str, masks, image: np.ndarray, coloured: bool) -> None:
+def write(folder: Path, id: str, masks: Masks, image: np.ndarray, coloured: bool) -> None:
+    """Write the mask file of a patch last: its presence marks the patch as done."""
     if coloured:
         with write_whole(folder / "coloured" / f"{id}.png") as temporary:
             Image.fromarray(regions(masks.unpack(), image)).save(temporary, format="PNG")
-    save_masks(folder / f"{id}.npz", masks)  # last: what `pending` looks for stands for all of it
+    save_masks(folder / f"{id}.npz", masks)
 
 
-def _contact_sheet(folder: Path, images: Path, ids: list[str], samples: int) -> None:
-    rows = []
-    for id in sample_ids(ids, samples):
+def draw_sheet(folder: Path, images: Path, ids: list[str]) -> None:
+    """The contact sheet: images with their regions. Bad files are left out; they are among the failures."""
+    rows = {}
+    for id in ids:
         try:
             image = load_image(images / f"{id}.png")
-            rows.append([image, regions(load_masks(folder / f"{id}.npz").unpack(), image)])
+            rows[id] = [image, regions(load_masks(folder / f"{id}.npz", image.shape[:2]).unpack(), image)]
         except UserError:
-            continue  # a bad file is among the failures already
-    contact_sheet(folder / "contact_sheet.png", rows, ["image", "regions"])
+            continue
+    contact_sheet(folder / "contact_sheet.png", list(rows.values()), ["image", "regions"], names=list(rows))
 
 
 if __name__ == "__main__":

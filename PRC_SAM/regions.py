@@ -1,8 +1,8 @@
-"""Felzenszwalb regions at several scales: a stand-in for SAM's masks where no checkpoint can be had.
+"""Felzenszwalb regions at several scales: a stand-in for SAM's masks where no checkpoint is at hand.
 
 The graph-based segmentation of Felzenszwalb and Huttenlocher (2004), from scikit-image, is run from fine to coarse, so
-that small and large regions overlap as SAM's masks do. Their scores are made from the image alone: they give an order
-and no more, and are not comparable with SAM's.
+that small and large regions overlap as SAM's masks do. Their scores are computed from the image alone; they order the
+regions, but they cannot be compared with SAM's scores.
 """
 
 from itertools import combinations
@@ -10,21 +10,22 @@ from itertools import combinations
 import numpy as np
 from skimage.segmentation import felzenszwalb
 
-from tools.masks import Masks, pack_masks
+from tools.masks import MOST_MASKS, Masks, pack_masks
 
-SMOOTHING = 1.2  # sigma in pixels of the blur before the segmentation; ragged outlines help nobody
-DUPLICATE = 0.8  # regions of two scales that overlap by this IoU are one: the better one stays
+SMOOTHING = 1.2  # sigma in pixels of the blur before the segmentation, against ragged outlines
+DUPLICATE = 0.8  # of two regions of different scales with at least this IoU, only the one of higher score is kept
 
 
 def felzenszwalb_masks(image: np.ndarray, scales: tuple[float, ...] = (100, 400, 1600), min_area: int = 64) -> Masks:
     """(H,W,3) uint8 -> connected regions of at least `min_area` pixels as `Masks`.
 
-    predicted_iou is the share of colour change at the outline, outside / (outside + inside): the mean difference of
-    neighbouring pixels across the outline against that of neighbours within. stability is the best IoU with a region
-    of another scale. A region that covers the whole image says nothing and is left out.
+    predicted_iou is outside / (outside + inside), where outside is the mean colour difference of neighbouring pixels
+    across the outline, and inside that of neighbouring pixels within the region. stability is the highest IoU with a
+    region of another scale. A region that covers the whole image is left out: it has no outline.
+    Raises `ValueError` when there are more regions than a mask file may hold.
     """
     maps = [felzenszwalb(image, scale=scale, sigma=SMOOTHING, min_size=min_area) for scale in scales]
-    first = np.cumsum([0, *(regions.max() + 1 for regions in maps)])  # regions are numbered through all scales
+    first = np.cumsum([0, *(regions.max() + 1 for regions in maps)])  # regions are numbered across all scales
     areas = np.concatenate([np.bincount(regions.ravel()) for regions in maps])
     maps = [regions + start for regions, start in zip(maps, first[:-1], strict=True)]
     scores = sum(_outline_contrast(image, regions, first[-1]) for regions in maps)
@@ -37,6 +38,8 @@ def felzenszwalb_masks(image: np.ndarray, scales: tuple[float, ...] = (100, 400,
         equal = iou >= DUPLICATE
         keep[np.where(scores[a] >= scores[b], b, a)[equal]] = False
     chosen = np.flatnonzero(keep)
+    if len(chosen) > MOST_MASKS:
+        raise ValueError(f"{len(chosen)} regions, more than the {MOST_MASKS} of a mask file: raise min_area or scales")
     masks = np.zeros((len(chosen), *image.shape[:2]), bool)
     for index, region in enumerate(chosen):
         masks[index] = maps[np.searchsorted(first, region, side="right") - 1] == region
@@ -44,7 +47,7 @@ def felzenszwalb_masks(image: np.ndarray, scales: tuple[float, ...] = (100, 400,
 
 
 def _outline_contrast(image: np.ndarray, regions: np.ndarray, count: int) -> np.ndarray:
-    """(count,) scores 0 to 1 of the regions in this map, 0 for the numbers of other maps."""
+    """(count,) scores 0 to 1 of the regions in this map; 0 for regions of other maps."""
     colours = image.astype(np.float32)
     sums, pairs = np.zeros((2, count)), np.zeros((2, count))  # [0] neighbours within a region, [1] across its outline
     for axis in (0, 1):

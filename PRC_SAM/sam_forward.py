@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import torch
 from segment_anything.modeling import ImageEncoderViT, Sam
+from segment_anything.modeling.image_encoder import Attention as PixelAttention
 from segment_anything.modeling.image_encoder import get_rel_pos, window_partition, window_unpartition
+from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,7 +71,7 @@ def encode_images(encoder: ImageEncoderViT, images: Tensor, positions: list[Posi
         return encoder.neck(x.float().permute(0, 3, 1, 2))
 
 
-def _attention(attention: nn.Module, x: Tensor, positions: Positions | None) -> Tensor:
+def _attention(attention: PixelAttention, x: Tensor, positions: Positions | None) -> Tensor:
     """Self-attention over the pixels of x (B,h,w,C), with SAM's decomposed relative positions."""
     batch, height, width, _ = x.shape
     q, k, v = attention.qkv(x).view(batch, height * width, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -142,7 +144,8 @@ class PointDecoder:
 def _upscale(convolution: nn.ConvTranspose2d, x: Tensor) -> Tensor:
     """A 2 x 2 transposed convolution of stride 2 on channels-last pixels: (...,C) -> (...,4,C')."""
     weight = convolution.weight.permute(2, 3, 1, 0).flatten(0, 2)
-    return F.linear(x, weight, convolution.bias.repeat(4)).unflatten(-1, (4, -1))
+    bias = convolution.bias
+    return F.linear(x, weight, None if bias is None else bias.repeat(4)).unflatten(-1, (4, -1))
 
 
 def _heads(layer: nn.Linear, heads: int) -> Tensor:
@@ -150,7 +153,7 @@ def _heads(layer: nn.Linear, heads: int) -> Tensor:
     return layer.weight.unflatten(0, (heads, -1))
 
 
-def _tokens_to_pixels(attention: nn.Module, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _tokens_to_pixels(attention: Attention, tokens: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Tokens (P,T,C) attend to pixels (P or 1,N,C)."""
     heads = attention.num_heads
     q = attention.q_proj(tokens).unflatten(-1, (heads, -1))  # P,T,heads,D
@@ -169,7 +172,7 @@ def _tokens_to_pixels(attention: nn.Module, tokens: Tensor, keys: Tensor, values
     return attention.out_proj(y.flatten(2))
 
 
-def _pixels_to_tokens(attention: nn.Module, pixels: Tensor, placed: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _pixels_to_tokens(attention: Attention, pixels: Tensor, placed: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Pixels (P or 1,N,C), `placed` with their positions, plus what they gather from tokens (P,T,C) -> (P,N,C)."""
     heads = attention.num_heads
     k = attention.k_proj(keys).unflatten(-1, (heads, -1)).transpose(1, 2)  # P,heads,T,D

@@ -1,182 +1,194 @@
-"""report.html, the account of a run that opens in any browser and needs no network.
+"""report.html, the account of an experiment: one file that opens in any browser without a network.
 
 evaluate_miou.py writes it with the scores, the truth and the errors; every other step renews it with what can be shown
-without the truth. Data is prepared here; how the page looks is in page.html.j2, which escapes every name.
+without the truth. The data is prepared here; page.html.j2 lays it out and escapes every name.
 """
 
-import json
-import math
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from report.patch_pictures import ERRORS, panels, sample
-from report.score_tables import STAGES, Stage, facts, lines, made, per_class, percent, summarise, table, warnings
-from tools.dataset import SPLITS, Dataset
-from tools.files import write_whole
+from report.label_folders import LabelFolder
+from report.patch_pictures import ERRORS, Sample, SamplesFile, pack, panels
+from report.score_tables import Row, Scored, ScoresFile, Summary, lines, made, per_class, percent, shares, table
+from tools.command import UserError
+from tools.dataset import Dataset, load_dataset
+from tools.files import Model, read_json, write_whole
+from tools.logs import read_log
 from tools.pictures import sample_ids
+from tools.runs import Run
 from tools.scores import ConfusionMatrix
-from tools.step import MADE_BY, StepFolder
+from tools.step import experiment_folder
+from tools.steps import LABEL_STEPS, SPLITS, STEPS, next_step
 
-MOST_BYTES = 4_000_000  # of pictures in the page, so that it stays below 5 MB
+MOST_BYTES = 4_800_000  # of the page: samples beyond this size are left out
+MOST_CLASSES = 60  # of a confusion matrix in the page
 UNSCORED_SAMPLES = 3  # patches of each split that are shown before there are scores to choose them by
 NOT_CURVES = {"epoch", "step", "steps", "lr", "learning_rate", "images_per_second", "seconds", "time"}
-TITLES = {"classifier": "classifier", "segmenter": "segmenter"} | {name: title for name, (title, _) in STAGES.items()}
+Points = list[tuple[int, float]]
+Missing = TypeVar("Missing")
 
 
-def refresh(step: StepFolder, dataset: Dataset, load_masks: Callable) -> None:
-    """Renew scores/report.html beside a finished step. No pixel label is opened.
+def renew(constants: Any) -> None:
+    """Draw scores/report.html anew from what is on disk, after a step. No pixel label is opened.
 
-    Scores and samples of an earlier evaluate_miou.py stay while the folders that they were taken from are unchanged;
-    after that the scores are marked as older, and the samples are drawn anew without the truth. `load_masks` reads a
-    mask file. Whatever goes wrong here is told in one line: the step's own results are whole.
+    Scores and samples of the last evaluate_miou.py stay while the folders that they were made from are unchanged; after
+    that the scores are marked as older, and the samples are drawn anew without the truth. Any fault is one line on
+    stderr: a page must never cost the hours of a training.
     """
-    if step.process:
-        return
-    folder, name = step.folder.parent, step.folder.name
     try:
-        summary = _read(folder / "scores" / "scores.json")
-        runs = accounts(folder, dataset)
-        if summary.get("classes") != list(dataset.classes):
-            summary = summarise(dataset, [], runs, [], folder.name, "", "clean")
-        for row in summary["stages"]:
-            run = _read(folder.parent / row["experiment"] / row["stage"] / "run.json")
-            row["stale"] = row.get("made") != made(run) or (
-                row["experiment"] == folder.name and outdated(row["stage"], runs)
-            )
-        summary["facts"] = facts(runs)
-        summary["warnings"] = warnings(summary["facts"], summary["protocol"], summary["stages"])
-        kept = _read(folder / "scores" / "samples.json")
-        samples = [each for split in SPLITS for each in _samples(folder, dataset, split, summary, kept, load_masks)]
-        write_report(folder, dataset, summary, runs, samples)
-    except Exception as error:  # a page must never cost the hours of a training
-        print(f"{name} is done, but its report could not be renewed ({type(error).__name__}: {error})", file=sys.stderr)
+        dataset = load_dataset(constants.dataset, constants.root)
+        summary = read_experiment(constants, dataset)
+        scores = _read_back(summary.folder / "scores" / "scores.json", ScoresFile, ScoresFile(), summary.broken)
+        kept = _read_back(summary.folder / "scores" / "samples.json", SamplesFile, SamplesFile({}), summary.broken)
+        if scores.classes == list(dataset.classes):
+            stages = [stage.model_copy(update={"stale": _is_stale(stage, summary)}) for stage in scores.stages]
+            summary = replace(summary, stages=stages, protocol=scores.protocol)
+        write_report(summary, [each for split in SPLITS for each in _samples(summary, split, kept)])
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"the step is done, but its report could not be renewed ({reason})", file=sys.stderr)
 
 
-def _read(file: Path) -> dict:
-    """A JSON file; {} when it is missing or damaged."""
+def read_experiment(constants: Any, dataset: Dataset) -> Summary:
+    """The runs of every step of the experiment, and of step 9 where one of them reads its masks."""
+    folder = experiment_folder(constants.root, constants.dataset, constants.experiment)
+    runs: dict[str, Run] = {}
+    broken: list[str] = []
+    places = {file.parent.name: file.parent for file in sorted(folder.glob("*/run.json"))}
+    places |= {f"sam_masks, {split} split": dataset.sam_masks(split) for split in SPLITS}
+    for name, place in places.items():
+        if not name.startswith("sam_masks") or any("sam_masks" in run.inputs for run in runs.values()):
+            run = _read_back(place / "run.json", Run, None, broken)
+            runs |= {name: run} if run else {}
+    runs = dict(sorted(runs.items(), key=lambda item: item[1].started))
+    labels = {dataset.image_labels_hash(split) for split in SPLITS if dataset.image_labels_file(split).exists()}
+    outdated = {name for name in runs if is_outdated(name, runs, labels)}
+    return Summary(constants, dataset, folder, runs, outdated, broken)
+
+
+def _read_back(file: Path, model: type[Model], missing: Missing, broken: list[str]) -> Model | Missing:
+    """The content of a JSON file; `missing` where there is none, or where it is damaged, which goes to `broken`."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
+        return read_json(file, model, "run its step again")
+    except FileNotFoundError:
+        return missing
+    except UserError as error:
+        broken.append(str(error))
+        return missing
 
 
-def _samples(folder: Path, dataset: Dataset, split: str, summary: dict, kept: dict, load_masks: Callable) -> list[dict]:
-    """The samples of the last evaluation where they still hold, else some patches with what the steps have made."""
-    stages = []
-    for stage, (title, usual) in STAGES.items():
-        name = stage if split == usual else f"{stage}_{split}"
-        run = _read(folder / name / "run.json")
-        if run.get("finished"):
-            matrix = ConfusionMatrix(dataset.num_classes)
-            stages.append(Stage(name, title, folder.name, split, folder / name, run, matrix))
-    rows = [row for row in summary["stages"] if row["split"] == split]
-    scored = {row["stage"] for row in rows if row["experiment"] == folder.name}
-    if rows and scored == {stage.name for stage in stages} and not any(row["stale"] for row in rows):
-        return kept.get(split, [])
-    if not stages:
-        return []
-    return [
-        sample(id, split, "sample", None, panels(dataset, split, id, stages, load_masks, with_maps=True))
-        for id in sample_ids(dataset.ids(split), UNSCORED_SAMPLES)
-    ]
-
-
-def accounts(folder: Path, dataset: Dataset) -> dict[str, dict]:
-    """Step -> run.json, in the order of their start: every step under `folder`, and step 9 where they rest on it."""
-    runs = {file.parent.name: run for file in folder.glob("*/run.json") if (run := _read(file))}
-    if any("sam_masks" in run.get("inputs", {}) for run in runs.values()):
-        masks = {f"sam_masks, {split} split": _read(dataset.sam_masks(split) / "run.json") for split in SPLITS}
-        runs |= {name: run for name, run in masks.items() if run}
-    return dict(sorted(runs.items(), key=lambda item: item[1].get("started", "")))
-
-
-def curves(folder: Path) -> list[dict]:
-    """The loss curves in the log.jsonl of every training under `folder`, each field on its own."""
-    found = []
-    for file in sorted(folder.glob("*/log.jsonl")):
-        epochs = []
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # the line that was being written when the run was stopped
-                continue
-            epochs += [entry] if isinstance(entry, dict) else []
-        names = dict.fromkeys(
-            name
-            for entry in epochs
-            for name, value in entry.items()
-            if name not in NOT_CURVES and isinstance(value, int | float)
-        )
-        for name in names:
-            points = [
-                (entry.get("epoch", number), entry[name])
-                for number, entry in enumerate(epochs, 1)
-                if isinstance(entry.get(name), int | float) and math.isfinite(entry[name])
-            ]
-            if points:
-                low, high = min(value for _, value in points), max(value for _, value in points)
-                found.append({"training": file.parent.name, "name": name, "points": points, "low": low, "high": high})
-    return found
-
-
-def outdated(name: str, runs: dict[str, dict]) -> bool:
-    """Whether a step that `name` was made from, at any distance, has been made anew since."""
-    present = {run.get("started"): other for other, run in runs.items()}
-    run = runs.get(name, {})
-    for source, started in run.get("inputs", {}).items():
-        if run.get("constants", {}).get(source):
-            continue  # taken from another experiment, by a constant of that name
+def is_outdated(name: str, runs: dict[str, Run], labels: set[str]) -> bool:
+    """Whether an input of the step `name`, at any distance, has changed since; `labels`: hashes of image_labels.csv."""
+    present = {run.started: other for other, run in runs.items()} | dict.fromkeys(labels, "image_labels")
+    for source, started in runs[name].inputs.items() if name in runs else ():
+        if runs[name].constants.get(source):
+            continue  # the input of another experiment, which this constant names
         if started in present:
-            if outdated(present[started], runs):
+            if is_outdated(present[started], runs, labels):
                 return True
-        elif any(other.startswith(source) for other in runs):
+        elif source == "image_labels" or any(other.startswith(source) for other in runs):
             return True
     return False
 
 
-def cards(summary: dict, runs: dict[str, dict]) -> list[dict]:
-    """The run at a glance, a card for each step and each scored folder: title, score (or None), notes, whether done."""
-    own = {row["stage"]: row for row in summary["stages"] if row["experiment"] == summary["experiment"]}
-    supervised = "supervision" in summary["facts"]  # such a run has no pseudo-labels
+def _is_stale(stage: Scored, summary: Summary) -> bool:
+    """Whether a scored folder has changed since, or an input of it."""
+    own = stage.experiment == summary.experiment
+    run = summary.runs.get(stage.stage)
+    if not own:
+        run = _read_back(summary.folder.parent / stage.experiment / stage.stage / "run.json", Run, None, summary.broken)
+    return run is None or made(run) != stage.made or (own and stage.stage in summary.outdated)
+
+
+def _samples(summary: Summary, split: str, kept: SamplesFile) -> Sequence[Sample]:
+    """The samples of the last evaluation where they still hold, else some patches with the results of the steps."""
+    dataset, folders = summary.dataset, []
+    for step in LABEL_STEPS.values():
+        run = summary.runs.get(step.folder_of(split))
+        if run and run.finished:
+            path = summary.folder / step.folder_of(split)
+            folders.append(LabelFolder(path, split, run, ConfusionMatrix(dataset.num_classes)))
+    stages = [stage for stage in summary.stages if stage.split == split]
+    scored = {stage.stage for stage in stages if stage.experiment == summary.experiment}
+    if stages and scored == {each.path.name for each in folders} and not any(stage.stale for stage in stages):
+        return kept.root.get(split, [])
     found = []
-    for name in (name for name in MADE_BY if name in TITLES and (name in runs or not supervised)):
-        run, notes = runs.get(name, {}), []
+    for id in sample_ids(dataset.ids(split), UNSCORED_SAMPLES) if folders else ():
+        with suppress(UserError):  # steps report the files that they cannot read
+            pictures = pack(panels(dataset, id, folders, with_maps=True))
+            result = folders[-1].title
+            found.append(Sample(id=id, split=split, kind="sample", score=None, panels=pictures, result=result))
+    return found
+
+
+def curves(folder: Path) -> list[dict[str, Any]]:
+    """The curves in the log.jsonl of each training: one group for its losses, one for each entry with parts (classes).
+
+    The curves of an entry with parts share their axis, from 0 to 1 where all values lie there.
+    """
+    groups: dict[tuple[str, bool], dict[str, Points]] = {}
+    for file in sorted(folder.glob("*/log.jsonl")):
+        for entry in read_log(file):
+            for name, value in entry.items():
+                nested = isinstance(value, dict)
+                title = f"{file.parent.name}: {name.replace('_', ' ')}" if nested else file.parent.name
+                for part, number in (value if nested else {name: value}).items():
+                    wanted = nested or name not in NOT_CURVES
+                    if wanted and isinstance(number, int | float) and abs(number) < 1e300:  # not NaN either
+                        points = groups.setdefault((title, nested), {}).setdefault(part, [])
+                        points.append((entry["epoch"], number))
+    found = []
+    for (title, nested), parts in groups.items():
+        every = [value for points in parts.values() for _, value in points]
+        if nested and min(every) >= 0 and max(every) <= 1:
+            every = [0, 1]
+        lines = []
+        for name, points in parts.items():
+            values = every if nested else [value for _, value in points]
+            lines.append({"name": name, "points": points, "low": min(values), "high": max(values)})
+        found.append({"title": title, "curves": lines})
+    return found
+
+
+def cards(summary: Summary) -> list[dict[str, Any]]:
+    """The run at a glance, a card for each step and each scored folder: title, score (or None), notes, whether done."""
+    own = {row["stage"]: row for row in summary.rows if row["experiment"] == summary.experiment}
+    supervised = "supervision" in summary.facts  # such a run has no pseudo-labels
+    found, shown = [], []
+    for name, step in STEPS.items():
+        run, notes = summary.runs.get(name), []
+        if name in ("sam_masks", "scores") or (supervised and not run):
+            continue
         if not run:
-            notes.append(f"not made yet: {MADE_BY[name].split(',')[0]}")
-        elif not run.get("finished"):
+            notes.append(f"not made yet: step {step.number}")
+        elif not run.finished:
             notes.append("not finished: the same command continues it")
-        elif outdated(name, runs):
+        elif name in summary.outdated:
             notes.append("made from an earlier run: --overwrite makes it anew")
-        found.append(_card(TITLES[name], own.get(name), notes, run.get("seconds")))
-    others = [row for row in summary["stages"] if row is not own.get(row["stage"]) or row["stage"] not in TITLES]
-    return found + [_card(row["title"], row, []) for row in others]
+        found.append(_card(f"{step.number}", step.title, own.get(name), notes, run))
+        shown.append(own.get(name))
+    others = [row for row in summary.rows if not any(row is each for each in shown)]
+    return found + [_card("", row["title"], row, [], None) for row in others]
 
 
-def _card(title: str, row: dict | None, notes: list[str], seconds: float | None = None) -> dict:
+def _card(number: str, title: str, row: Row | None, notes: list[str], run: Run | None) -> dict[str, Any]:
     done = not notes
     if row:
-        words = ("partial", row["partial"]), ("an older score", row["stale"])
-        notes = [
-            ", ".join([f"{row['split']} split", f"{row['images']} images", *(word for word, holds in words if holds)]),
-            *notes,
-        ]
-    return {
-        "title": title,
-        "score": row and percent(row["miou"]),
-        "notes": [*notes, *([duration(seconds)] if seconds else [])],
-        "done": done,
-    }
+        words = [word for word, holds in (("partial", row["partial"]), ("an older score", row["stale"])) if holds]
+        notes = [", ".join([f"{row['split']} split", f"{row['images']} images", *words]), *notes]
+    notes += [duration(run.seconds)] if run else []
+    return {"number": number, "title": title, "score": row and percent(row["miou"]), "notes": notes, "done": done}
 
 
-def write_report(folder: Path, dataset: Dataset, summary: dict, runs: dict[str, dict], samples: list[dict]) -> None:
-    """Write <folder>/scores/report.html; samples beyond `MOST_BYTES` are left out, the last ones first."""
-    size, kept = 0, []
-    for each in samples:
-        size += sum(len(panel["source"]) for panel in each["panels"])
-        kept += [each] if size <= MOST_BYTES else []
+def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
+    """Write <experiment>/scores/report.html; samples beyond `MOST_BYTES` are left out, the last ones first."""
+    dataset = summary.dataset
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -184,26 +196,35 @@ def write_report(folder: Path, dataset: Dataset, summary: dict, runs: dict[str, 
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    last = {row["split"]: row for row in summary["stages"] if row["experiment"] == summary["experiment"]}
-    legend = list(zip(dataset.classes, dataset.colours.tolist(), strict=True))
-    page = environment.get_template("page.html.j2").render(
-        summary=summary,
-        cards=cards(summary, runs),
-        table=table(summary),
-        per_class=per_class(summary),
-        lines=lines(summary),
-        runs=runs,
-        curves=curves(folder),
-        samples=kept,
-        left_out=len(samples) - len(kept),
-        confusions=list(last.values()),
-        legend=legend,
-        names={  # what the colours of a picture mean, for the words under the pointer
-            "classes": {str(colour): name for name, colour in [("ignored", ERRORS["not counted"]), *legend]},
+    environment.filters["percent"] = percent
+    environment.filters["duration"] = duration
+    finished = [STEPS[name] for name in STEPS if name in summary.runs and summary.runs[name].finished]
+    following = next_step(finished[-1]) if finished else STEPS["classifier"]
+    content = {
+        "summary": summary,
+        "dataset": dataset,
+        "has_truth": any(dataset.labels(split).is_dir() for split in SPLITS),
+        "following": following and following.command(summary.constants),
+        "evaluation": STEPS["scores"].command(summary.constants),
+        "cards": cards(summary),
+        "table": table(summary),
+        "per_class": per_class(summary),
+        "shares": shares(summary),
+        "lines": lines(summary),
+        "curves": curves(summary.folder),
+        "confusions": list(summary.last.values()) if dataset.num_classes <= MOST_CLASSES else [],
+        "names": {  # what the colours of a picture mean, for the words under the pointer
+            "classes": {str(colour): name for name, colour in [("ignored", ERRORS["not counted"]), *dataset.legend]},
             "errors": {str(colour): name for name, colour in ERRORS.items()},
         },
-    )
-    with write_whole(folder / "scores" / "report.html") as temporary:
+    }
+    template = environment.get_template("page.html.j2")
+    size, kept = len(template.render(content, samples=[], left_out=0).encode()), 0
+    for sample in samples:
+        size += sum(len(panel.source) + len(panel.title) + len(sample.id) + 300 for panel in sample.panels)
+        kept += size <= MOST_BYTES
+    page = template.render(content, samples=samples[:kept], left_out=len(samples) - kept)
+    with write_whole(summary.folder / "scores" / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

@@ -3,75 +3,76 @@
 import base64
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, Field, RootModel
 
-from report.score_tables import Stage, percent
-from tools.command import UserError
+from report.label_folders import LabelFolder, Split, load_maps, load_prediction
+from tools.command import UserError, check
 from tools.dataset import Dataset
 from tools.labels import IGNORE, load_image, load_label
-from tools.pictures import colourise, heat, regions
+from tools.masks import load_masks
+from tools.pictures import colourise, confusion_picture, contact_sheet, heat, regions, sample_ids
 
-ERRORS = {"right": [235] * 3, "wrong": [190, 60, 0], "not counted": [128] * 3}  # apart in brightness too
+ERRORS = {"right": [235] * 3, "wrong": [190, 60, 0], "not counted": [128] * 3}  # they differ in brightness too
 SIDE = 256  # pixels of a picture in the page
+Uri = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*$")]
 
 
-def load_prediction(folder: Path, id: str, num_classes: int, size: tuple[int, int]) -> np.ndarray:
-    """(H,W) uint8 class ids of one image of (H,W) = size; of CAMs, the class whose map is the highest."""
-    if "cams" not in folder.name:
-        return load_label(folder / f"{id}.png", num_classes)
-    present, maps = load_maps(folder, id, num_classes, size)
-    return present.astype(np.uint8)[maps.argmax(axis=0)]
+class Panel(BaseModel):
+    """One picture."""
+
+    title: str
+    source: Uri
 
 
-def load_maps(folder: Path, id: str, num_classes: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Class ids (k,) and maps (k,H,W) in 0..1 of one image of (H,W) = size."""
-    from tools.cams import load_cams  # imports torch, which no other folder needs
+class Sample(BaseModel):
+    """One patch in the page. `score`: mIoU of this patch alone, None without truth; `result`: title of the result."""
 
-    return load_cams(folder / f"{id}.npz", num_classes, size)
+    id: str
+    split: Split
+    kind: str  # best, median, worst, or sample
+    score: float | None
+    panels: list[Panel]
+    result: str
+
+
+SamplesFile = RootModel[dict[Split, list[Sample]]]  # samples.json
 
 
 def panels(
-    dataset: Dataset,
-    split: str,
-    id: str,
-    stages: list[Stage],
-    load_masks: Callable,
-    last: Stage | None = None,
-    with_maps: bool = False,
+    dataset: Dataset, id: str, folders: Sequence[LabelFolder], last: LabelFolder | None = None, with_maps: bool = False
 ) -> dict[str, np.ndarray]:
-    """Title -> (H,W,3) uint8 picture of one patch: the image and every stage, in their order.
+    """Title -> (H,W,3) uint8 picture of one patch: the image and every folder of its split, in their order.
 
-    `last`: the stage whose errors are shown, and the truth before them; None opens no pixel label. `with_maps` adds the
-    CAM of each class. `load_masks` reads a mask file; the regions stand before the first stage that was refined by
-    them. Raises `UserError` for a bad file.
+    `last`: the folder whose errors are shown, after the truth; None opens no pixel label. `with_maps` adds the CAM of
+    each class. SAM's regions stand before the first folder that was refined by them. Raises `UserError` for a bad file.
     """
+    split = folders[0].split
     image = load_image(dataset.images(split) / f"{id}.png")
-    size = image.shape[:2]
+    size, count = image.shape[:2], dataset.num_classes
     shown, predictions = {"image": image}, {}
     masks = dataset.sam_masks(split) / f"{id}.npz"
-    for stage in stages:
-        if with_maps and "cams" in stage.name:
-            for class_id, activation in zip(*load_maps(stage.folder, id, dataset.num_classes, size), strict=True):
+    for folder in folders:
+        if with_maps and folder.step.folder == "cams":
+            for class_id, activation in zip(*load_maps(folder.path, id, count, size), strict=True):
                 shown[f"CAM of {dataset.classes[class_id]}"] = heat(image, activation)
-        if "refined" in stage.name and "regions" not in shown and masks.exists():
-            found = load_masks(masks)
-            if found.size != size:
-                raise UserError(
-                    f"{masks} holds masks of another size than its image: run step 9, python "
-                    "PRC_SAM/get_se_map.py --overwrite"
-                )
+        if "sam_masks" in folder.step.inputs and "regions" not in shown and masks.exists():
+            found = load_masks(masks, size)
             shown["regions"] = regions(found.unpack(), image)
-        predictions[stage.title] = load_prediction(stage.folder, id, dataset.num_classes, size)
-        shown[stage.title] = colourise(predictions[stage.title], dataset.colours)
+        predictions[folder.title] = load_prediction(folder.path, id, count, size)
+        shown[folder.title] = colourise(predictions[folder.title], dataset.colours)
     if last is None:
         return shown
-    truth = load_label(dataset.labels(split) / f"{id}.png", dataset.num_classes)
-    if size != truth.shape:
-        raise UserError(f"{dataset.images(split) / id}.png and its label map differ in size: cut the scenes again")
+    truth = load_label(dataset.labels(split) / f"{id}.png", count)
+    check(
+        size == truth.shape,
+        f"{dataset.images(split) / id}.png and its label map differ in size: cut the scenes again",
+    )
     counted = (truth != IGNORE) & ~np.isin(truth, np.flatnonzero(~dataset.scored))
     errors = np.select([~counted, predictions[last.title] != truth], [2, 1], 0).astype(np.uint8)
     return shown | {
@@ -81,34 +82,67 @@ def panels(
 
 
 def choose(scores: dict[str, float], n: int, present: dict[str, int] | None = None) -> list[tuple[str, str]]:
-    """(kind, id) of the `n` best, median and worst images; an image without a score is never chosen.
+    """(kind, id) of the `n` best, median and worst images; images without a score are never chosen.
 
-    Of equally good ones those come first whose truth holds more classes, when `present` tells how many.
+    The best ones have at least two classes in the truth, where `present` counts them: a patch of one class shows
+    little. Ties: more classes in the truth first.
     """
     present = present or {}
-    ids = sorted(
-        (id for id in scores if math.isfinite(scores[id])), key=lambda id: (-scores[id], -present.get(id, 0), id)
-    )
+    ids = [id for id in scores if math.isfinite(scores[id])]
+    ids.sort(key=lambda id: (-scores[id], -present.get(id, 0), id))
     n = min(n, math.ceil(len(ids) / 3))
-    middle = (len(ids) - n) // 2
-    chosen = [("best", ids[:n]), ("median", ids[middle : middle + n]), ("worst", ids[len(ids) - n :])]
-    kinds = {id: kind for kind, group in chosen for id in group}  # with very few images one may be of two kinds
-    return [(kinds[id], id) for id in ids if id in kinds]
+    best = sorted(ids, key=lambda id: present.get(id, 0) < 2)[:n]
+    rest = [id for id in ids if id not in best]
+    rest, worst = rest[: len(rest) - n], rest[max(len(rest) - n, 0) :]
+    median = rest[(len(rest) - n) // 2 :][:n]
+    kinds = [(best, "best"), (median, "median"), (worst, "worst")]
+    return [(kind, id) for group, kind in kinds for id in group]
 
 
-def sample(id: str, split: str, kind: str, score: float | None, pictures: dict[str, np.ndarray]) -> dict:
-    """One patch for the page: its pictures title -> (H,W,3) uint8 as data URIs; no score without the truth."""
-    return {
-        "id": id,
-        "split": split,
-        "kind": kind,
-        "score": percent(score),
-        "panels": [{"title": title, "source": data_uri(picture)} for title, picture in pictures.items()],
-    }
+def draw_split(
+    dataset: Dataset, output: Path, folders: Sequence[LabelFolder], experiment: str, number: int, failures: list[str]
+) -> list[Sample]:
+    """Write the pictures of one scored split to `output` -> `number` best, median and worst samples.
+
+    Errors are those of the last folder of `experiment`. Files that cannot be read are added to `failures`.
+    """
+    own = [folder for folder in folders if folder.experiment == experiment] or folders
+    last, split = own[-1], folders[0].split
+    title = f"{last.title}, {split} split"
+    confusion_picture(output / f"confusion_{split}.png", last.matrix.counts, dataset.classes, title)
+
+    def show(id: str, with_maps: bool = False) -> dict[str, np.ndarray]:
+        try:
+            return panels(dataset, id, folders, last, with_maps)
+        except UserError as error:
+            if str(error) not in failures:
+                failures.append(str(error))
+            return {}
+
+    scored = {id: value for id, value in last.per_image.items() if all(id in folder.per_image for folder in folders)}
+    rows = {id: row for id in sample_ids(sorted(scored), 8) if (row := show(id))}
+    titles = max(map(list, rows.values()), key=len, default=[])
+    contact_sheet(
+        output / f"contact_sheet_{split}.png",
+        [[row.get(title) for title in titles] for row in rows.values()],
+        titles,
+        [*dataset.legend, *ERRORS.items()],
+        names=list(rows),
+    )
+    return [
+        Sample(id=id, split=split, kind=kind, score=scored[id], panels=pack(pictures), result=last.title)
+        for kind, id in choose(scored, number, last.present)
+        if (pictures := show(id, with_maps=True))
+    ]
+
+
+def pack(pictures: dict[str, np.ndarray]) -> list[Panel]:
+    """Title -> (H,W,3) uint8 picture, for the page."""
+    return [Panel(title=title, source=data_uri(picture)) for title, picture in pictures.items()]
 
 
 def data_uri(picture: np.ndarray) -> str:
-    """Flat colours as PNG, exactly; photographs and maps as JPEG; both at most `SIDE` pixels large."""
+    """Flat colours as PNG, exactly; photographs and maps as JPEG; both with at most `SIDE` pixels a side."""
     image = Image.fromarray(np.ascontiguousarray(picture))
     flat = image.getcolors(256) is not None
     scale = SIDE / max(image.size)
@@ -116,5 +150,8 @@ def data_uri(picture: np.ndarray) -> str:
         size = [max(1, round(length * scale)) for length in image.size]
         image = image.resize(size, Image.Resampling.NEAREST if flat else Image.Resampling.BOX)
     file = io.BytesIO()
-    image.save(file, **({"format": "PNG", "optimize": True} if flat else {"format": "JPEG", "quality": 80}))
+    if flat:
+        image.save(file, "PNG", optimize=True)
+    else:
+        image.save(file, "JPEG", quality=80)
     return f"data:image/{'png' if flat else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -9,6 +9,7 @@ from PIL import Image
 from tools.cams import save_cams
 from tools.labels import save_label
 from tools.masks import pack_masks, save_masks
+from tools.runs import Run
 
 EVIL = "<script>alert('x')</script>"
 CLASSES = ["road", EVIL, "roof", "clutter"]
@@ -31,21 +32,18 @@ STAGES = {
 }
 
 
-def account(folder, split, **notes):
+def account(folder, split, warnings=(), **notes):
+    """Write the run.json of a step."""
     folder.mkdir(parents=True, exist_ok=True)
-    constants = {"split": split, "seed": 3, "backbone": "resnet18", "protocol": "clean"}
-    (folder / "run.json").write_text(
-        json.dumps(
-            {
-                "constants": constants,
-                "notes": notes,
-                "started": folder.name,
-                "finished": True,
-                "seconds": 1.5,
-                "device": "cpu",
-            }
-        )
+    run = Run(
+        constants={"split": split, "seed": 3, "backbone": "resnet18", "protocol": "clean", "weights": "/home/me/w.pth"},
+        notes=notes,
+        warnings=warnings,
+        started=folder.name,
+        seconds=1.5,
+        finished=True,
     )
+    (folder / "run.json").write_text(run.model_dump_json())
 
 
 def make_experiment(root: Path) -> Path:
@@ -76,9 +74,11 @@ def make_experiment(root: Path) -> Path:
     for name, split in STAGES.items():
         account(experiments / "run" / name, split, **({"stand_in": "made masks"} if "refined" in name else {}))
     account(experiments / "supervised" / "segmentation", "test")
-    account(experiments / "run" / "classifier", "train")
+    account(experiments / "run" / "classifier", "train", [f"{EVIL}: average precision no better than chance"])
+    precision = json.dumps({"average_precision": {"road": 0.5, EVIL: 0.25, "roof": None}})[1:-1]
     (experiments / "run" / "classifier" / "log.jsonl").write_text(
-        '{"epoch": 1, "step": 9, "loss": 2.5, "lr": 0.1}\n{"epoch": 2, "step": 18, "loss": NaN, "lr": 0.05}\n'
+        f'{{"epoch": 1, "step": 9, "loss": 2.5, "lr": 0.1, {precision}}}\n'
+        '{"epoch": 2, "step": 18, "loss": NaN, "lr": 0.05, "average_precision": {"road": 1}}\n'
         '{"epoch": 3, "step": 27, "loss": 0.5, "classification": 0.25, "lr": 0.0}\n{"epoch": 4, "lo'
     )
     return root

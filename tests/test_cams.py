@@ -131,6 +131,9 @@ def test_logits_are_the_mean_over_scales_and_mirrors(tmp_path):
     assert load_logits(tmp_path / "a.npz").tolist() == logits[2].tolist()
     with pytest.raises(UserError, match=r"b\.npz is missing"):
         load_logits(tmp_path / "b.npz")
+    save_cams(tmp_path / "a.npz", np.array([1]), [np.ones((1, 2, 3))], (32, 48), np.array([0, np.nan]))
+    with pytest.raises(UserError, match="its logits are not finite"):
+        load_logits(tmp_path / "a.npz")
 
 
 @pytest.fixture
@@ -260,7 +263,7 @@ def test_damaged_files_are_one_sentence(good, tmp_path):
     for damage in (b"", b"PK", content[: len(content) // 2], content[:-1], b"\0" * 500):
         (tmp_path / "bad.npz").write_bytes(damage)
         refused(tmp_path / "bad.npz", "")
-    with pytest.raises(UserError, match=r"none\.npz is missing: run python infer_classification\.py again"):
+    with pytest.raises(UserError, match=r"none\.npz is missing: run python infer_classification\.py"):
         load_cams(tmp_path / "none.npz", 5, (32, 32))
 
 
@@ -339,6 +342,15 @@ def test_a_file_that_unpacks_to_more_than_the_image_needs_is_refused(good):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+def test_probabilities_may_exceed_one_by_rounding_only(tmp_path):
+    save_cams(tmp_path / "a.npz", np.arange(2), [np.full((2, 4, 8), 1 + 1e-6)], (37, 61))
+    _, found = load_cams(tmp_path / "a.npz", 2, (37, 61), relative=False)
+    assert np.abs(found - 1).max() < 1e-5
+    save_cams(tmp_path / "a.npz", np.arange(2), [np.full((2, 4, 8), 1.01)], (37, 61))
+    with pytest.raises(UserError, match="values outside 0 to 1"):
+        load_cams(tmp_path / "a.npz", 2, (37, 61), relative=False)
 
 
 def test_the_largest_maps_that_a_step_makes_are_read(tmp_path):

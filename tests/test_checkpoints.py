@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, fitting or refused, and no file runs code."""
+"""Checkpoints of the trainings and of SAM: whole or not at all, fitting or refused, and no file runs code."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from PRC_SAM import checkpoints
+from PRC_SAM.checkpoints import build_sam, load_sam
 from tools.command import UserError
 from tools.training import load_checkpoint, save_checkpoint
 
@@ -73,3 +75,58 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(file, net(), epoch=2)
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+SIZES = {
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "global_attention": [1],
+    "image_size": 64,
+    "window_size": 3,
+    "prompt_dim": 16,
+    "decoder_mlp_dim": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"embed_dim": 0}, "embed_dim is 0: Input should be greater than or equal to 1"),
+        ({"embed_dim": 33}, "embed_dim is 33, which num_heads, 2, does not divide"),
+        ({"embed_dim": 1e9}, "embed_dim is 1000000000.0: Input should be less"),
+        ({"depth": 10**6}, "depth is 1000000: Input should be less"),
+        ({"depth": -1}, "depth is -1"),
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"num_heads": None}, "num_heads is None"),
+        ({"global_attention": [2]}, r"global_attention is \[2\], but the blocks are numbered 0 to 1"),
+        ({"global_attention": 1}, "global_attention is 1"),
+        ({"image_size": 65}, "image_size is 65: Input should be a multiple of 16"),
+        ({"prompt_dim": 8}, "prompt_dim is 8"),
+        ({"window_size": 0}, "window_size is 0"),
+        ({"layers": 2}, "layers is 2: Unexpected keyword"),
+    ],
+)
+def test_sizes_that_make_no_sam(tmp_path, change, sentence):
+    torch.save({"sizes": SIZES | change, "model": {}}, tmp_path / "sam.pth")
+    with pytest.raises(UserError, match=rf"sam\.pth.*\(.*{sentence}.*\): choose the --model"):
+        load_sam("custom", tmp_path / "sam.pth")
+
+
+def test_a_large_sam_without_its_weights_takes_no_memory(tmp_path, monkeypatch):
+    """Sizes within their limits, but of a model that the file does not hold: refused before it is built."""
+    devices, built = [], build_sam
+
+    def build(**sizes):
+        devices.append(str(torch.get_default_device()))
+        return built(**sizes)
+
+    monkeypatch.setattr(checkpoints, "build_sam", build)
+    for sizes, model in ((SIZES | {"depth": 8, "embed_dim": 4096}, built(**SIZES).state_dict()), (SIZES, {}), (3, {})):
+        torch.save({"sizes": sizes, "model": model}, tmp_path / "sam.pth")
+        with pytest.raises(UserError, match=r"sam\.pth does not hold a custom model \(.*choose the --model"):
+            load_sam("custom", tmp_path / "sam.pth")
+    assert devices == ["meta", "meta"]
+    torch.save({"sizes": SIZES, "model": built(**SIZES).state_dict()}, tmp_path / "sam.pth")
+    assert load_sam("custom", tmp_path / "sam.pth").image_encoder.pos_embed.shape == (1, 4, 4, 32)
+    assert devices == ["meta", "meta", "meta", "cpu"]

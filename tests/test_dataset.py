@@ -60,23 +60,72 @@ def test_a_description(describe):
     assert dataset.images("test") == describe.root / "datasets" / "tiny" / "test" / "images"
 
 
-@pytest.mark.parametrize(
-    ("name", "classes", "patch"), [("vaihingen", 6, 128), ("potsdam", 6, 256), ("isaid", 16, 512), ("demo", 6, 128)]
+ISPRS = {
+    "ImSurf": (255, 255, 255),
+    "Building": (0, 0, 255),
+    "LowVeg": (0, 255, 255),
+    "Tree": (0, 255, 0),
+    "Car": (255, 255, 0),
+    "Clutter": (255, 0, 0),
+}
+ISAID = {
+    "background": (0, 0, 0),
+    "Ground_Track_Field": (0, 63, 255),
+    "Soccer_ball_field": (0, 127, 191),
+    "Small_Vehicle": (0, 0, 127),
+    "ship": (0, 0, 63),
+    "Bridge": (0, 127, 63),
+    "basketball_court": (0, 63, 191),
+    "baseball_diamond": (0, 63, 0),
+    "Roundabout": (0, 191, 127),
+    "plane": (0, 127, 255),
+    "tennis_court": (0, 63, 127),
+    "Large_Vehicle": (0, 127, 127),
+    "storage_tank": (0, 63, 63),
+    "Harbor": (0, 100, 155),
+    "Swimming_pool": (0, 0, 255),
+    "Helicopter": (0, 0, 191),
+}
+AREAS = (
+    "1 3 5 7 11 13 15 17 21 23 26 28 30 32 34 37",
+    "2 4 6 8 10 12 14 16 20 22 24 27 29 31 33 35 38",
 )
-def test_the_descriptions_that_come_with_the_project(tmp_path, name, classes, patch):
+TILES = (
+    "2_10 2_11 2_12 3_10 3_11 3_12 4_10 4_11 4_12 5_10 5_11 5_12 6_7 6_8 6_9 6_10 6_11 6_12 7_7 7_8 7_9 7_11 7_12",
+    "2_13 2_14 3_13 3_14 4_13 4_14 4_15 5_13 5_14 5_15 6_13 6_14 6_15 7_13",
+)
+CROPS = {"rare_class": "Car", "rare_share": 0.1, "crop_side": [0.375, 0.5]}
+DROPS = {"min_share": 0.1, "min_share_of": {"Car": 0.025}}
+PATCHES = {
+    "background": "background",
+    "patches_per_scene": [6, 7, 8],
+    "tries": 100,
+    "max_background": {"train": 0.98, "test": 0.9},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "patch", "scenes", "rules"),
+    [
+        ("vaihingen", ISPRS, 128, AREAS, CROPS),
+        ("potsdam", ISPRS, 256, TILES, DROPS),
+        ("isaid", ISAID, 512, None, PATCHES),
+        ("demo", ISPRS, 128, ("1 2 3 4 5 6 7 8 9", "10 11 12"), CROPS),
+    ],
+)
+def test_the_descriptions_that_come_with_the_project(tmp_path, name, classes, patch, scenes, rules):
+    """As literals: a slip in a shipped file would change every result without a word."""
     dataset = load_dataset(name, tmp_path)
-    assert (dataset.num_classes, dataset.patch_size) == (classes, patch)
-    assert len(np.unique(dataset.colours, axis=0)) == classes
-    if name == "isaid":
-        assert dataset.classes[0] == "background" and dataset.colours[:3].tolist() == [
-            [0, 0, 0],
-            [0, 63, 255],
-            [0, 127, 191],
-        ]
-        assert dataset.scored.all()
-    else:
-        assert dataset.classes == ("ImSurf", "Building", "LowVeg", "Tree", "Car", "Clutter")
-        assert dataset.scored.tolist() == [True] * 5 + [False]
+    assert dict(zip(dataset.classes, map(tuple, dataset.colours.tolist()), strict=True)) == classes
+    assert list(classes) == list(dataset.classes)  # the order gives the ids
+    assert dataset.patch_size == dataset.stride == patch and dataset.rules == rules
+    assert [name for name, scored in zip(dataset.classes, dataset.scored, strict=True) if not scored] == (
+        ["Clutter"] if classes is ISPRS else []
+    )
+    assert dataset.ignore_colours.tolist() == ([[0, 0, 0]] if classes is ISPRS else [])
+    expected = {split: names.split() for split, names in zip(("train", "test"), scenes, strict=True)} if scenes else {}
+    assert dataset.scenes == expected
+    assert not set(expected.get("train", [])) & set(expected.get("test", []))
 
 
 def test_shipped_constants_of_the_method(tmp_path):

@@ -18,14 +18,14 @@ import train_classification
 import train_segmentation
 from models.backbone import Backbone
 from models.classifier import Classifier
-from models.crf import DenseCRF
+from models.crf import _message, _softmax, exact_filter, gaussian_filter
 from models.deeplab import DeepLabV3Plus
 from PRC_SAM.checkpoints import build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from tools import augment, devices
 from tools.cams import mirrored_scales
-from tools.command import UserError
+from tools.command import UserError, _explain
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -110,6 +110,23 @@ def test_a_gpu_that_fails_at_the_first_sum_is_explained(monkeypatch, error, sent
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
     with pytest.raises(UserError, match=rf"the GPU cuda:0 \(NVIDIA GTX 1080\) cannot be used: .*{sentence}"):
         devices._try_out(GPU)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might", "the memory is full: lower micro_batch"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "the memory is full"),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "the memory is full"),
+        ("CUDA error: no kernel image is available for execution on the device", "use a GPU of sm_75 or newer"),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "another program holds the GPU"),
+        ("The NVIDIA driver on your system is too old (found version 11040).", "update the driver"),
+        ("CUDA error: an illegal memory access was encountered", ""),
+    ],
+)
+def test_errors_of_a_gpu_in_the_middle_of_a_run_are_explained(error, sentence):
+    found = _explain(RuntimeError(error))
+    assert sentence in found and bool(sentence) == bool(found)
 
 
 @pytest.mark.parametrize(
@@ -228,9 +245,7 @@ def test_classifier_and_its_losses(fake_gpu, precision):
     images, labels = torch.empty(2, 3, 64, 64, device=GPU), torch.ones(2, 3, device=GPU)
     with autocast(precision):
         logits, maps = model(images)
-        losses = train_classification.compute_loss(
-            model, images, labels, train_classification.Constants(weights="none")
-        )
+        losses = train_classification.compute_loss(model, images, labels, 0.1, 4)
     check([logits], kind(precision))
     check([maps, *losses.values()])
     with autocast(precision):  # thresholds must not depend on rounding to bf16
@@ -280,7 +295,6 @@ def test_sam(fake_gpu, precision):
 
 
 def test_exact_crf(fake_gpu):
-    crf = DenseCRF(np.zeros((8, 9, 3), np.uint8), 1.0, 3.0, 67.0, 3.0, 4.0, "exact", GPU)
-    q = torch.empty(72, 3, device=GPU)
-    assert len(crf.messages) == 2
-    check([message(q) for message in crf.messages])
+    log_p, image = torch.empty(72, 3, device=GPU), np.zeros((8, 9, 3), np.uint8)
+    for kernel in (gaussian_filter((8, 9), 1.0), exact_filter(image, 67.0, 3.0, GPU)):
+        check([kernel(log_p), _softmax(_message(4.0, kernel, log_p)(log_p))])

@@ -1,15 +1,17 @@
 """evaluate_miou.py as a user runs it, on a small made experiment."""
 
 import csv
+import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import evaluate_miou
-from report import score_tables as summaries
-from tests.experiments import COLOURS, EVIL, STAGES, make_experiment, scores_of
-from tools.cams import load_cams
+from report import score_tables
+from tests.experiments import CLASSES, COLOURS, EVIL, STAGES, make_experiment, scores_of
+from tools.cams import load_cams, save_cams
 from tools.dataset import load_dataset
 from tools.labels import load_label, save_label
 
@@ -64,6 +66,45 @@ def test_scores_of_every_stage(evaluated):
     assert (
         "11.11" not in result.stdout and "paper: mIoU" not in result.stdout
     )  # a user's own figures are not the paper's
+    assert result.stdout.splitlines()[-2].startswith(f"made: {run / 'scores'}, scores of 6 label folders, ")
+    assert result.stdout.splitlines()[-1] == f"look at: {run / 'scores' / 'report.html'}"
+
+
+def test_the_most_frequent_class_and_the_shares_stand_beside_the_scores(evaluated):
+    root, result = evaluated
+    summary, folder = scores_of(root), root / "experiments/tiny/run/refined_segmentation"
+    truth, prediction = (
+        np.stack([load_label(place / f"{id}.png", 4) for id in "abcde"])
+        for place in (root / "datasets/tiny/test/labels", folder)
+    )
+    labelled = truth != 255
+    row = summary["stages"][4]
+    for key, ids in (("truth_share", truth), ("predicted_share", prediction)):
+        expected = [(ids[labelled] == k).mean() for k in range(4)]
+        assert row[key] == pytest.approx(expected, abs=1e-12)
+        assert f"{100 * expected[0]:.2f}" in result.stdout.partition("| share of pixels |")[2].splitlines()[2]
+    counts = [(truth == k).sum() for k in range(3)]  # clutter does not count
+    k = int(np.argmax(counts))
+    constant = summary["most_frequent_class"]["test"]
+    assert constant["class"] == CLASSES[k] and constant["overall_accuracy"] == pytest.approx(counts[k] / sum(counts))
+    assert constant["miou"] == pytest.approx(counts[k] / sum(counts) / 3) and constant["kappa"] == 0
+    title = f"every pixel {CLASSES[k]}, the most frequent class"
+    assert f"| {title} | test | {100 * constant['miou']:.2f} |" in result.stdout
+    assert "No better than" not in result.stdout
+
+
+def test_a_map_of_one_class_is_called_no_better_than_that(root, run_script):
+    for id in "abcde":
+        save_label(root / f"experiments/tiny/run/refined_segmentation/{id}.png", np.zeros((32, 32), np.uint8), COLOURS)
+    result = run_script("evaluate_miou.py", "--dataset", "tiny", "--experiment", "run", "--root", root, "--workers", 0)
+    assert "No better than one class everywhere: refined segmentation, test split, has mIoU" in result.stdout
+    assert result.stdout.count("No better than") == 1
+
+
+def test_report_opens_on_the_last_result_and_shows_two_classes(evaluated):
+    samples = json.loads((evaluated[0] / "experiments/tiny/run/scores/samples.json").read_text())
+    assert {sample["result"] for sample in samples["train"]} == {"refined pseudo-label"}
+    assert {sample["result"] for sample in samples["test"]} == {"refined segmentation"}
 
 
 def test_files_of_scores(evaluated):
@@ -119,13 +160,15 @@ def test_bad_files_are_reported_and_the_good_ones_scored(root, run_script):
 
 def test_several_processes_give_the_same_counts(made, monkeypatch):
     dataset = load_dataset("tiny", made)
-    constants = evaluate_miou.Constants("tiny", "run", stages=("segmentation",), root=made, workers=2)
+    constants = evaluate_miou.Constants(
+        dataset="tiny", experiment="run", stages=("segmentation",), root=made, workers=2
+    )
     counts = []
     for patches in (1, 100):  # in two processes, and in this one
         monkeypatch.setattr(evaluate_miou, "PATCHES_A_PROCESS", patches)
-        stages = evaluate_miou.find_stages(dataset, made / "experiments/tiny/run", constants)
-        assert evaluate_miou.score(dataset, "test", stages, constants) == []
-        counts.append(np.stack([stage.matrix.counts for stage in stages]))
+        folders = evaluate_miou.find_folders(dataset, made / "experiments/tiny/run", constants)
+        assert evaluate_miou.score(dataset, folders, constants) == []
+        counts.append(np.stack([folder.matrix.counts for folder in folders]))
     assert np.array_equal(*counts) and counts[0].sum() == 2 * 5 * 30 * 32
 
 
@@ -163,36 +206,81 @@ def test_chosen_stages_released_protocol_and_no_train_truth(root, run_script):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--experiment", "other"], "experiments/tiny/other is missing"),
+        (["--experiment", "other"], "experiments of this data set are empty, run, supervised"),
+        (["--experiment", "other"], "other/cams is missing: run step 2, python infer_classification.py --dataset tiny"),
+        (["--experiment", "empty"], "empty/cams is missing: run step 2, python infer_classification.py --dataset tiny"),
         (["--experiment", "run", "--stages", "classifier"], 'stages holds "classifier"'),
-        (["--experiment", "run", "--stages", "cams_test"], "cams_test is missing: run step 2"),
+        (["--experiment", "run", "--stages", "cams_test"], "run/cams_test is missing: run step 2"),
+        (["--experiment", "run", "--stages", "cams_test"], "--split test"),
         (["--experiment", "../run"], 'experiment is "../run"'),
+        (["--samples", 21], "samples is 21, but it must be at most 20"),
+        (["--workers", -1], "workers is -1, but it must be at least 0"),
     ],
 )
 def test_error_messages(made, run_script, arguments, words):
+    (made / "experiments" / "tiny" / "empty").mkdir(exist_ok=True)
     result = run_script("evaluate_miou.py", "--dataset", "tiny", "--root", made, *arguments, fails=True)
     assert words in result.stderr.replace("\n", " ") and len(result.stderr.strip().splitlines()) == 1
 
 
-def test_the_papers_figures_stand_at_the_last_stage_and_the_bound():
-    row = {
-        "title": "segmentation",
-        "split": "test",
-        "is_bound": False,
-        "partial": False,
-        "stale": False,
-        "images": 1,
-    } | dict.fromkeys(("miou", "miou_all_classes", "mean_f1", "overall_accuracy", "kappa", "share_of_supervised"), 0.5)
-    summary = {
-        "classes": ["a"],
-        "paper": {"miou": 40.96, "share_of_supervised": 65.66, "supervised": 62.38},
-        "stages": [row | {"split": "train"}, row, dict(row), row | {"is_bound": True}],
-    }
-    titles, rows = summaries.table(summary)
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"started": 1}'],
+    ids=["empty", "list", "utf-8", "deep", "keys"],
+)
+def test_a_damaged_account_is_one_sentence(root, run_script, content):
+    file = root / "experiments/tiny/run/segmentation/run.json"
+    file.write_bytes(content)
+    result = run_script("evaluate_miou.py", "--dataset", "tiny", "--experiment", "run", "--root", root, fails=True)
+    assert f"{file} is damaged" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_no_truth_at_all(root, run_script):
+    for split in ("train", "test"):
+        shutil.rmtree(root / "datasets" / "tiny" / split / "labels")
+    result = run_script("evaluate_miou.py", "--dataset", "tiny", "--experiment", "run", "--root", root, fails=True)
+    assert "train/labels is missing: scores need label maps of the truth; without them" in result.stderr
+
+
+def test_cams_of_other_classes_are_reported(root, run_script):
+    save_cams(root / "experiments/tiny/run/cams/a.npz", np.array([0, 7]), [np.ones((2, 2, 2))], (32, 32))
+    result = run_script("evaluate_miou.py", "--dataset", "tiny", "--experiment", "run", "--root", root, fails=True)
+    assert "cams/a.npz holds other classes than the 4 of the data set" in result.stderr
+
+
+def test_the_papers_figures_stand_at_the_last_stage_and_the_bound(made):
+    """Only for the paper's own data sets: a user's description takes no figures over."""
+    dataset = replace(
+        load_dataset("tiny", made), paper={"miou": 40.96, "share_of_supervised": 65.66, "supervised": 62.38}
+    )
+    counts = np.eye(4, 5, dtype=int).tolist()
+    stages = [
+        score_tables.Scored(
+            experiment=experiment,
+            stage=stage,
+            title=stage,
+            split=split,
+            images=1,
+            partial=False,
+            made=("", 0),
+            is_bound=experiment == "supervised",
+            confusion=counts,
+        )
+        for experiment, stage, split in (
+            ("run", "pseudo_labels", "train"),
+            ("run", "segmentation", "test"),
+            ("run", "refined_segmentation", "test"),
+            ("supervised", "segmentation", "test"),
+        )
+    ]
+    summary = score_tables.Summary(None, dataset, made / "run", {}, set(), [], stages=stages)
+    titles, rows = score_tables.table(summary)
     first = titles.index("paper: mIoU")
     assert [cells[first : first + 2] for cells in rows] == [
         ["not published"] * 2,
         ["not published"] * 2,
         ["40.96", "65.66"],
         ["62.38 (implied)", "100"],
+        ["–", "–"],
+        ["–", "–"],
     ]

@@ -378,7 +378,7 @@ def fail_with(error, constants):
         (UserError("gamma is 2"), 1, "error: gamma is 2"),
         (OSError(28, "No space left on device", "/data/a.png"), 1, "error: /data/a.png: No space left on device: fix"),
         (PermissionError(13, "Permission denied", "/data"), 1, "error: /data: Permission denied"),
-        (MemoryError(), 1, "error: the memory is full: lower batch_size"),
+        (MemoryError(), 1, "error: the memory is full: lower micro_batch"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), 1, "error: the memory is full"),
         (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file"), 1, "the disk is full"),
         (RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed."), 1, "container's /dev/shm, was full"),

@@ -15,9 +15,9 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from segment_anything import SamAutomaticMaskGenerator
 
-from PRC_SAM.checkpoints import OFFICIAL, _fetch, find_checkpoint, load_sam, save_sam
+from PRC_SAM.checkpoints import _fetch, find_checkpoint, load_sam, save_sam
 from PRC_SAM.generator import MaskGenerator, Settings
-from PRC_SAM.get_se_map import Constants, check_constants
+from PRC_SAM.get_se_map import Constants
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from PRC_SAM.sam_forward import PointDecoder, encode_images
 from tests.small_sam import SIZES, picture, small_sam
@@ -96,7 +96,7 @@ IMAGES = ((96, 96, 0), (64, 90, 1), (75, 61, 2))
         ({"min_mask_region_area": 40}, None),
         ({"crop_n_layers": 1, "crop_n_points_downscale_factor": 2}, None),
         ({"crop_n_layers": 1, "min_mask_region_area": 20, "crop_nms_thresh": 0.5}, None),
-        ({"pred_iou_thresh": 1000.0}, 0),
+        ({"stability_score_offset": 1000.0, "stability_score_thresh": 0.01}, 0),  # no logit is as high
     ],
 )
 def test_equals_the_stock_generator(settings, count):
@@ -305,10 +305,13 @@ def test_script_continues_from_inside_its_folder(demo_images, run_script):
     ],
 )
 def test_wrong_constants(name, value):
+    block = Settings if hasattr(Settings, name) else Constants
     with pytest.raises(UserError, match=f"^{name} is "):
-        check_constants(Constants(**{name: value}))
+        block(**{name: value})
 
 
 def test_crop_layers_without_points():
-    with pytest.raises(UserError, match="points_per_side is too small"):
-        check_constants(Constants(points_per_side=4, crop_n_layers=2, crop_n_points_downscale_factor=4))
+    settings = {"points_per_side": 4, "crop_n_layers": 2, "crop_n_points_downscale_factor": 4}
+    with pytest.raises(UserError, match="points_per_side is 4, too small to be divided"):
+        Settings(**settings)
+    assert Settings(**settings | {"points_per_side": 16}).points_per_side == 16

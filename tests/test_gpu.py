@@ -15,7 +15,7 @@ import train_classification
 import train_segmentation
 from models.backbone import Backbone
 from models.classifier import Classifier
-from models.crf import dense_crf
+from models.crf import CRF, dense_crf
 from models.deeplab import DeepLabV3Plus
 from PRC_SAM.checkpoints import build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
@@ -42,7 +42,7 @@ def fp32():
 
 def classification(size, count):
     model = Classifier(Backbone("resnet18", "none"), 3, train_all=True)
-    loss = partial(train_classification.compute_loss, constants=train_classification.Constants(weights="none"))
+    loss = partial(train_classification.compute_loss, ir_weight=0.1, tiles=4)
     return model, loss, torch.randn(count, 3, size, size), (torch.rand(count, 3) < 0.5).float()
 
 
@@ -83,7 +83,7 @@ def test_a_training_step_never_waits_for_the_gpu(training):
     model, loss, images, targets = training(64, 4)
     model = model.to(DEVICE, memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
-    count = (lambda labels: (labels != 255).sum()) if training is segmentation else len
+    count = train_segmentation.labelled_pixels if training is segmentation else len
     step = MicroBatches(make_accelerator("fp32", DEVICE.type), loss, 2, count)
     for repeat in range(3):
         inputs = images.to(DEVICE), targets.to(DEVICE)
@@ -109,12 +109,12 @@ def test_memory_that_runs_out_halves_the_micro_batch():
     def peak(size):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        losses = MicroBatches(accelerator, loss, size, lambda labels: (labels != 255).sum())(*arguments)
+        losses = MicroBatches(accelerator, loss, size, train_segmentation.labelled_pixels)(*arguments)
         return float(losses["loss"]), torch.cuda.max_memory_reserved()
 
     peak(0)  # kernels chosen
     (expected, whole), (_, half) = peak(0), peak(8)
-    step = MicroBatches(accelerator, loss, 0, lambda labels: (labels != 255).sum())
+    step = MicroBatches(accelerator, loss, 0, train_segmentation.labelled_pixels)
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((whole + half) / 2 / torch.cuda.get_device_properties(0).total_memory)
     try:
@@ -138,7 +138,7 @@ def test_the_exact_crf_equals_the_cpus():
     rng = np.random.default_rng(0)
     image, p = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8), rng.dirichlet(np.ones(3), 2000)
     p = p.T.reshape(3, 40, 50)
-    expected, found = (dense_crf(p, image, mode="exact", device=device) for device in (CPU, DEVICE))
+    expected, found = (dense_crf(p, image, CRF(crf_mode="exact"), device) for device in (CPU, DEVICE))
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 

@@ -14,7 +14,7 @@ from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
 from tools.devices import make_accelerator
 from tools.labels import IGNORE
-from tools.memory import MicroBatches, Parts, in_parts, memory_is_full
+from tools.memory import MicroBatches, Parts, memory_is_full
 
 FULL = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -25,13 +25,9 @@ FULL = [
 ]
 
 
-def labelled(labels):
-    return (labels != IGNORE).sum()
-
-
 def classification():
     model = Classifier(Backbone("resnet18", "none"), 3, train_all=True)
-    loss = partial(train_classification.compute_loss, constants=train_classification.Constants(weights="none"))
+    loss = partial(train_classification.compute_loss, ir_weight=0.1, tiles=4)
     return model, loss, len, (torch.rand(5, 3) < 0.5).double()
 
 
@@ -39,7 +35,12 @@ def segmentation():
     """Labelled pixels differ between images, and one image has none."""
     labels = torch.randint(0, 3, (5, 32, 32))
     labels[0, 4:], labels[1, :, 9:], labels[3] = IGNORE, IGNORE, IGNORE
-    return DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16), train_segmentation.compute_loss, labelled, labels
+    return (
+        DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16),
+        train_segmentation.compute_loss,
+        train_segmentation.labelled_pixels,
+        labels,
+    )
 
 
 @pytest.fixture(params=[classification, segmentation], ids=lambda make: make.__name__)
@@ -147,7 +148,7 @@ def test_inference_in_halves_equals_the_whole():
         return [some.mean(1), some.amax((2, 3))]
 
     for _ in range(2):
-        means, peaks = in_parts(predict, parts)(images)
+        means, peaks = parts.predict(predict, images)
         assert torch.equal(means, images.mean(1)) and torch.equal(peaks, images.amax((2, 3)))
     assert sizes == [7, 4, 2, 2, 2, 1, 2, 2, 2, 1]  # found once, kept for the second batch
 

@@ -71,6 +71,18 @@ def test_contact_sheet_with_legend_and_without_rows(tmp_path):
     assert with_legend[0] == plain[0] and with_legend[1] > plain[1] + 16 * 20
 
 
+def test_names_stand_above_the_rows(tmp_path):
+    """A line of its own for each, so that nothing is covered; a long one is shortened at the sheet's end."""
+    black = np.zeros((16, 16, 3), np.uint8)
+    contact_sheet(tmp_path / "plain.png", [[black], [black]], ["image"])
+    contact_sheet(tmp_path / "named.png", [[black], [black]], ["image"], names=["top_mosaic_area_1", "x" * 300])
+    plain, named = (np.array(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "named"))
+    assert named.shape == (plain.shape[0] + 48, *plain.shape[1:])
+    assert (named.max(axis=2) == 0).sum() == (plain.max(axis=2) == 0).sum()  # both patches whole
+    lines = named[34:58], named[320:344]
+    assert all((line != 0xEC).any() and (line > 0).all() for line in lines)  # grey letters on the paper
+
+
 def test_confusion_picture(tmp_path):
     counts = np.array([[5, 1, 0], [0, 0, 0]])
     confusion_picture(tmp_path / "confusion.png", counts, ["a $b$_{", "<c>"], "title with $ and \\alpha")

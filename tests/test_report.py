@@ -5,18 +5,22 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from report import page as report
-from report.patch_pictures import choose, sample
-from tests.experiments import CLASSES, EVIL, STAGES, make_experiment, scores_of
+from report.patch_pictures import Sample, choose, pack
+from tests.conftest import ROOT
+from tests.experiments import CLASSES, EVIL, STAGES, account, make_experiment
 from tests.steps import STEPS, experiment, step
 from tools.dataset import load_dataset
 from tools.labels import load_label
-from tools.masks import load_masks
+from tools.runs import Run
 
 RUN = "experiments/tiny/run"
 
@@ -38,14 +42,17 @@ def page_of(root):
     return (root / RUN / "scores" / "report.html").read_text()
 
 
-def refresh(root, step, process=0):
-    report.refresh(SimpleNamespace(folder=root / RUN / step, process=process), load_dataset("tiny", root), load_masks)
+def renew(root, experiment="run"):
+    report.renew(SimpleNamespace(dataset="tiny", experiment=experiment, root=root))
+
+
+def samples_of(page, split):
+    return re.findall(rf'<section class="sample"><h3>\w+, {split} split: .*?</section>', page, re.S)
 
 
 def panels_of(page, split):
     """The titles of the pictures of each sample of a split."""
-    found = re.findall(rf'<section class="sample"><h3>\w+, {split} split: .*?</section>', page, re.S)
-    return [re.findall(r"([^>]*)</button>", section) for section in found]
+    return [re.findall(r"([^>]*)</button>", section) for section in samples_of(page, split)]
 
 
 def test_report_is_one_safe_file(evaluated):
@@ -59,17 +66,47 @@ def test_report_is_one_safe_file(evaluated):
     assert all('alt="' in tag for tag in re.findall(r"<img [^>]*>", page))
     for words in (
         "A stand-in was used: made masks",
+        "Data set tiny",
+        f"classifier: {html.escape(EVIL, quote=False).replace(chr(39), '&#39;')}: average precision no better than",
         "CAM of road",
         "regions",
         "best, train split",
         "worst, test split",
-        "classifier: loss",
-        "classifier: classification",
+        "every pixel ",
+        "Share of pixels",
         "prefers-color-scheme: dark",
         "@media print",
     ):
         assert words in page, words
-    assert "classifier: lr" not in page and "nan" not in " ".join(re.findall(r'points="([^"]*)"', page))
+    assert ">w.pth" not in page and "weights: w.pth" in page  # the page may be sent on: no folder of this machine
+
+
+def test_names_stand_over_the_confusion_matrix(evaluated):
+    heads = re.findall(r'<table class="confusion"><thead>(.*?)</thead>', page_of(evaluated), re.S)
+    names = [[html.unescape(name) for name in re.findall(r">([^<]+)</span>", head)] for head in heads]
+    assert names == [CLASSES, CLASSES]
+
+
+def test_curves(evaluated, tmp_path):
+    """Losses on axes of their own, the parts of one entry on a common one; what is no number is left out."""
+    groups = {group["title"]: group["curves"] for group in report.curves(evaluated / RUN)}
+    loss, classification = groups["classifier"]
+    assert loss == {"name": "loss", "points": [(1, 2.5), (3, 0.5)], "low": 0.5, "high": 2.5}
+    assert classification["points"] == [(3, 0.25)]
+    road, evil = groups["classifier: average precision"]
+    assert (road["name"], road["points"]) == ("road", [(1, 0.5), (2, 1)])
+    assert (evil["name"], evil["points"]) == (EVIL, [(1, 0.25)])
+    assert {(curve["low"], curve["high"]) for curve in (road, evil)} == {(0, 1)}
+    (tmp_path / "t").mkdir()
+    lines = ["[]", '"epoch"', '{"epoch": "x", "loss": 1}', "[" * 100_000, '{"epoch": 1, "loss": ' + "9" * 400 + "}"]
+    lines += ['{"epoch": 2, "loss": 1e999, "parts": {"a": -3, "b": 5}, "word": "x", "list": [1]}', "\x00"]
+    (tmp_path / "t" / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe")
+    (group,) = report.curves(tmp_path)
+    assert [(curve["low"], curve["high"], curve["points"]) for curve in group["curves"]] == [
+        (-3, 5, [(2, -3)]),
+        (-3, 5, [(2, 5)]),
+    ]
+    assert report.curves(tmp_path / "nowhere") == []
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
@@ -79,6 +116,7 @@ def test_report_in_a_browser(evaluated, tmp_path):
     probe = """<script>const s = document.querySelector(".sample"), input = s.querySelector("input");
       const truth = [...s.querySelectorAll("button")].find(each => each.textContent === "truth");
       const stack = s.querySelector(".stack"), above = stack.querySelectorAll("img")[1];
+      const opened = s.querySelector("output").textContent;
       truth.click();
       input.value = 25;
       input.dispatchEvent(new Event("input"));
@@ -86,7 +124,7 @@ def test_report_in_a_browser(evaluated, tmp_path):
         const box = above.getBoundingClientRect(), fits = document.documentElement.scrollWidth <= innerWidth;
         const place = { clientX: box.x + box.width / 2 + 1, clientY: box.y + box.height / 2 + 1 };
         stack.dispatchEvent(new PointerEvent("pointermove", place));
-        document.title = JSON.stringify([above.style.opacity, above.src === truth.firstChild.src, fits,
+        document.title = JSON.stringify([opened, above.style.opacity, above.src === truth.firstChild.src, fits,
                                          s.querySelector(".under").textContent]);
       });</script>"""
     (tmp_path / "page.html").write_text(page.replace("</body>", probe + "</body>"))
@@ -108,99 +146,227 @@ def test_report_in_a_browser(evaluated, tmp_path):
         timeout=120,
     )
     assert "CONSOLE" not in result.stderr
-    id = re.search('<section class="sample"><h3>best, train split: (.)</h3>', page)[1]
+    id = re.search(r'<section class="sample"><h3>best, train split: (.)\s', page)[1]
     name = CLASSES[load_label(evaluated / f"datasets/tiny/train/labels/{id}.png", 4)[16, 16]]
     title = html.unescape(re.search("<title>(.*?)</title>", result.stdout)[1])
-    assert json.loads(title) == ["0.25", True, True, name]
+    assert json.loads(title) == ["refined pseudo-label", "0.25", True, True, name]  # opened on the result
 
 
 def test_steps_renew_the_page_without_the_truth(root, capfd):
-    """What is there is shown, what is not is named with its step, and no pixel label is opened."""
+    """The page shows the results that exist, names the steps that are left, and opens no pixel label."""
     shutil.rmtree(root / RUN / "scores")
     for split in ("train", "test"):
         shutil.rmtree(root / "datasets" / "tiny" / split / "labels")
     names = ["cams", *STAGES]
     for name in names:
         (root / RUN / name).rename(root / name)
-    refresh(root, "classifier")
+    renew(root)
     page = page_of(root)
-    assert "classifier: loss" in page and "resnet18" in page and 'class="sample"' not in page
+    assert "classification" in page and "resnet18" in page and 'class="sample"' not in page
     assert [f"not made yet: step {step}" in page for step in range(1, 8)] == [False] + [True] * 6
+    command = f"python infer_classification.py --dataset tiny --experiment run --root {root}"
+    assert f"Next: <code>{command}</code>" in page
     shown = ["image", "CAM of road", "CAM of roof", "CAM, argmax", "pseudo-label", "regions", "refined pseudo-label"]
     for count, name in enumerate(names, 1):
         (root / name).rename(root / RUN / name)
-        refresh(root, name)
+        renew(root)
         titles = panels_of(page_of(root), "train")
         assert len(titles) == 3 and all("truth" not in found and "errors" not in found for found in titles)
         assert titles[0] == shown[: {1: 4, 2: 5}.get(count, 7)]
-    assert panels_of(page_of(root), "test")[0] == ["image", "segmentation", "regions", "refined segmentation"]
-    assert page_of(root).count("not made yet") == 1  # step 5, which this experiment lacks
+    page = page_of(root)
+    assert panels_of(page, "test")[0] == ["image", "segmentation", "regions", "refined segmentation"]
+    assert page.count("not made yet") == 1  # step 5, which this experiment lacks
+    assert "No truth: this data set has no label maps" in page and "Not made yet" not in page
+    (root / "datasets" / "tiny" / "test" / "labels").mkdir()
+    renew(root)
+    assert "Not made yet. Step 8 compares" in page_of(root) and "No truth" not in page_of(root)
+    (root / RUN / "cams" / "a.npz").write_bytes(b"PK")
+    renew(root)
+    assert len(samples_of(page_of(root), "train")) == 2  # the step that reads the file reports it
     assert capfd.readouterr() == ("", "")
 
 
 def test_scores_stay_while_they_hold_and_are_marked_after(root):
     before = page_of(root)
     assert panels_of(before, "train")[0][-2:] == ["truth", "errors"]
-    refresh(root, "classifier")
+    renew(root)
     assert page_of(root) == before  # not a byte
     file = root / RUN / "segmentation" / "run.json"
-    file.write_text(file.read_text().replace('"started": "segmentation"', '"started": "later"'))
-    refresh(root, "segmentation")
+    file.write_text(file.read_text().replace('"started":"segmentation"', '"started":"later"'))
+    renew(root)
     page = page_of(root)
-    assert "segmentation (older)" in page and "Older scores: segmentation changed" in page
+    assert "segmentation (older)" in page and page.count("Older scores: segmentation changed") == 1
     assert "pseudo-label (older)" not in page and panels_of(page, "train") == panels_of(before, "train")
     assert all("truth" not in titles for titles in panels_of(page, "test"))
 
 
+def run_of(started, constants=None, **inputs):
+    return Run(constants=constants or {}, inputs=inputs, started=started, seconds=0, finished=True)
+
+
 def test_what_an_older_step_fed_is_older_too():
-    """At any distance, and across the data set's masks."""
+    """At any distance, across the data set's masks, and through image_labels.csv."""
     runs = {
-        "classifier": {"started": "1"},
-        "cams": {"started": "2", "inputs": {"classifier": "1"}},
-        "sam_masks, train split": {"started": "0"},
-        "pseudo_labels": {"started": "3", "inputs": {"cams": "2"}},
-        "refined_pseudo_labels": {"started": "4", "inputs": {"pseudo_labels": "3", "sam_masks": "0"}},
+        "classifier": run_of("1", image_labels="hash"),
+        "cams": run_of("2", classifier="1"),
+        "sam_masks, train split": run_of("0"),
+        "pseudo_labels": run_of("3", cams="2"),
+        "refined_pseudo_labels": run_of("4", pseudo_labels="3", sam_masks="0"),
     }
-    assert not any(report.outdated(name, runs) for name in runs)
-    again = runs | {"classifier": {"started": "9"}}
-    assert [report.outdated(name, again) for name in runs] == [False, True, False, True, True]
-    again = runs | {"sam_masks, train split": {"started": "9"}}
-    assert [name for name in runs if report.outdated(name, again)] == ["refined_pseudo_labels"]
-    elsewhere = runs["cams"] | {"inputs": {"classifier": "7"}, "constants": {"classifier": "other"}}
-    assert not report.outdated("pseudo_labels", runs | {"cams": elsewhere})
+
+    def outdated(runs, labels="hash"):
+        return [name for name in runs if report.is_outdated(name, runs, {labels, "of the other split"})]
+
+    assert outdated(runs) == []
+    assert outdated(runs | {"classifier": run_of("9")}) == ["cams", "pseudo_labels", "refined_pseudo_labels"]
+    assert outdated(runs | {"sam_masks, train split": run_of("9")}) == ["refined_pseudo_labels"]
+    assert outdated(runs, "other") == ["classifier", "cams", "pseudo_labels", "refined_pseudo_labels"]
+    elsewhere = run_of("2", {"classifier": "other"}, classifier="7")
+    assert outdated(runs | {"cams": elsewhere}) == []
 
 
 def test_a_page_that_cannot_be_renewed_costs_one_line(root, capsys):
     shutil.rmtree(root / RUN / "scores")
     (root / RUN / "scores").write_text("a file where a folder should be")
-    refresh(root, "cams")
-    assert re.fullmatch(r"cams is done, but its report could not be renewed \(.*\)\n", capsys.readouterr().err)
-    (root / RUN / "scores").unlink()
-    refresh(root, "cams", process=1)  # of several processes the first alone writes
-    assert not (root / RUN / "scores").exists()
+    renew(root)
+    line = r"the step is done, but its report could not be renewed \(.*\)\n"
+    assert re.fullmatch(line, capsys.readouterr().err)
+    renew(root, "no/such")
+    assert re.fullmatch(line, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 4, 9])
-def test_choice_of_best_median_and_worst(count):
-    scores = {str(number): number / 10 for number in range(count)} | {"none": float("nan")}
-    chosen = choose(scores, 2)
+NESTED = b"[" * 100_000
+BROKEN = {"not UTF-8": b'{"classes": "\xff\xfe"}', "nested": NESTED, "a list": b"[]", "empty": b"", "text": b"{"}
+WRONG = {
+    "scores.json": {
+        "no counts": b'{"classes": ["road"], "stages": [{"stage": "cams"}]}',
+        "negative": b'{"classes": [], "stages": [{"confusion": [[-1]]}]}',
+        "huge": b'{"classes": [], "stages": [{"confusion": [[1e400]]}]}',
+    },
+    "samples.json": {
+        "another split": b'{"other": []}',
+        "a script": b'{"train": [{"id": "a", "split": "train", "kind": "best", "score": null, "result": "",'
+        b' "panels": [{"title": "x", "source": "javascript:alert(1)"}]}]}',
+    },
+    "run.json": {"no start": b'{"constants": {}, "finished": true, "seconds": 1}', "a word": b'"run"'},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param(name, raw, id=f"{name} {kind}")
+        for name, own in WRONG.items()
+        for kind, raw in (BROKEN | own).items()
+    ],
+)
+def test_broken_json_is_one_sentence_in_the_page(root, name, content, capfd):
+    """It costs neither the page nor the step, and the page says which file to make again."""
+    file = root / RUN / ("pseudo_labels" if name == "run.json" else "scores") / name
+    file.write_bytes(content)
+    renew(root)
+    page = page_of(root)
+    assert page.count(f"{file} is damaged") == 1 and "javascript:" not in page and capfd.readouterr() == ("", "")
+    assert ("Not made yet. Step 8" in page) == (name == "scores.json")
+
+
+def test_counts_that_do_not_fit_the_classes_are_damage(root):
+    file = root / RUN / "scores" / "scores.json"
+    scores = json.loads(file.read_text())
+    scores["stages"][0]["confusion"][0].pop()
+    file.write_text(json.dumps(scores))
+    renew(root)
+    assert "the counts of cams do not fit the 4 classes" in page_of(root)
+
+
+def test_scores_of_other_classes_are_not_shown(root):
+    toml = root / "datasets" / "tiny" / "dataset.toml"
+    toml.write_text(toml.read_text().replace('name = "roof"', 'name = "tower"'))
+    renew(root)
+    assert "Not made yet. Step 8" in page_of(root) and "CAM of tower" in page_of(root)
+
+
+def test_the_report_needs_no_torch(evaluated):
+    """Steps 4 and 7 and the data preparation start fast. Only CAMs, in whose module torch is used, load it."""
+    code = "import sys, report.page, evaluate_miou; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@given(
+    scores=st.dictionaries(st.integers(0, 99).map(str), st.floats(0, 1) | st.just(float("nan")), max_size=20),
+    n=st.integers(0, 5),
+    data=st.data(),
+)
+def test_choice_of_best_median_and_worst(scores, n, data):
+    """Each image once, none without a score; the worst ones score no higher than any other that is not a best one."""
+    present = {id: data.draw(st.integers(0, 3)) for id in scores}
+    chosen = choose(scores, n, present)
     ids = [id for _, id in chosen]
-    assert len(set(ids)) == len(ids) and "none" not in ids and len(ids) == min(count, 6 if count > 6 else count)
-    if count == 9:
-        assert [kind for kind, _ in chosen] == ["best"] * 2 + ["median"] * 2 + ["worst"] * 2
-        assert ids == ["8", "7", "5", "4", "1", "0"]
-        assert choose(dict.fromkeys("abc", 1.0), 1, {"b": 3, "c": 2})[0] == ("best", "b")  # the one that shows most
+    defined = [id for id in scores if scores[id] == scores[id]]
+    assert len(set(ids)) == len(ids) and set(ids) <= set(defined)
+    assert len(ids) == min(3 * n, len(defined)) or (len(defined) < 3 * n and ids)
+    kinds = {kind: [id for each, id in chosen if each == kind] for kind in ("best", "median", "worst")}
+    assert all(len(group) <= n for group in kinds.values())
+    left = [id for id in defined if id not in kinds["best"]]
+    assert all(present[id] >= 2 for id in kinds["best"]) or all(present[id] < 2 for id in left)
+    assert all(scores[low] <= scores[id] for low in kinds["worst"] for id in left if id not in kinds["worst"])
 
 
-def test_a_page_never_grows_beyond_its_limit(evaluated, tmp_path):
+def test_choice_of_nine_and_of_equals():
+    scores = {str(number): number / 10 for number in range(9)}
+    chosen = choose(scores, 2)
+    assert [kind for kind, _ in chosen] == ["best"] * 2 + ["median"] * 2 + ["worst"] * 2
+    assert [id for _, id in chosen] == ["8", "7", "5", "4", "1", "0"]
+    assert choose(dict.fromkeys("abc", 1.0), 1, {"b": 3, "c": 2})[0] == ("best", "b")  # the one that shows most
+
+
+def test_best_patches_have_two_classes_where_there_are_any():
+    scores = {"alone": 1.0, "also alone": 0.9, "street": 0.8, "garden": 0.7, "yard": 0.2, "roof": 0.1}
+    present = {"alone": 1, "also alone": 1, "street": 2, "garden": 3, "yard": 2, "roof": 1}
+    assert choose(scores, 2, present) == [
+        ("best", "street"),
+        ("best", "garden"),
+        ("median", "alone"),
+        ("median", "also alone"),
+        ("worst", "yard"),
+        ("worst", "roof"),
+    ]
+    assert [id for kind, id in choose(scores, 2, dict.fromkeys(scores, 1)) if kind == "best"] == ["alone", "also alone"]
+
+
+def test_a_page_never_grows_beyond_its_limit(evaluated):
     """Samples that do not fit are left out, and the page says so."""
     noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
-    pictures = {f"p{k}": noise for k in range(12)}
-    samples = [sample(str(number), "test", "best", 0.5, pictures) for number in range(12)]
-    dataset = load_dataset("tiny", evaluated)
-    report.write_report(tmp_path, dataset, scores_of(evaluated), {}, samples)
-    page = (tmp_path / "scores" / "report.html").read_text()
-    assert len(page) < 5_000_000 and "more were chosen" in page and page.count('class="sample"') >= 3
+    panels = pack({f"p{k}": noise for k in range(12)})
+    samples = [
+        Sample(id=str(number), split="test", kind="best", score=0.5, panels=panels, result="p0") for number in range(12)
+    ]
+    constants = SimpleNamespace(dataset="tiny", experiment="empty", root=evaluated)
+    summary = report.read_experiment(constants, load_dataset("tiny", evaluated))
+    report.write_report(summary, samples)
+    page = (evaluated / "experiments/tiny/empty/scores/report.html").read_text()
+    assert 4_000_000 < len(page) < 5_000_000 and "more were chosen" in page and page.count('class="sample"') >= 3
+
+
+def test_a_hostile_data_set(tmp_path, capfd):
+    """Names that are HTML, 250 classes, ids that are HTML: the page stays small and nothing is executed."""
+    root, evil = make_experiment(tmp_path), '"><img src=x onerror=alert(1)>'
+    toml = root / "datasets" / "tiny" / "dataset.toml"
+    more = ", ".join(f"{{name = '{evil}{k}', colour = [9, 9, {k}]}}" for k in range(4, 250))
+    toml.write_text(toml.read_text().replace("]\nleft_out", f", {more}]\nleft_out"))
+    for folder in (root / RUN).iterdir():
+        if folder.name in ("cams", *STAGES):
+            file = next(path for path in folder.iterdir() if path.stem == "a")
+            file.rename(file.with_stem("a<b>&'"))
+    for split in ("train", "test"):
+        for part, suffix in (("images", ".png"), ("labels", ".png"), ("sam_masks", ".npz")):
+            file = root / "datasets" / "tiny" / split / part / f"a{suffix}"
+            file.rename(file.with_stem("a<b>&'"))
+    account(root / RUN / "classifier", "train", [evil], **{evil: evil})
+    renew(root)
+    page = page_of(root)
+    assert evil not in page and "<img src=x" not in page and "<b>&'" not in page and len(page) < 5_000_000
+    assert len(samples_of(page, "train")) == 3 and capfd.readouterr() == ("", "")
 
 
 def test_every_step_renews_the_page(copy, capfd):

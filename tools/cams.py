@@ -87,7 +87,7 @@ def in_background(threads: int = 2) -> Iterator[Callable[..., None]]:
             call.result()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # autocast keeps the weights it has cast for all scales, but not in inference_mode
 def mirrored_scales(
     predict: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float], device: torch.device
 ) -> list[Tensor]:
@@ -193,7 +193,8 @@ def load_cams(
         maximum = torch.from_numpy(peaks.astype(np.float32))[:, None, None]
         maps = [torch.from_numpy(share.astype(np.float32)) * maximum for share in shares]
         fused = fuse_scales(maps, size, relative).numpy()
-        check(bool(((fused >= 0) & (fused <= 1)).all()), "its maps hold values outside 0 to 1")
+        rounding = 1e-5  # of the interpolation between probabilities of 1
+        check(bool(((fused >= 0) & (fused <= 1 + rounding)).all()), "its maps hold values outside 0 to 1")
         return np.array(ids), fused
 
 
@@ -218,6 +219,8 @@ def _opened(path: Path, most: int, relative: bool = True) -> Iterator[np.lib.npy
 
 
 def load_logits(path: Path) -> np.ndarray:
-    """-> (K,) float32: the logit of each class, the mean over scales and mirrors. Raises `UserError` as `load_cams`."""
+    """The logit of each class (K,) float32, a mean over scales and mirror images. Raises `UserError` as `load_cams`."""
     with _opened(path, MOST_BYTES) as file:
-        return file["logits"].astype(np.float32)
+        logits = file["logits"].astype(np.float32)
+        check(bool(np.isfinite(logits).all()), "its logits are not finite")
+        return logits

@@ -13,12 +13,21 @@ import tyro
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; kill, a scheduler's time limit, a container that is stopped
 _stopped_by: list[int] = []  # the signal that ended this run
+MEMORY = "the memory is full: lower micro_batch (steps 1 and 5; 0 is the whole batch), images_at_once or workers"
 EXPLAINED = {  # part of a message of torch -> what happened and what helps
     "PytorchStreamWriter": "a checkpoint could not be written, most often because the disk is full: free some space",
     "unexpected pos": "a checkpoint could not be written, most often because the disk is full: free some space",
     "DataLoader worker (pid": "the system ended a worker process, most often because the memory, or a container's "
     "/dev/shm, was full: lower --workers",
-    "ried to allocate": "the memory is full: lower batch_size, images_at_once or workers",
+    "ried to allocate": MEMORY,
+    "out of memory": MEMORY,
+    "STATUS_ALLOC_FAILED": MEMORY,  # of cuBLAS and cuDNN
+    "no kernel image": "this torch has no code for the GPU's generation: use a GPU of sm_75 or newer with the torch "
+    "wheel for it, or --device cpu",
+    "busy or unavailable": "another program holds the GPU: wait for it, choose another GPU with --device cuda:1, or "
+    "use --device cpu",
+    "driver on your system is too old": "the NVIDIA driver is too old for this torch: update the driver, install the "
+    "torch wheel for it, or use --device cpu",
     "by peer": "another process of this run ended: see its own message",
     "remote process": "another process of this run ended: see its own message",
 }
@@ -97,7 +106,7 @@ def _explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the disk'}: {error.strerror}: fix this"
     if isinstance(error, MemoryError):
-        return EXPLAINED["ried to allocate"]
+        return MEMORY
     return next((reason for words, reason in EXPLAINED.items() if words in str(error)), "")
 
 

@@ -1,7 +1,7 @@
 """A batch in parts that fit into the device's memory: halved when the memory is full, and small from then on."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TypeVar
 
@@ -51,18 +51,14 @@ class Parts:
                 file=sys.stderr,
             )
 
+    def predict(self, predict: Callable[[Tensor], Sequence[Tensor]], images: Tensor) -> list[Tensor]:
+        """`predict`, which maps images (B,...) to tensors (B,...), called with as many images as the memory holds."""
 
-def in_parts(predict: Callable[[Tensor], list[Tensor]], parts: Parts) -> Callable[[Tensor], list[Tensor]]:
-    """`predict`, which maps images (B,...) to tensors (B,...), called with as many images as the memory holds."""
-
-    def run(images: Tensor) -> list[Tensor]:
         def work(size: int) -> list[Tensor]:
             found = [predict(part) for part in images.split(size)]
             return [torch.cat(tensors) for tensors in zip(*found, strict=True)]
 
-        return parts(work, len(images))
-
-    return run
+        return self(work, len(images))
 
 
 class MicroBatches:

@@ -39,7 +39,7 @@ def heat(image: np.ndarray, activation: np.ndarray, alpha: float = 0.6) -> np.nd
 
 
 def regions(masks: np.ndarray, image: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-    """Masks (M,H,W) bool over the image (H,W,3): one colour each, white boundaries, small masks on top of large ones."""
+    """Masks (M,H,W) bool over the image (H,W,3): one colour each, white boundaries, small masks on top of large."""
     on_top = np.full(image.shape[:2], -1, np.int32)
     for index in np.argsort([-np.count_nonzero(mask) for mask in masks], kind="stable"):
         on_top[masks[index].astype(bool)] = index

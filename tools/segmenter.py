@@ -13,6 +13,7 @@ from models.deeplab import DeepLabV3Plus
 from tools.cams import OUTPUT_STRIDE, mirrored_scales
 from tools.command import check
 from tools.dataset import Dataset
+from tools.memory import Parts
 from tools.runs import Run
 from tools.training import load_checkpoint
 
@@ -29,17 +30,25 @@ class Segmenter:
         )
         model = DeepLabV3Plus(Backbone(trained["backbone"], "none"), dataset.num_classes, trained["width"])
         load_checkpoint(folder / "model.pt", model)
-        self.accelerator, self.model = accelerator, model.to(accelerator.device).eval()
+        self.accelerator, self.parts = accelerator, Parts()
+        self.model = model.to(accelerator.device).to(memory_format=torch.channels_last).eval()
 
-    @torch.inference_mode()
+    @torch.no_grad()  # autocast keeps the weights it has cast for all scales, but not in inference_mode
     def __call__(self, images: Tensor, scales: Sequence[float]) -> Tensor:
-        """(B,3,H,W) uint8 -> logits (B,K,H,W), summed over all scales and mirror images (method section 6)."""
-        with self.accelerator.autocast():
-            logits = mirrored_scales(self.model, images, scales, self.accelerator.device)
-            total = torch.zeros((), device=self.accelerator.device)
-            for scale in logits:
-                total = total + F.interpolate(scale, images.shape[-2:], mode="bilinear", align_corners=False)
-            return total
+        """(B,3,H,W) uint8 -> logits (B,K,H,W), summed over all scales and mirror images (method section 6).
+
+        Computed in halves of the batch where the device's memory is full.
+        """
+
+        def predict(some: Tensor) -> list[Tensor]:
+            with self.accelerator.autocast():
+                logits = mirrored_scales(self.model, some, scales, self.accelerator.device)
+                total = torch.zeros((), device=self.accelerator.device)
+                for scale in logits:
+                    total = total + F.interpolate(scale, some.shape[-2:], mode="bilinear", align_corners=False)
+                return [total]
+
+        return self.parts.predict(predict, images)[0]
 
 
 def small_probabilities(logits: Tensor, predictions: int) -> Tensor:

@@ -1,0 +1,61 @@
+"""The folders that hold a label map, or CAMs, for each patch of a split: what they are and how they are read."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from tools.labels import load_label
+from tools.runs import Run
+from tools.scores import ConfusionMatrix
+from tools.steps import STEPS, StepInfo, step_of
+
+Split = Annotated[str, Field(pattern="^(train|test)$")]
+
+
+@dataclass(eq=False)
+class LabelFolder:
+    """A label folder of an experiment and, once it is scored, its counts.
+
+    `per_image`: id -> mIoU of that image alone; `present`: id -> how many classes of the mean its truth holds.
+    """
+
+    path: Path
+    split: str
+    run: Run
+    matrix: ConfusionMatrix
+    is_bound: bool = False  # of the fully supervised experiment
+    per_image: dict[str, float] = field(default_factory=dict)
+    present: dict[str, int] = field(default_factory=dict)
+    partial: bool = False  # files are missing or damaged
+
+    @property
+    def step(self) -> StepInfo:
+        step = step_of(self.path)
+        assert step is not None
+        return step
+
+    @property
+    def title(self) -> str:
+        return ("fully supervised " if self.is_bound else "") + self.step.title
+
+    @property
+    def experiment(self) -> str:
+        return self.path.parent.name
+
+
+def load_prediction(folder: Path, id: str, num_classes: int, size: tuple[int, ...]) -> np.ndarray:
+    """(H,W) uint8 class ids of one image of (H,W) = size; of CAMs, the class with the highest map."""
+    if step_of(folder) is not STEPS["cams"]:
+        return load_label(folder / f"{id}.png", num_classes)
+    present, maps = load_maps(folder, id, num_classes, size)
+    return present.astype(np.uint8)[maps.argmax(axis=0)]
+
+
+def load_maps(folder: Path, id: str, num_classes: int, size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Class ids (k,) and maps (k,H,W) in 0..1 of one image of (H,W) = size."""
+    from tools.cams import load_cams  # imports torch, which no other folder needs
+
+    return load_cams(folder / f"{id}.npz", num_classes, size)
