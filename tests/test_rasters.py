@@ -1,98 +1,529 @@
-"""Reading scenes by windows: every TIFF layout, png and jpg, and files that are no scene."""
+"""Scenes read by windows: every layout, channels, nodata, files that are no scene, and label maps written in place."""
 
+import os
+import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import tifffile
+import rasterio
 from PIL import Image
+from rasterio.control import GroundControlPoint
+from rasterio.transform import from_origin
 
+from tests.conftest import ROOT, TINY_COLOURS
+from tests.tiffs import UTM, noise, write_tif
 from tools.command import UserError
-from tools.rasters import Raster
+from tools.rasters import MAX_PIXELS, OPTIONS, Raster, copy_world_file, write_label_tiff
+
+
+def refused(sentence: str):
+    return pytest.raises(UserError, match=sentence)
+
+
+def whole(path: Path, *arguments) -> np.ndarray:
+    with Raster(path, *arguments) as raster:
+        return raster.read(0, 0, *raster.shape)
+
+
+# layouts -----------------------------------------------------------------------------------------------------------
+
+
+WINDOWS = [(0, 0, 16, 16), (16, 60, 16, 23), (85, 67, 16, 16), (3, 1, 90, 5), (20, 0, 16, 83), (0, 0, 101, 83)]
 
 
 @pytest.mark.parametrize(
     "layout",
     [
-        {},
-        {"compression": "lzw", "rowsperstrip": 1},
-        {"compression": "lzw", "rowsperstrip": 37},
-        {"compression": "zlib"},
-        {"compression": "lzw", "predictor": True, "rowsperstrip": 5},
-        {"tile": (32, 48), "compression": "lzw"},
-        {"tile": (16, 16)},
-        {"planarconfig": "separate"},
-        {"planarconfig": "separate", "compression": "lzw", "rowsperstrip": 7},
-        {"planarconfig": "separate", "tile": (32, 16), "compression": "zlib"},
-        {"byteorder": ">", "rowsperstrip": 3},
+        {"compress": "none"},
+        {"compress": "lzw", "blockysize": 1},
+        {"compress": "lzw", "blockysize": 37},
+        {"compress": "deflate", "predictor": 2, "blockysize": 5},
+        {"compress": "zstd", "blockysize": 101},
+        {"compress": "lzw", "tiled": True, "blockxsize": 48, "blockysize": 32},
+        {"compress": "none", "tiled": True, "blockxsize": 16, "blockysize": 16},
+        {"compress": "none", "interleave": "band"},
+        {"compress": "lzw", "interleave": "band", "blockysize": 7},
+        {"compress": "deflate", "interleave": "band", "tiled": True, "blockxsize": 16, "blockysize": 32},
+        {"compress": "none", "endianness": "big", "blockysize": 3},
+        {"compress": "lzw", "bigtiff": "yes"},
     ],
-    ids=lambda layout: "-".join(map(str, layout.values())) or "plain",
+    ids=lambda layout: "-".join(map(str, layout.values())),
 )
 def test_windows_of_every_tiff_layout(tmp_path, layout):
-    image = np.random.default_rng(0).integers(0, 256, (101, 83, 3)).astype(np.uint8)
-    stored = np.moveaxis(image, -1, 0) if layout.get("planarconfig") == "separate" else image
-    tifffile.imwrite(tmp_path / "scene.tif", stored, photometric="rgb", **layout)
-    with Raster(tmp_path / "scene.tif") as raster:
+    image = noise(101, 83)
+    with Raster(write_tif(tmp_path / "scene.tif", image, **layout)) as raster:
         assert raster.shape == (101, 83)
-        for y, x, height, width in ((0, 0, 16, 16), (16, 60, 16, 23), (85, 67, 16, 16), (3, 1, 90, 5), (0, 0, 101, 83)):
+        for y, x, height, width in WINDOWS:
             np.testing.assert_array_equal(raster.read(y, x, height, width), image[y : y + height, x : x + width])
 
 
-def test_png_with_opaque_alpha_and_jpg(tmp_path):
-    image = np.random.default_rng(0).integers(0, 256, (20, 30, 4)).astype(np.uint8)
-    image[..., 3] = 255
-    Image.fromarray(image).save(tmp_path / "a.png")
-    Image.fromarray(image[..., :3]).save(tmp_path / "b.jpg")
-    with Raster(tmp_path / "a.png") as raster:
-        np.testing.assert_array_equal(raster.read(0, 0, 20, 30), image[..., :3])
-    with Raster(tmp_path / "b.jpg") as raster:
-        np.testing.assert_array_equal(raster.read(2, 3, 8, 8), np.array(Image.open(tmp_path / "b.jpg"))[2:10, 3:11])
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".JPEG", ".jp2", ".TIF", ".tiff"])
+def test_windows_of_every_format(tmp_path, suffix):
+    image, path = noise(101, 83), tmp_path / f"scene{suffix}"
+    Image.fromarray(image).save(path)  # jp2: lossless
+    if "j" in suffix.lower() and suffix != ".jp2":  # as Pillow, OpenCV and torchvision decode it
+        image = np.array(Image.open(path))
+    with Raster(path) as raster:
+        for y, x, height, width in WINDOWS:
+            np.testing.assert_array_equal(raster.read(y, x, height, width), image[y : y + height, x : x + width])
+
+
+def test_rows_are_decoded_once_from_top_to_bottom(tmp_path):
+    """Also where windows overlap: a strip of a PNG or a compressed TIFF costs as much as all rows above it."""
+    decoded = []
+    with Raster(write_tif(tmp_path / "a.tif", noise(100, 20), blockysize=8)) as raster:
+
+        class Counting:
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+            def read(self, *, out, window):
+                decoded.extend(range(window.row_off, window.row_off + window.height))
+                return file.read(out=out, window=window)
+
+        file, raster._file = raster._file, Counting()
+        for y in range(0, 81, 12):
+            for x in (0, 4):
+                raster.read(y, x, 16, 16)
+        raster._file = file
+    assert decoded == list(range(88))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured by Linux's /proc")
+@pytest.mark.parametrize("rows", [16, 15_000])
+def test_memory_is_that_of_a_few_rows(tmp_path, rows):
+    """A scene of 90 MB, in many strips or in one: the process that reads it grows by less than two thirds of it."""
+    path = write_tif(tmp_path / "a.tif", np.zeros((15_000, 2000, 3), np.uint8), compress="lzw", blockysize=rows)
+    program = """if True:
+        import sys
+        from pathlib import Path
+        from tools.rasters import Raster
+
+        def memory(line):
+            return int(Path("/proc/self/status").read_text().split(line + ":")[1].split()[0])
+
+        before = memory("VmRSS")
+        with Raster(Path(sys.argv[1])) as raster:
+            for y in range(0, 14_900, 192):
+                raster.read(y, 0, 100, 100)
+        print(memory("VmHWM") - before)
+    """
+    grown = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(grown.stdout) * 1024 < 60e6
+
+
+# channels and nodata -----------------------------------------------------------------------------------------------
+
+
+def rgba(alpha) -> np.ndarray:
+    return np.dstack([noise(20, 30), np.broadcast_to(np.asarray(alpha, np.uint8), (20, 30))])
+
+
+ALPHA = {"photometric": "rgb", "alpha": "yes"}
+
+
+def test_alpha_is_dropped_where_it_is_opaque(tmp_path):
+    opaque, holes = rgba(255), rgba(np.where(np.arange(30) < 9, 0, 255))
+    Image.fromarray(opaque).save(tmp_path / "a.png")
+    write_tif(tmp_path / "a.tif", opaque, **ALPHA)
+    write_tif(tmp_path / "b.tif", holes, **ALPHA)
+    for name in ("a.png", "a.tif"):
+        np.testing.assert_array_equal(whole(tmp_path / name), opaque[..., :3])
+    with Raster(tmp_path / "b.tif", ("rgb", "holes")) as raster:
+        np.testing.assert_array_equal(raster.valid(3, 2, 10, 20), np.arange(2, 22) >= np.full((10, 1), 9))
+    with refused("b.tif has a channel that is no opaque alpha"):
+        whole(tmp_path / "b.tif")
+    write_tif(tmp_path / "c.tif", rgba(noise(20, 30)[..., 0]), **ALPHA)
+    with refused("c.tif has a channel that is no alpha of 0 and 255, .*gdal_translate -b 1 -b 2 -b 3"):
+        whole(tmp_path / "c.tif", ("rgb", "holes"))
+
+
+def test_nodata_of_the_file_and_of_the_constant(tmp_path):
+    image = noise(20, 30) // 2 + 1
+    image[:, :9] = 0
+    image[5, 20, 0] = 0  # one channel alone is no nodata
+    for stored, constant, expected in (
+        (0, -1, 9),
+        (None, -1, 0),
+        (None, 0, 9),
+        (7, 0, 9),  # the constant counts
+        (-9999, -1, 0),  # no 8-bit pixel has this value
+        ("nan", -1, 0),
+    ):
+        path = write_tif(tmp_path / "a.tif", image, dtype="uint8")
+        if stored is not None:
+            path = with_nodata(path, stored)
+        with Raster(path, ("rgb", "holes"), constant) as raster:
+            valid = raster.valid(0, 0, 20, 30)
+        np.testing.assert_array_equal(
+            valid, np.arange(30) >= np.full((20, 1), expected), err_msg=f"{stored} {constant}"
+        )
+
+
+def with_nodata(path: Path, value) -> Path:
+    """As other programs write it: a text in a tag, which need not be a number of 8 bits."""
+    text, content = f"{value}\0".encode(), bytearray(path.read_bytes())
+    (start,) = struct.unpack_from("<I", content, 4)
+    (count,) = struct.unpack_from("<H", content, start)
+    entries = content[start + 2 : start + 2 + 12 * count]
+    place = text.ljust(4, b"\0") if len(text) <= 4 else struct.pack("<I", len(content))  # short texts stand in the tag
+    content += text if len(text) > 4 else b""
+    content += b"\0" * (len(content) % 2)
+    struct.pack_into("<I", content, 4, len(content))
+    tag = struct.pack("<HHI", 42113, 2, len(text)) + place
+    path.write_bytes(content + struct.pack("<H", count + 1) + entries + tag + bytes(4))
+    return path
+
+
+def test_a_mask_inside_the_file_marks_nodata(tmp_path):
+    mask = np.broadcast_to(np.where(np.arange(30) < 9, 0, 255), (20, 30)).astype(np.uint8)
+    path = write_tif(tmp_path / "a.tif", noise(20, 30), mask=mask)
+    with Raster(path, ("rgb", "holes")) as raster:
+        np.testing.assert_array_equal(raster.valid(0, 0, 20, 30), mask > 0)
+        np.testing.assert_array_equal(raster.read(0, 0, 20, 30), noise(20, 30))
+    np.testing.assert_array_equal(whole(path), noise(20, 30))
+
+
+def test_grey_and_palette(tmp_path):
+    grey, colours = noise(20, 30)[..., 0] % 4, [(9, 8, 7), (255, 0, 1), (0, 3, 0), (4, 4, 4)]
+    palette = Image.fromarray(grey, "P")
+    palette.putpalette(sum(colours, ()))
+    write_tif(tmp_path / "p.tif", grey, dict(enumerate(colours)))
+    for name in ("p.png", "q.tif"):
+        palette.save(tmp_path / name)
+    for name in ("g.png", "g.tif"):
+        Image.fromarray(grey).save(tmp_path / name)
+    for name in ("p.tif", "p.png", "q.tif"):
+        with Raster(tmp_path / name, ("palette",)) as raster:
+            np.testing.assert_array_equal(raster.read(0, 0, 20, 30)[..., 1], grey)
+            assert raster.kind == "palette" and list(map(tuple, raster.palette[:4].tolist())) == colours
+        with refused(rf"{name} is a palette image.*gdal_translate -expand rgb"):
+            Raster(tmp_path / name)
+    for name in ("g.png", "g.tif"):
+        np.testing.assert_array_equal(whole(tmp_path / name, ("grey",)), np.dstack([grey] * 3))
+        with refused(rf"{name} has 1 channel of 8 bits, but three .*--grey repeat"):
+            Raster(tmp_path / name)
+
+
+# files that are no scene -------------------------------------------------------------------------------------------
 
 
 def spoil(path: Path, how: str) -> None:
-    random = np.random.default_rng(0)
-    rgb = random.integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    if how == "grey":
-        Image.fromarray(rgb[..., 0]).save(path)
-    elif how == "16 bit":
+    rgb = noise(64, 64)
+    if how == "16 bit":
         cv2.imwrite(str(path), rgb.astype(np.uint16) * 257)
     elif how == "four bands":
         Image.fromarray(np.dstack([rgb, rgb[..., :1]])).save(path)
-    elif how == "palette":
-        Image.fromarray(rgb).quantize(8).save(path)
+    elif how == "1 bit":
+        Image.fromarray(rgb[..., 0] > 99).save(path)
     elif how == "empty":
         path.write_bytes(b"")
     elif how == "text":
         path.write_text("not found")
+    elif how == "folder":
+        path.mkdir()
     elif how == "short":
         Image.fromarray(rgb).save(path, **({"compression": "tiff_lzw"} if path.suffix == ".tif" else {}))
         path.write_bytes(path.read_bytes()[: 3 * path.stat().st_size // 5])
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".png"])
-@pytest.mark.parametrize("how", ["grey", "16 bit", "four bands", "palette", "empty", "text", "short", "missing"])
-def test_other_images_are_refused_by_name(tmp_path, suffix, how):
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("16 bit", "has 3 channels of 16 bits, but three of 8 bits .*-ot Byte -scale"),
+        ("four bands", "has (4 channels of 8 bits|a channel that is no opaque alpha), .*-b 1 -b 2 -b 3"),
+        ("1 bit", "(has 1 channel of 1 bits|is a palette image)"),
+        ("empty", "cannot be read as an image"),
+        ("text", "cannot be read as an image"),
+        ("short", "cannot be read as an image"),
+        ("folder", "is a folder"),
+        ("missing", "is missing"),
+    ],
+)
+def test_other_images_are_refused_by_name(tmp_path, suffix, how, sentence):
     path = tmp_path / f"scene{suffix}"
     spoil(path, how)
-    with pytest.raises(UserError, match=f"scene{suffix} (has|is|cannot|ends)"), Raster(path) as raster:
-        raster.read(0, 0, 64, 64)
+    with refused(f"scene{suffix} {sentence}"):
+        whole(path)
 
 
-def test_short_tiff_with_its_header_in_front(tmp_path):
-    path = tmp_path / "scene.tif"
-    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
-    for options, sentence in (({"compression": "lzw", "rowsperstrip": 4}, "ends too early"), ({}, "cannot be read")):
-        tifffile.imwrite(path, image, **options)
-        path.write_bytes(path.read_bytes()[:-500])
-        with pytest.raises(UserError, match=f"scene.tif {sentence}"), Raster(path) as raster:
-            raster.read(0, 0, 64, 64)
+def test_cmyk_and_an_incomplete_jpeg_are_refused(tmp_path):
+    Image.fromarray(noise(64, 64)).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    with refused("cmyk.jpg has 4 channels of 8 bits"):
+        whole(tmp_path / "cmyk.jpg")
+    Image.fromarray(noise(64, 64)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
+    with refused("cut.jpg cannot be read as an image"):
+        whole(tmp_path / "cut.jpg")
+    write_tif(tmp_path / "jpeg.tif", noise(64, 64), compress="jpeg", photometric="ycbcr", blockysize=64)
+    content = (tmp_path / "jpeg.tif").read_bytes()
+    assert whole(tmp_path / "jpeg.tif").shape == (64, 64, 3)
+    (tmp_path / "jpeg.tif").write_bytes(content[:-1500])
+    with refused("jpeg.tif cannot be read as an image"):
+        whole(tmp_path / "jpeg.tif")
 
 
-def test_gigantic_header_is_refused(tmp_path):
-    tifffile.imwrite(tmp_path / "bomb.tif", np.zeros((8, 8, 3), np.uint8), compression="zlib")
-    with tifffile.TiffFile(tmp_path / "bomb.tif", mode="r+") as tiff:
-        for tag in ("ImageWidth", "ImageLength", "RowsPerStrip"):
-            tiff.pages[0].tags[tag].overwrite(100_000)
-    with pytest.raises(UserError, match="100000 x 100000 pixels"):
-        Raster(tmp_path / "bomb.tif")
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jp2"])
+def test_a_cut_file_is_refused_at_every_length(tmp_path, suffix):
+    path = tmp_path / f"cut{suffix}"
+    Image.fromarray(noise(40, 40)).save(path)
+    content = path.read_bytes()
+    for length in range(0, len(content) - 40, 97):  # the last bytes carry no pixel
+        path.write_bytes(content[:length])
+        with refused(f"cut{suffix} cannot be read as an image"):
+            whole(path)
+
+
+@pytest.mark.parametrize("layout", [{"compress": "lzw", "blockysize": 4}, {"compress": "none"}])
+def test_a_short_tiff_with_its_header_in_front(tmp_path, layout):
+    path = write_tif(tmp_path / "scene.tif", noise(64, 64), **layout)
+    path.write_bytes(path.read_bytes()[:-500])
+    with refused("scene.tif cannot be read as an image"):
+        whole(path)
+
+
+@pytest.mark.parametrize("side", [100_000, 23_171])
+def test_a_gigantic_header_is_refused(tmp_path, side):
+    assert side**2 > MAX_PIXELS
+    path = write_tif(tmp_path / "bomb.tif", np.zeros((8, 8, 3), np.uint8))
+    content = bytearray(path.read_bytes())
+    (start,) = struct.unpack_from("<I", content, 4)
+    for entry in range(struct.unpack_from("<H", content, start)[0]):
+        place = start + 2 + 12 * entry
+        if struct.unpack_from("<H", content, place)[0] in (256, 257, 278):  # width, length, rows per strip
+            struct.pack_into("<HIHH", content, place + 2, 4, 1, side & 0xFFFF, side >> 16)
+    path.write_bytes(content)
+    with refused(f"bomb.tif has {side} x {side} pixels, but at most"):
+        Raster(path)
+
+
+def png(width: int, height: int) -> bytes:
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    )
+
+
+def test_a_gigantic_png_is_refused(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(png(100_000, 100_000))
+    with refused("bomb.png (has 100000 x 100000 pixels|cannot be read)"):
+        Raster(tmp_path / "bomb.png")
+
+
+def test_a_named_pipe_is_refused_at_once(tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    os.mkfifo(tmp_path / "pipe.tif")
+    with refused("pipe.tif is not a regular file"):
+        Raster(tmp_path / "pipe.tif")
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
+@pytest.mark.parametrize("suffix", [".jpg", ".tif"])
+def test_an_image_that_must_be_turned_is_refused(tmp_path, suffix, orientation):
+    path = tmp_path / f"turned{suffix}"
+    for found in (orientation, 1, 0):
+        exif = Image.Exif()
+        exif[274] = found
+        tags = {"exif": exif} if suffix == ".jpg" else {"tiffinfo": {274: found}}
+        Image.fromarray(noise(20, 30)).save(path, **tags)
+        if found == orientation:
+            with refused(f"turned{suffix} has the orientation {orientation} .*upright"):
+                Raster(path)
+        else:
+            assert whole(path).shape == (20, 30, 3)
+
+
+def vrt(source: str) -> str:
+    band = f"<SimpleSource><SourceFilename>{source}</SourceFilename><SourceBand>1</SourceBand></SimpleSource>"
+    bands = "".join(f'<VRTRasterBand dataType="Byte" band="{n}">{band}</VRTRasterBand>' for n in (1, 2, 3))
+    return f'<VRTDataset rasterXSize="30" rasterYSize="20">{bands}</VRTDataset>'
+
+
+def test_no_vrt_and_no_web_address_is_opened(tmp_path):
+    """Neither by its name, nor under the name of an image, nor as a mask that GDAL finds beside an image."""
+    asked = tmp_path / "asked"
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, asked], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
+    )
+    try:
+        address = f"/vsicurl/http://127.0.0.1:{server.stdout.readline().strip()}/x.tif"
+        image = write_tif(tmp_path / "image.tif", noise(20, 30))
+        for file in ("named.tif", "named.vrt", "named.png", "image.tif.msk", "image.tif.ovr"):
+            (tmp_path / file).write_text(vrt(address))
+        for path in (Path(address), tmp_path / "named.tif", tmp_path / "named.vrt", tmp_path / "named.png"):
+            with refused("(is missing|is not one of|cannot be read)"):
+                whole(path, ("rgb", "grey", "palette", "holes"))
+        (tmp_path / "local.tif").write_text(vrt(str(image)))
+        with refused("local.tif cannot be read as an image"):
+            Raster(tmp_path / "local.tif")
+        with Raster(image, ("rgb", "holes")) as raster:
+            assert raster.valid(0, 0, 20, 30).all()
+        assert not asked.exists()
+        with rasterio.Env(**OPTIONS), pytest.raises(rasterio.errors.RasterioIOError):
+            rasterio.open(address)  # even where GDAL is asked for it
+        assert not asked.exists()
+    finally:
+        server.kill()
+        server.communicate()
+
+
+SERVER = """
+import http.server, pathlib, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        pathlib.Path(sys.argv[1]).touch()
+        self.send_error(404)
+    do_HEAD = do_GET
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+FUZZ = """
+import sys
+from pathlib import Path
+import numpy as np
+from tools.command import UserError
+from tools.rasters import KINDS, Raster
+
+folder, rounds = Path(sys.argv[1]), int(sys.argv[2])
+random, read = np.random.default_rng(0), 0
+files = sorted(path for path in folder.iterdir())
+for round in range(rounds):
+    source = files[round % len(files)]
+    content = bytearray(source.read_bytes())
+    if random.random() < 0.2:
+        content = content[: random.integers(len(content))]
+    for _ in range(random.integers(0, 6)):
+        place = random.integers(len(content)) if random.random() < 0.3 else random.integers(min(len(content), 400))
+        content[place : place + 1] = random.bytes(1) if random.random() < 0.8 else b""
+        if not content:
+            break
+    path = folder.parent / f"fuzz{source.suffix}"
+    path.write_bytes(content)
+    try:
+        with Raster(path, (*KINDS, "holes")) as raster:
+            height, width = raster.shape
+            assert min(height, width) > 0
+            if height * width < 1 << 20:
+                assert raster.read(0, 0, height, width).shape == (height, width, 3)
+                assert raster.valid(0, 0, height, width).dtype == bool
+                raster.place, raster.square_metres
+                read += 1
+    except UserError as error:
+        assert str(path) in str(error), error
+print(read)
+"""
+
+
+def test_broken_files_are_refused_or_read(tmp_path):
+    """Files cut or changed anywhere, 600 of them: no other exception than UserError, and nothing on the terminal."""
+    folder = tmp_path / "good"
+    folder.mkdir()
+    image = noise(40, 48) // 16
+    for name, layout in (
+        ("strips", {"compress": "lzw", "blockysize": 5, **UTM}),
+        ("tiles", {"compress": "deflate", "tiled": True, "blockxsize": 16, "blockysize": 16}),
+        ("planes", {"compress": "none", "interleave": "band"}),
+        ("jpeg", {"compress": "jpeg", "photometric": "ycbcr"}),
+    ):
+        write_tif(folder / f"{name}.tif", image, nodata=0, **layout)
+    write_tif(folder / "palette.tif", image[..., 0] % 4, {0: (1, 2, 3), 3: (9, 9, 9)})
+    Image.fromarray(image).save(folder / "rgb.png")
+    Image.fromarray(np.dstack([image, np.full((40, 48), 255, np.uint8)])).save(folder / "alpha.png")
+    Image.fromarray(image).quantize(8).save(folder / "palette.png")
+    Image.fromarray(image).save(folder / "a.jpg")
+    Image.fromarray(image).save(folder / "a.jp2")
+    command = [sys.executable, "-X", "faulthandler", "-c", FUZZ, folder, "600"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and result.stderr == "", result.stderr[-3000:]
+    assert 50 < int(result.stdout) < 550
+
+
+# georeference ------------------------------------------------------------------------------------------------------
+
+
+def written(tmp_path, source: Path, ids: np.ndarray) -> Path:
+    with Raster(source, ("rgb", "holes")) as raster:
+        write_label_tiff(tmp_path / "out.tif", [ids[:7], ids[7:8], ids[8:]], raster.shape, TINY_COLOURS, raster.place)
+    return tmp_path / "out.tif"
+
+
+@pytest.mark.parametrize("crs", [32632, 4326, 2056])
+def test_a_label_map_lies_in_the_place_of_its_image(tmp_path, crs):
+    """The axes are turned a bit: the whole transformation counts, not only its origin and scale."""
+    place = rasterio.Affine(0.5, 0.1, 5e5, 0.1, -0.5, 5.4e6)
+    source = write_tif(tmp_path / "in.tif", noise(30, 40), crs=f"EPSG:{crs}", transform=place)
+    ids = np.random.default_rng(0).choice([0, 1, 2, 255], (30, 40)).astype(np.uint8)
+    with rasterio.open(written(tmp_path, source, ids)) as file:
+        assert file.crs.to_epsg() == crs and file.transform.almost_equals(place) and file.nodata == 255
+        assert file.profile["tiled"] and file.compression.name == "deflate"
+        assert [file.colormap(1)[k][:3] for k in range(3)] == list(map(tuple, TINY_COLOURS.tolist()))
+        np.testing.assert_array_equal(file.read(1), ids)
+
+
+def test_ground_control_points_are_kept(tmp_path):
+    points = [GroundControlPoint(row, column, 10 + column, 50 - row) for row, column in ((0, 0), (0, 40), (30, 0))]
+    source = write_tif(tmp_path / "in.tif", noise(30, 40), gcps=points, crs="EPSG:4326")
+    with rasterio.open(written(tmp_path, source, np.zeros((30, 40), np.uint8))) as file:
+        found, crs = file.gcps
+        assert crs.to_epsg() == 4326
+        assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points]
+
+
+def test_world_files_place_tiffs_and_are_copied_for_others(tmp_path):
+    Image.fromarray(noise(30, 40)).save(tmp_path / "in.tif")
+    (tmp_path / "in.tfw").write_text("0.5\n0\n0\n-0.5\n500000.25\n5399999.75\n")  # the centre of the first pixel
+    with rasterio.open(written(tmp_path, tmp_path / "in.tif", np.zeros((30, 40), np.uint8))) as file:
+        assert file.transform == UTM["transform"]
+    for name, target in (("in.tfw", "a.pgw"), ("b.jgw", "b.pgw"), ("c.jpgw", "c.pgw"), ("d.wld", "d.pgw")):
+        (tmp_path / name).write_text(name)
+        image = {"in.tfw": "in.tif", "d.wld": "d.png"}.get(name, f"{name[0]}.jpg")
+        copy_world_file(tmp_path / image, tmp_path / "results" / f"{target[0]}.png")
+        assert (tmp_path / "results" / target).read_text() == name
+    copy_world_file(tmp_path / "none.png", tmp_path / "results" / "none.png")
+    assert not (tmp_path / "results" / "none.pgw").exists()
+
+
+def test_image_without_georeference_gives_none(tmp_path):
+    source = write_tif(tmp_path / "in.tif", noise(30, 40))
+    with Raster(source) as raster:
+        assert raster.place == {} and raster.square_metres is None
+    with rasterio.open(written(tmp_path, source, np.zeros((30, 40), np.uint8))) as file:
+        assert file.crs is None and file.transform.is_identity
+
+
+@pytest.mark.parametrize(
+    ("crs", "transform", "expected"),
+    [
+        (32632, from_origin(5e5, 5.4e6, 0.5, 0.25), 0.125),
+        (32632, rasterio.Affine(3, 4, 0, 4, -3, 0), 25.0),  # turned; the determinant counts
+        (2056, from_origin(2.6e6, 1.2e6, 2, 2), 4.0),
+        (2263, from_origin(1e6, 2e5, 10, 10), 100 * 0.3048006096**2),  # New York, in US feet
+        (4326, from_origin(8, 50, 1e-5, 1e-5), None),  # degrees
+        (3857, from_origin(1e6, 6e6, 1, 1), None),  # web maps: metres at the equator alone
+    ],
+)
+def test_the_area_of_a_pixel(tmp_path, crs, transform, expected):
+    with Raster(write_tif(tmp_path / "a.tif", noise(8, 9), crs=f"EPSG:{crs}", transform=transform)) as raster:
+        assert raster.square_metres == (None if expected is None else pytest.approx(expected, rel=1e-9))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (300, 520), (256, 512)])
+def test_a_written_tiff_reads_back(tmp_path, shape):
+    ids = np.random.default_rng(0).choice([0, 1, 2, 255], shape).astype(np.uint8)
+    write_label_tiff(tmp_path / "a.tif", [ids[:100], ids[100:101], ids[101:]], shape, TINY_COLOURS, UTM)
+    with Image.open(tmp_path / "a.tif") as image:  # by another library
+        assert image.mode == "P" and image.getpalette()[:9] == TINY_COLOURS.ravel().tolist()
+        np.testing.assert_array_equal(np.array(image), ids)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tif"]

@@ -32,9 +32,10 @@ DRIVERS = {  # of GDAL, by suffix; each file is opened by its own driver alone, 
 }
 SUFFIXES = tuple(DRIVERS)
 OPTIONS: dict[str, Any] = {
-    "GDAL_CACHEMAX": 32 << 20,  # bytes; `Raster` keeps the rows that it needs itself
+    "GDAL_CACHEMAX": 16 << 20,  # bytes; `Raster` keeps the rows that it needs itself
     "GDAL_JPEG_TO_RGB": "NO",  # a CMYK image is refused, not converted
     "GDAL_ERROR_ON_LIBJPEG_WARNING": "YES",  # an incomplete JPEG is refused, not filled up with grey
+    "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",  # it takes a PNG that ends too early for a whole one
     "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": ".none",  # no file may refer to a web address
 }
 MAX_PIXELS = 1 << 29  # a scene of 23,000 x 23,000; a damaged or hostile header may promise far more
@@ -246,10 +247,10 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def _pillow(path: Path) -> Iterator[Image.Image]:
-    """The image as Pillow opens it, without Pillow's limit of pixels: ours is checked already."""
+    """The image as Pillow opens it, silent about odd tags and without Pillow's limit of pixels: ours is checked."""
     most, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(path, formats=("TIFF", "JPEG", "MPO")) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=("TIFF", "JPEG", "MPO")) as image:
             yield image
     finally:
         Image.MAX_IMAGE_PIXELS = most
