@@ -1,5 +1,9 @@
 """Label maps and images as files: exact colours, exact round trips, and a sentence for what cannot be read."""
 
+import os
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -8,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from tools.command import UserError
-from tools.labels import IGNORE, ColourDecoder, colour_keys, load_image, load_label, palette, save_label
+from tools.labels import IGNORE, ColourDecoder, colour_keys, load_image, load_label, palette, save_image, save_label
 
 COLOURS = np.array([[255, 255, 255], [0, 0, 255], [0, 255, 0], [255, 0, 0]], np.uint8)
 
@@ -89,21 +93,21 @@ def test_images(tmp_path):
     Image.fromarray(pixels).save(path)
     found = load_image(path)
     assert np.array_equal(found, pixels) and found.dtype == np.uint8
-    for mode in ("L", "RGBA", "P", "1", "I;16"):
+    for mode, bits in (("L", 8), ("RGBA", 8), ("P", 1), ("1", 1), ("I;16", 16)):
         Image.new(mode, (5, 5)).save(path)
-        with refused(rf"a\.png has mode {mode}, not 8-bit RGB: convert"):
+        with refused(rf"a\.png has mode {mode} and {bits} bits, but RGB of 8 bits is expected: convert"):
             load_image(path)
     with refused(r"none\.png is missing"):
         load_image(tmp_path / "none.png")
-    with refused("cannot be read as an image"):
+    with refused("is not a regular file"):
         load_image(tmp_path)
 
 
 def test_labels_of_another_kind(tmp_path):
     path = tmp_path / "a.png"
-    for mode in ("RGB", "RGBA", "I;16", "1", "LA"):
+    for mode, bits in (("RGB", 8), ("RGBA", 8), ("I;16", 16), ("1", 1), ("LA", 8)):
         Image.new(mode, (5, 5)).save(path)
-        with refused(rf"a\.png is a {mode} image, not a map of class ids: make it with"):
+        with refused(rf"a\.png has mode {mode} and {bits} bits, so it is no map of class ids: make it with"):
             load_label(path, 4)
     Image.fromarray(np.array([[0, 3, 255]], np.uint8)).save(path)  # plain grey serves as well
     assert load_label(path, 4).tolist() == [[0, 3, 255]]
@@ -144,28 +148,81 @@ def test_a_cut_file_is_refused_at_every_length(good, tmp_path):
     content, file = (good / "image.png").read_bytes(), tmp_path / "cut.png"
     for length in range(0, len(content) - 20, 97):  # the last bytes carry no pixel
         file.write_bytes(content[:length])
-        with refused(r"cut\.png cannot be read as an image"):
+        with refused(r"cut\.png cannot be read as a PNG image"):
             load_image(file)
+
+
+def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
+    """A PNG file by the standard, so that a test may choose what no library writes."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 @pytest.mark.parametrize(("width", "height"), [(100_000, 100_000), (12_000, 12_000)])
 def test_an_image_of_giant_size_is_refused_before_it_is_unpacked(tmp_path, width, height):
-    import struct
-    import zlib
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    for mode, load in ((2, load_image), (0, lambda path: load_label(path, 4))):
-        file = tmp_path / "giant.png"
-        file.write_bytes(
-            b"\x89PNG\r\n\x1a\n"
-            + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, mode, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(bytes(10_000)))
-            + chunk(b"IEND", b"")
-        )
-        with refused(r"giant\.png (cannot be read as an image|has)"):
+    file = tmp_path / "giant.png"
+    for kind, load in ((2, load_image), (0, lambda path: load_label(path, 4))):
+        file.write_bytes(png(width, height, 8, kind, bytes(10_000)))
+        with refused(r"giant\.png (cannot be read as a PNG image|has)"):
             load(file)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 16])
+def test_other_depths_are_refused_and_not_scaled_to_8_bits(tmp_path, bits):
+    file = tmp_path / "a.png"
+    file.write_bytes(png(8, 1, bits, 0, b"\0" + b"\x1b" * bits))
+    with refused(rf"a\.png has mode .* and {bits} bits, so it is no map of class ids"):
+        load_label(file, 250)
+    file.write_bytes(png(1, 1, 16, 2, b"\0" + bytes(6)))
+    with Image.open(file) as image:
+        assert image.mode == "RGB"  # so the mode does not show it
+    with refused(r"a\.png has mode RGB and 16 bits, but RGB of 8 bits"):
+        load_image(file)
+
+
+def test_a_palette_of_few_bits_holds_whole_class_ids(tmp_path):
+    ids = np.array([[0, 1, 2, 1]], np.uint8)
+    image = Image.fromarray(ids, "P")
+    image.putpalette(COLOURS[:3].tobytes())
+    image.save(tmp_path / "a.png", bits=2)
+    assert load_label(tmp_path / "a.png", 3).tolist() == ids.tolist()
+
+
+def test_no_other_format_is_opened_under_the_name_of_a_png(tmp_path, monkeypatch):
+    """For an EPS, Pillow would start Ghostscript, which runs the program in the file."""
+    file = tmp_path / "a.png"
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **named: pytest.fail("Ghostscript"))
+    for format in ("EPS", "JPEG", "TIFF", "GIF"):
+        Image.fromarray(np.zeros((5, 5, 3), np.uint8)).save(file, format=format)
+        for load in (load_image, lambda path: load_label(path, 4)):
+            with refused(r"a\.png cannot be read as a PNG image"):
+                load(file)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_named_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for load in (load_image, lambda path: load_label(path, 4)):
+        with refused(r"pipe\.png is not a regular file"):
+            load(tmp_path / "pipe.png")
+
+
+def test_images_are_written_small_and_exact(tmp_path):
+    """Of a smooth image with noise, as photographs are, the file is no larger than Pillow's usual one."""
+    random, ramp = np.random.default_rng(0), np.linspace(0, 200, 256)
+    image = (ramp[:, None, None] / 2 + ramp[None, :, None] / 2 + random.normal(0, 4, (256, 256, 3))).clip(0, 255)
+    image = image.astype(np.uint8)
+    save_image(tmp_path / "a.png", image)
+    Image.fromarray(image).save(tmp_path / "b.png")
+    assert np.array_equal(load_image(tmp_path / "a.png"), image)
+    assert (tmp_path / "a.png").stat().st_size < 1.05 * (tmp_path / "b.png").stat().st_size
+    save_image(tmp_path / "a.png", image[::-2, ::3])  # a view of any kind
+    assert np.array_equal(load_image(tmp_path / "a.png"), image[::-2, ::3])
 
 
 def test_a_failed_save_leaves_nothing(tmp_path):

@@ -8,7 +8,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import tifffile
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,10 +16,12 @@ from PIL import Image
 from datasetsprocess import isaid_split, potsdam_patch_split, vaihingen_patch_split
 from datasetsprocess.cutting import Scene, four_versions, whole_tiles
 from datasetsprocess.scene_files import find_sources
+from datasetsprocess.scene_labels import read_truth
+from tests.tiffs import write_tif
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.labels import IGNORE, save_image
-from tools.rasters import Raster
+from tools.rasters import KINDS, Raster
 
 SCRIPTS = {"vaihingen": "vaihingen_patch_split.py", "potsdam": "potsdam_patch_split.py", "isaid": "isaid_split.py"}
 TOP, TRUTH = "top/top_mosaic_09cm_area{}.tif", "gts_for_participants/top_mosaic_09cm_area{}.tif"
@@ -71,7 +72,7 @@ def small_vaihingen(root: Path, areas=("1", "2"), height: int = 40, width: int =
         for place, pixels in ((TOP, random.integers(0, 256, (height, width, 3))), (TRUTH, colours[ids])):
             file = raw / place.format(area)
             file.parent.mkdir(parents=True, exist_ok=True)
-            tifffile.imwrite(file, pixels.astype(np.uint8), compression="lzw", rowsperstrip=1)
+            write_tif(file, pixels.astype(np.uint8), compress="lzw", blockysize=1)
     return raw
 
 
@@ -187,7 +188,7 @@ def test_potsdam_drops_tiles_with_too_little_of_a_class(tmp_path):
     assert list(found) == [f"{place}_v{version}" for place in kept for version in range(4)]
     np.testing.assert_array_equal(found["r000_c001_v0"][0], image[:20, 20:40])
     np.testing.assert_array_equal(found["r000_c001_v1"][1], ids[:20, 20:40][::-1])
-    assert scene.notes["tiles dropped, a class below its smallest share"] == 2
+    assert scene.notes["tiles dropped, a class below its minimum share"] == 2
     scene.split = "test"
     assert len(list(potsdam_patch_split.patches(scene))) == 6
 
@@ -201,7 +202,7 @@ def test_isaid_counts_tries_and_background(tmp_path):
         full.seed = seed
         found = list(isaid_split.patches(full))
         numbers.add(len(found))
-        assert [place for place, *_ in found] == [f"p{n}" for n in range(len(found))]
+        assert {place for place, *_ in found} == {f"p{n}" for n in range(len(found))}
         windows = np.lib.stride_tricks.sliding_window_view(image, (16, 16, 3))[:, :, 0]
         assert all((windows == pixels).all((-1, -2, -3)).any() for _, pixels, _ in found)
     assert numbers == {6, 7, 8}
@@ -389,10 +390,10 @@ def test_continues_refuses_other_settings_and_overwrites(tmp_path, run_script):
 
 def colour_some_pixels(raw: Path, area: str, colours) -> None:
     file = raw / TRUTH.format(area)
-    rgb = tifffile.imread(file)
+    rgb = read(file)
     for pixel, colour in enumerate(colours):
         rgb[0, pixel] = colour
-    tifffile.imwrite(file, rgb)
+    write_tif(file, rgb)
 
 
 def test_unknown_colours_stop_or_become_ignore(tmp_path, run_script):
@@ -412,9 +413,9 @@ def test_unknown_colours_stop_or_become_ignore(tmp_path, run_script):
 
 def test_tiles_without_any_labelled_pixel_are_left_out(tmp_path, run_script):
     raw = small_vaihingen(tmp_path)
-    rgb = tifffile.imread(raw / TRUTH.format(2))
+    rgb = read(raw / TRUTH.format(2))
     rgb[:16, :16] = 0  # the eroded boundary's black
-    tifffile.imwrite(raw / TRUTH.format(2), rgb)
+    write_tif(raw / TRUTH.format(2), rgb)
     run = run_script(script("vaihingen"), "--dataset", "small", "--root", tmp_path, "--workers", 0)
     assert "patches without any labelled pixel, left out: 1" in run.stdout
     tiles = {f"2_r00{r}_c00{c}" for r in range(2) for c in range(4)}
@@ -428,15 +429,22 @@ def break_small(how: str, root: Path) -> list:
     if how == "no raw":
         return ["--raw", root / "nowhere"]
     if how == "grey":
-        tifffile.imwrite(image, np.zeros((40, 70), np.uint8))
+        write_tif(image, np.zeros((40, 70), np.uint8))
     elif how == "sizes":
-        tifffile.imwrite(image, np.zeros((40, 71, 3), np.uint8))
+        write_tif(image, np.zeros((40, 71, 3), np.uint8))
     elif how == "short":
         image.write_bytes(image.read_bytes()[:4000])
     elif how == "no truth":
         (raw / TRUTH.format(1)).unlink()
     elif how == "twice":
-        Image.fromarray(np.zeros((40, 70, 3), np.uint8)).save(image.with_suffix(".png"))
+        Image.fromarray(np.zeros((40, 70, 3), np.uint8)).save(image.with_suffix(".PNG"))
+    elif how == "pipe":
+        image.unlink()
+        os.mkfifo(image)
+    elif how == "turned":
+        Image.fromarray(np.zeros((40, 70, 3), np.uint8)).save(image, tiffinfo={274: 6})
+    elif how == "long name":
+        describe(root, "small", toml + f'train = ["{"a" * 201}"]\ntest = ["2"]\n')
     elif how == "large patch":
         describe(root, "small", toml.replace("16", "48") + 'train = ["1"]\ntest = ["2"]\n')
     elif how == "both splits":
@@ -461,18 +469,21 @@ def break_small(how: str, root: Path) -> list:
     "how, parts",
     [
         ("no raw", ["nowhere is missing: unpack"]),
-        ("grey", ["area1.tif has 1 channel of 8 bits", "gdal_translate"]),
+        ("grey", ["area1.tif has 1 channel of 8 bits", "--grey repeat", "gdal_translate -b 1 -b 1 -b 1"]),
         ("sizes", ["area1.tif has 71 x 40 pixels", "has 70 x 40"]),
         ("short", ["area1.tif"]),
-        ("no truth", ["lacks gts_for_participants/top_mosaic_09cm_area1", "--missing-scenes skip"]),
-        ("twice", ["are the same scene twice"]),
+        ("no truth", ["has no gts_for_participants/top_mosaic_09cm_area1", "--missing-scenes skip"]),
+        ("twice", ["are the same scene: remove one"]),
         ("large patch", ["too few for one patch of 48"]),
         ("both splits", ["the scene 1 is listed twice"]),
         ("path", ['the scene "../1" needs another name']),
-        ("rules", ["lack rare_share, crop_side"]),
+        ("long name", ["needs another name, of at most 200 letters"]),
+        ("pipe", ["area1.tif is not a regular file"]),
+        ("turned", ["area1.tif has the orientation 6"]),
+        ("rules", ["rare_share, crop_side missing in the [rules]"]),
         ("class", ["name the class Bus"]),
-        ("foreign", ["was not made by a step", "move it away"]),
-        ("seed", ["seed is -1"]),
+        ("foreign", ["has no run.json", "move it away"]),
+        ("seed", ["seed is -1, but it must be at least 0"]),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, run_script, how, parts):
@@ -496,7 +507,7 @@ def test_skipped_scenes_and_nothing_left(tmp_path, run_script):
     assert patches_of(tmp_path / "datasets" / "small" / "test")
     for file in raw.rglob("*.tif"):
         file.unlink()
-    assert "lacks" in run_script(*command, "--missing-scenes", "skip", fails=True).stderr
+    assert "raw has no top/" in run_script(*command, "--missing-scenes", "skip", fails=True).stderr
 
 
 def small_isaid(raw: Path, names: dict[str, str], size: int = 20) -> None:
@@ -514,7 +525,7 @@ def test_isaid_messages(tmp_path, run_script):
     command = (script("isaid"), "--dataset", "small", "--root", tmp_path, "--workers", 0)
     assert "raw is missing: unpack" in run_script(*command, fails=True).stderr
     small_isaid(raw, {"P0001": "train"})
-    assert "holds no scenes in val/images" in run_script(*command, fails=True).stderr
+    assert "has no scenes in val/images" in run_script(*command, fails=True).stderr
     small_isaid(raw, {"P0002": "val", "P0003": "val"})
     (raw / "val/images/P0002.png").unlink()
     (raw / "val/Semantic_masks/images/P0003_instance_color_RGB.png").unlink()
@@ -528,9 +539,72 @@ def test_isaid_messages(tmp_path, run_script):
     assert run_script(*command, "--missing-scenes", "skip").stdout.count("patches of 1 scenes") == 1
     small_isaid(raw, {"P0001": "train", "P0002": "val", "P0003": "val"}, size=15)
     nothing = run_script(*command, "--overwrite", fails=True)
-    assert "scenes smaller than a patch, skipped: 2" in nothing.stdout and "not one patch" in nothing.stderr
+    assert "scenes smaller than a patch, skipped: 2" in nothing.stdout and "no patch was cut" in nothing.stderr
 
 
 def test_sources_stay_inside_their_folder(tmp_path):
     with pytest.raises(UserError, match="needs another name"):
         find_sources(tmp_path, {"train": ["a/../../b"]}, {"train": ("{}", "{}"), "test": ("{}", "{}")}, "stop")
+
+
+def test_suffixes_in_capitals_and_names_that_are_no_text(tmp_path):
+    places = {"train": ("{}",), "test": ("{}",)}
+    for name in ("a.TIF", "b.JPG", "c.Png", "._a.TIF", "a.txt"):
+        (tmp_path / name).touch()
+    found = find_sources(tmp_path, {"train": ["a", "b"], "test": ["c"]}, places, "stop")
+    assert [source.image.name for source in (*found["train"], *found["test"])] == ["a.TIF", "b.JPG", "c.Png"]
+    not_text = os.fsdecode(b"d\xff")
+    with pytest.raises(UserError, match="needs another name"):
+        find_sources(tmp_path, {"train": [not_text]}, places, "stop")
+
+
+# truths in a palette -----------------------------------------------------------------------------------------------
+
+PALETTES = {  # what a palette shows -> its first entries, and number -> class id or what it is called
+    "all classes, another order": ([3, 2, 1, 0, 5, 4], lambda k: [3, 2, 1, 0, 5, 4][k]),
+    "all classes, own order": ([0, 1, 2, 3, 4, 5], lambda k: k),
+    "two classes alone": ([4, 1], lambda k: [4, 1][k]),
+}
+
+
+def palette_scene(tmp_path: Path, entries, numbers: np.ndarray):
+    """`read_truth` of a palette image with these colours, in Vaihingen's classes."""
+    path = tmp_path / "truth.png"
+    image = Image.fromarray(numbers.astype(np.uint8), "P")
+    image.putpalette(np.asarray(entries, np.uint8).tobytes())
+    image.save(path)
+    with Raster(path, KINDS) as truth:
+        return read_truth(truth, load_dataset("vaihingen"))
+
+
+@pytest.mark.parametrize("how", PALETTES)
+def test_a_palette_that_shows_the_classes_is_read_by_colour(tmp_path, how):
+    order, expected = PALETTES[how]
+    numbers = np.random.default_rng(0).integers(0, len(order), (300, 20))  # more rows than are decoded at a time
+    ids, unknown = palette_scene(tmp_path, load_dataset("vaihingen").colours[order], numbers)
+    assert not unknown
+    np.testing.assert_array_equal(ids, np.vectorize(expected)(numbers))
+
+
+def test_ignored_unknown_and_255_in_a_palette(tmp_path):
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:6] = load_dataset("vaihingen").colours[::-1]
+    colours[7], colours[255] = (1, 2, 3), (128, 128, 128)  # 6 is black, which Vaihingen ignores
+    numbers = np.array([[0, 5, 6, 7, 7, 255]])
+    ids, unknown = palette_scene(tmp_path, colours, numbers)
+    assert ids.tolist() == [[5, 0, 255, 255, 255, 255]] and unknown == {(1, 2, 3): 2}
+
+
+def test_a_palette_that_shows_something_else_is_read_by_number(tmp_path):
+    numbers = np.array([[0, 1, 5, 5, 6, 255]])
+    for entries in (np.arange(256)[:, None].repeat(3, 1), np.random.default_rng(0).integers(1, 250, (256, 3))):
+        ids, unknown = palette_scene(tmp_path, entries, numbers)
+        assert ids.tolist() == [[0, 1, 5, 5, 255, 255]] and unknown == {6: 1}
+    ids, _ = palette_scene(tmp_path, np.arange(256)[:, None].repeat(3, 1), np.zeros((2, 2), int))
+    assert not ids.any()  # the black of number 0 is the first grey level here, not Vaihingen's ignored colour
+
+
+def test_a_palette_that_contradicts_the_numbers_is_refused(tmp_path):
+    colours = load_dataset("vaihingen").colours
+    with pytest.raises(UserError, match=r"number 0 in the colour of Car, but class 0 of dataset\.toml is ImSurf"):
+        palette_scene(tmp_path, [colours[4], (1, 2, 3)], np.array([[0, 1]]))
