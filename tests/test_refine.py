@@ -14,7 +14,7 @@ import generate_refined_pseudo
 import generate_refined_seg
 from PRC_SAM.refine import Refinement
 from tests.references import bilinear
-from tests.steps import TEST, experiment, step
+from tests.steps import TEST, experiment, same_results, step
 from tests.test_ios import literal
 from tools.cams import load_cams, save_cams
 from tools.command import UserError
@@ -156,8 +156,7 @@ def small(tmp_path):
             dataset.image_labels_file(split), dataset.classes, {id: np.array(row) for id, row in LABELS.items()}
         )
         for made in (experiment(tmp_path) / source, experiment(tmp_path) / maps, dataset.sam_masks(split)):
-            constants = {"keep_probabilities": source == "segmentation"}
-            account = {"constants": constants, "started": made.name, "seconds": 1, "finished": True}
+            account = {"constants": {}, "started": made.name, "seconds": 1, "finished": True}
             (made / "run.json").write_text(json.dumps(account))
     return tmp_path, dataset
 
@@ -249,16 +248,18 @@ def test_mean_cam_names_what_is_missing(small):
     for content in (None, b"PK"):
         file = experiment(root) / "segmentation" / "p.npz"
         file.unlink() if content is None else file.write_bytes(content)
-        with pytest.raises(UserError, match=r"inference_segmentation\.py --keep-probabilities --overwrite"):
+        with pytest.raises(UserError, match=r"p\.npz .*run python inference_segmentation\.py --keep-probabilities"):
             generate_refined_seg.main(generate_refined_seg.Constants(**values))
-    file = experiment(root) / "segmentation" / "run.json"
-    file.write_text(file.read_text().replace("true", "false", 1))
-    with pytest.raises(UserError, match=r"run step 6, .*inference_segmentation\.py .*--keep-probabilities --overwrite"):
+    for file in (experiment(root) / "segmentation").glob("*.npz"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"run step 6, .*inference_segmentation\.py .*--keep-probabilities$"):
         generate_refined_seg.main(generate_refined_seg.Constants(**values))
 
 
-def test_step_6_keeps_probabilities_for_step_7(copy):
-    step("inference_segmentation", copy, keep_probabilities=True, overwrite=True)
+def test_step_6_keeps_probabilities_for_step_7(finished, copy):
+    """A folder that was made without them is completed, and its label maps stay the same."""
+    step("inference_segmentation", copy, keep_probabilities=True)
+    assert same_results(experiment(finished) / "segmentation", experiment(copy) / "segmentation", ".png")
     step("generate_refined_seg", copy, rule="mean_cam", overwrite=True)
     dataset = load_dataset("tiny", copy)
     for id in TEST:
