@@ -93,7 +93,8 @@ def test_twelve_patches_by_keyboard_and_mouse(plots, browser):
     page.press("ArrowRight", "0")  # the same as the last one
     page.press("ArrowRight", "1", "Backspace", "3")
     page.click("#cell-4")
-    page.click("#classes button:nth-child(1)")  # the grid keeps the keys
+    page.click("#classes button:nth-child(1)")
+    assert page.js("document.activeElement.id") == "grid"  # which keeps the keys
     page.press("ArrowRight", "2")
     page.click("#cell-6")
     page.click("#cell-8", SHIFT)  # a range of three
