@@ -90,9 +90,8 @@ class Trial:
 def found(truth: np.ndarray, labels: np.ndarray, logits: np.ndarray, share: float) -> np.ndarray:
     """Print how many of the wrong labels are among the first; -> the labels with those corrected."""
     wrong, ranked = truth != labels, doubt(labels, logits)
-    first = np.zeros(labels.size, bool)
-    first[np.argsort(-ranked, axis=None, kind="stable")[: round(share * labels.size)]] = True
-    first = first.reshape(labels.shape)
+    first = np.zeros(labels.shape, bool)
+    first.flat[np.argsort(-ranked, axis=None, kind="stable")[: round(share * labels.size)]] = True
     for words, kind in (("all", labels | ~labels), ("missing classes", ~labels), ("classes too many", labels)):
         part = first[wrong & kind]
         print(f"  {words}: {part.sum()} of {part.size} found, {part.mean():.0%}; by chance {share:.0%}")
