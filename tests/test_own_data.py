@@ -23,6 +23,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "docs" / "own_data.md").rea
 TRAINING = "--backbone resnet18 --weights none --epochs 1 --batch-size 2 --precision fp32 --workers 0"
 SMALL = {  # what the test adds to a command of the page, besides --root, so that it ends in seconds and needs no SAM
     "own_patch_split.py": "--workers 0",
+    "label_page.py": "",
     "process.py": "--workers 0",
     "get_se_map.py": "--generator felzenszwalb --workers 0",
     "train_classification.py": f"{TRAINING} --train-all",
@@ -64,7 +65,7 @@ def test_the_page_is_followed_literally(tmp_path, monkeypatch, capsys):
         own_scene(Path(place), shown[Path(place).stem], dataset.colours, (300, 400) if "east" in place else (256, 512))
 
     commands = [line for text in blocks("", "python ") for line in text.splitlines()]
-    assert len(commands) == 12
+    assert len(commands) == 14
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     for command in commands:
         _, script, *words = command.split()
