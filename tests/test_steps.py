@@ -8,8 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from report.page import accounts
-from report.score_tables import facts
 from tests.steps import STEPS, TEST, TRAIN, account, experiment, same_results, step
 from tools.cams import load_cams
 from tools.command import UserError
@@ -94,7 +92,7 @@ def test_the_released_protocol(copy):
         assert torch.load(folder / "model.pt", weights_only=True)["epoch"] == best
         assert account(folder)["constants"]["protocol"] == "released"
     step("infer_classification", copy, experiment="borrower", classifier="prc")
-    assert facts(accounts(experiment(copy, "borrower"), dataset))["protocol of the steps"] == ["released"]
+    assert account(experiment(copy, "borrower") / "cams")["notes"]["protocol_of_the_steps"] == "released"
     labels = dataset.image_labels("test")
     step("inference_segmentation", copy, overwrite=True)
     step("generate_refined_seg", copy, protocol="released", overwrite=True)
