@@ -1,35 +1,46 @@
-"""What IOS gives with any tau, and what each part could give at most: measures that open the TRUTH, for tables only."""
+"""What each refinement rule gives, and what each part could give at most: measures that open the TRUTH, for tables."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
-from tqdm import tqdm
 
-from PRC_SAM.ios import intersection_optimisation
+from PRC_SAM.refine import Refinement
 from tools.cams import load_cams
 from tools.dataset import Dataset
 from tools.labels import IGNORE, load_label
 from tools.masks import Masks, load_masks, pack_masks
+from tools.progress import Progress
 from tools.scores import ConfusionMatrix
 
 
-def refined_by_ios(
-    dataset: Dataset, folder: Path, split: str, taus: tuple[float, ...], from_image: bool, perfect: bool = False
+def refined(
+    dataset: Dataset,
+    folder: Path,
+    split: str,
+    refinements: Sequence[Refinement],
+    *,
+    image_labels: bool,
+    maps: Path,
+    perfect: bool,
 ) -> list[ConfusionMatrix]:
-    """The label maps of `folder` after IOS with each tau, against the truth.
+    """The label maps of `folder` after each refinement, against the truth.
 
-    `from_image`: the classes looped over are those of the image-level label, else those of the map. `perfect` takes the
-    truth's connected components as masks.
+    `image_labels`: the classes that may be written are those of the image-level label, else those of the map. `maps`:
+    the folder whose class maps the rule mean_cam reads. `perfect` takes the truth's connected components as masks.
     """
-    matrices, count = [ConfusionMatrix(dataset.num_classes) for _ in taus], dataset.num_classes
-    for id, present, truth in _truths(dataset, split, f"IOS of {folder.name}"):
+    matrices, count = [ConfusionMatrix(dataset.num_classes) for _ in refinements], dataset.num_classes
+    for id, present, truth in _truths(dataset, split, f"refining {folder.name}"):
         label = load_label(folder / f"{id}.png", count)
         masks = perfect_regions(truth, count) if perfect else load_masks(dataset.sam_masks(split) / f"{id}.npz")
-        classes = present if from_image else np.setdiff1d(label, [IGNORE])
-        for matrix, tau in zip(matrices, taus, strict=True):
-            matrix.update(truth, intersection_optimisation(label, masks, classes, tau))
+        classes = present if image_labels else np.setdiff1d(label, [IGNORE])
+        class_maps = None
+        if any(refinement.rule == "mean_cam" for refinement in refinements):
+            found = load_cams(maps / f"{id}.npz", count, label.shape, relative=maps != folder)
+            class_maps = dict(zip(*found, strict=True))
+        for matrix, refinement in zip(matrices, refinements, strict=True):
+            matrix.update(truth, refinement(label, masks, classes, class_maps))
     return matrices
 
 
@@ -53,6 +64,8 @@ def perfect_regions(truth: np.ndarray, num_classes: int) -> Masks:
 
 def _truths(dataset: Dataset, split: str, what: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """Yield id, the classes of its image-level label, and its label map."""
-    labels, folder = dataset.image_labels(split), dataset.labels(split)
-    for id in tqdm(dataset.ids(split), what, unit="image", disable=None):
-        yield id, np.flatnonzero(labels[id]), load_label(folder / f"{id}.png", dataset.num_classes)
+    labels, folder, ids = dataset.image_labels(split), dataset.labels(split), dataset.ids(split)
+    with Progress(len(ids), what) as bar:
+        for id in ids:
+            yield id, np.flatnonzero(labels[id]), load_label(folder / f"{id}.png", dataset.num_classes)
+            bar.update()
