@@ -12,7 +12,6 @@ import numpy as np
 from tools.command import UserError, check
 from tools.constants import Machine
 from tools.dataset import load_dataset
-from tools.devices import device_facts, start_line
 from tools.folders import ProcessState, StepFolder
 from tools.labels import load_image, load_label
 from tools.pictures import colourise, contact_sheet, sample_ids
@@ -118,6 +117,8 @@ class Step(StepFolder):
 
         The notes of the inputs are carried on.
         """
+        from tools.devices import device_facts, start_line  # imports torch, which evaluate_miou.py does not need
+
         begin = time.monotonic()
         carried: dict[str, Any] = {}
         for run in self.inputs.values():
