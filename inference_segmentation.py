@@ -9,8 +9,8 @@ Writes experiments/<dataset>/<experiment>/segmentation/<id>.png: class ids; with
 segment_scene.py segments whole large images.
 """
 
-from pathlib import Path
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np

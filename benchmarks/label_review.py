@@ -64,13 +64,14 @@ class Trial:
         self.root, self.ids = dataset.folder.parents[1], dataset.ids("train")
 
     def step(self, script: str, name: str, *words: str) -> None:
-        go(script, self.root, "--dataset", "demo", "--experiment", name, "--workers", str(self.constants.workers), *words)
+        workers = ("--workers", str(self.constants.workers))
+        go(script, self.root, "--dataset", "demo", "--experiment", name, *workers, *words)
 
     def logits(self, name: str, labels: np.ndarray) -> np.ndarray:
         """(N,K): what the classifier says that was trained on these labels. Steps 1 and 2."""
         by_id = dict(zip(self.ids, labels, strict=True))
         write_image_labels(self.dataset.image_labels_file("train"), self.dataset.classes, by_id)
-        recipe = "--backbone resnet18 --weights none --train-all --lr 0.003 --momentum 0.9".split()
+        recipe = ["--backbone", "resnet18", "--weights", "none", "--train-all", "--lr", "0.003", "--momentum", "0.9"]
         self.step("train_classification.py", name, *recipe, "--epochs", str(self.epochs))
         self.step("infer_classification.py", name, "--scales", "1.0", "1.5", "2.0")
         found = read_logits(self.root / "experiments/demo" / name / "cams", self.ids, self.dataset.num_classes)

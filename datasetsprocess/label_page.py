@@ -60,7 +60,7 @@ def page_data(dataset: Dataset, labels: dict[str, np.ndarray], logits: dict[str,
         "ids": ids,
         "labels": written,
         "version": digest("\n".join(written)),  # tells the page whether image_labels.csv has changed
-        "logits": [logits[id].astype(float).round(2).tolist() if id in logits else None for id in ids] if logits else None,
+        "logits": logits and [logits[id].astype(float).round(2).tolist() if id in logits else None for id in ids],
         "command": command,
     }
 

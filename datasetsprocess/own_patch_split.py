@@ -67,9 +67,11 @@ def patches(scene: Scene, border: str, max_nodata: float) -> Iterator[Patch]:
 def write_blank(dataset: Dataset, constants: Constants) -> None:
     """A csv with a line for each train patch and no class yet; process.py names the lines that were not filled in."""
     file = dataset.folder / "train" / "image_labels_blank.csv"
-    write_image_labels(file, dataset.classes, {id: np.zeros(dataset.num_classes, bool) for id in dataset.ids("train")})
+    nothing = np.zeros(dataset.num_classes, bool)
+    write_image_labels(file, dataset.classes, {id: nothing for id in dataset.ids("train")})
     page = command_line("datasetsprocess/label_page.py", constants)
-    print(f"before that, since the train scenes have no truth: {page}, or fill in {file} and save it as image_labels.csv")
+    print(f"before that, since the train scenes have no truth: {page}")
+    print(f"or fill in {file} and save it as image_labels.csv")
 
 
 def main(constants: Constants) -> None:

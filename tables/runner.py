@@ -153,8 +153,8 @@ class Runner:
     def refined(self, experiment: str, stage: str, rules: Sequence[Refinement]) -> dict[str, list[float]]:
         """mIoU of pseudo_labels or segmentation after each rule: name in `MASKS` -> a value for each rule.
 
-        For the rule mean_cam on the segmentation, step 6 runs again and keeps its probabilities, in an experiment of its
-        own.
+        For the rule mean_cam on the segmentation, step 6 runs again, in an experiment of its own, and keeps its
+        probabilities.
         """
         folder = self.folder(experiment) / stage
         maps, split = folder.with_name("cams"), "train"

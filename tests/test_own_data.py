@@ -196,7 +196,7 @@ def test_a_palette_in_another_order_is_read_by_colour(fields):
     np.testing.assert_array_equal(np.hstack([ids_of(fields, f"a_r000_c00{c}") for c in range(2)]), 2 - numbers)
     truth.putpalette(COLOURS[1].tobytes() + bytes([1, 2, 3, 4, 5, 6]))  # neither the described colours nor in order
     truth.save(fields.raw / "train" / "labels" / "a.png")
-    with pytest.raises(UserError, match="number 0 in the colour of forest, but class 0 of dataset.toml is field"):
+    with pytest.raises(UserError, match=r"number 0 in the colour of forest, but class 0 of dataset\.toml is field"):
         fields.cut(overwrite=True)
 
 
