@@ -89,11 +89,17 @@ def main(constants: Constants) -> None:
     accelerator = make_accelerator(constants.precision, constants.device)
     predict = partial(Segmenter(trainer / "segmenter", trained, dataset, accelerator), scales=constants.scales)
     settings = {"segmenter": trainer.name, "precision": precision_of(accelerator), "window": dataset.patch_size}
+    made_with = {
+        "trained": trained.started,
+        "constants": json.loads(json.dumps(affecting(constants) | settings)),
+        "commit": commit(),
+        "packages": package_versions(),
+    }
     if accelerator.is_main_process:
         print(f"scenes, {start_line(accelerator, precision_of(accelerator), constants.device)}")
     failures = []
     for scene in constants.scene[accelerator.process_index :: accelerator.num_processes]:
-        account = account_of(scene, trained.started, constants, settings)
+        account = Account(**file_state(scene), **made_with)
         try:
             segment(scene, experiment / "scenes", account, predict, dataset, constants)
         except UserError as error:
@@ -122,18 +128,16 @@ def check_scenes(scenes: Sequence[Path]) -> None:
         )
 
 
-def account_of(scene: Path, trained: str, constants: Constants, settings: dict[str, Any]) -> Account:
-    """What a result of `scene` is made from."""
-    affecting = {name: value for name, value in flat(constants).items() if name not in speed_constants(constants)}
-    return Account(
-        image=str(scene.resolve()),
-        bytes=scene.stat().st_size,
-        modified=scene.stat().st_mtime_ns,
-        trained=trained,
-        constants=json.loads(json.dumps(affecting | settings)),
-        commit=commit(),
-        packages=package_versions(),
-    )
+def affecting(constants: Constants) -> dict[str, Any]:
+    """The constants that affect a result."""
+    speed = speed_constants(constants)
+    return {name: value for name, value in flat(constants).items() if name not in speed}
+
+
+def file_state(scene: Path) -> dict[str, Any]:
+    """The fields of `Account` by which a replaced file is recognised."""
+    state = scene.stat()
+    return {"image": str(scene.resolve()), "bytes": state.st_size, "modified": state.st_mtime_ns}
 
 
 def segment(

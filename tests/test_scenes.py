@@ -1,42 +1,25 @@
-"""Prediction of whole scenes: layout of windows, blending, what is written, georeference, files that are no scene."""
+"""segment_scene.py: layout of windows, blending, what is written, what is kept or refused, and areas."""
 
 import json
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
+import rasterio
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import segment_scene
 from tests.conftest import TINY_COLOURS
-from tests.steps import account, experiment, step
+from tests.steps import account, experiment
+from tests.tiffs import UTM, noise, write_tif
 from tools.command import UserError
-from tools.geotiff import GEOREFERENCE, TILE, write_tiff
-from tools.rasters import Raster, covering_starts
+from tools.rasters import Raster, covering_starts, write_label_tiff
 from tools.scene_windows import Windows, blending_weight, label_strips
-
-UTM = [  # half a metre a pixel, UTM zone 32 north, as GDAL writes it
-    (33550, "d", 3, (0.5, 0.5, 0.0), True),
-    (33922, "d", 6, (0.0, 0.0, 0.0, 500000.0, 5400000.0, 0.0), True),
-    (34735, "H", 16, (1, 1, 0, 3, 1024, 0, 1, 1, 1025, 0, 1, 1, 3072, 0, 1, 32632), True),
-]
-
-
-def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype(np.uint8)
-
-
-def save(path, image, **options):
-    if path.suffix == ".tif":
-        tifffile.imwrite(path, image, photometric="rgb" if image.ndim == 3 else "minisblack", **options)
-    else:
-        Image.fromarray(image).save(path)
-    return path
-
 
 # windows and blending ----------------------------------------------------------------------------------------------
 
@@ -90,7 +73,7 @@ def straightforward(image: np.ndarray, size: int, stride: int) -> np.ndarray:
 def test_stitched_equals_full_accumulation(tmp_path_factory, height, width, size, at_once, data):
     stride = data.draw(st.integers(1, size))
     image = noise(height, width)
-    path = save(tmp_path_factory.mktemp("scene") / "a.tif", image, rowsperstrip=5, compression="zlib")
+    path = write_tif(tmp_path_factory.mktemp("scene") / "a.tif", image, blockysize=5)
     with Raster(path) as raster:
         windows = Windows(size, stride, at_once)
         found = np.concatenate(list(label_strips(lambda images: logits_of(images, size), raster, 4, windows)))
@@ -109,7 +92,7 @@ def test_weights_are_positive_and_smooth():
 
 
 def test_a_constant_model_gives_constant_labels(tmp_path):
-    path = save(tmp_path / "a.png", noise(75, 130))
+    path = write_tif(tmp_path / "a.tif", noise(75, 130))
     one_hot = torch.tensor([0.0, 0.0, 1.0])[None, :, None, None]
     with Raster(path) as raster:
         strips = label_strips(lambda images: one_hot.expand(len(images), 3, 32, 32), raster, 3, Windows(32, 20, 4))
@@ -120,8 +103,8 @@ def test_nodata_becomes_255_and_costs_nothing(tmp_path):
     image = noise(64, 96) // 2 + 1
     image[:, :40] = 0
     image[50, 50] = 0
-    image[51, 51, 0] = 0  # one channel alone is no hole
-    path = save(tmp_path / "a.tif", image, extratags=[(42113, "s", 0, "0", True)])
+    image[51, 51, 0] = 0  # one channel alone is no nodata
+    path = write_tif(tmp_path / "a.tif", image, nodata=0)
     seen = []
 
     def predict(images):
@@ -136,16 +119,14 @@ def test_nodata_becomes_255_and_costs_nothing(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_height(tmp_path):
-    """Rows are handed on as they are finished: eight times the height needs hardly more memory."""
+    """Rows are written as they are finished: eight times the height needs hardly more memory."""
     peaks = []
     for height in (512, 4096):
-        path = save(
-            tmp_path / f"{height}.tif", np.zeros((height, 256, 3), np.uint8), compression="zlib", rowsperstrip=64
-        )
+        path = write_tif(tmp_path / f"{height}.tif", np.zeros((height, 256, 3), np.uint8), blockysize=64)
         with Raster(path) as raster:
             strips = label_strips(lambda images: torch.zeros(len(images), 3, 64, 64), raster, 3, Windows(64, 48, 4))
             tracemalloc.start()
-            write_tiff(tmp_path / "out.tif", strips, raster.shape, TINY_COLOURS, [])
+            write_label_tiff(tmp_path / "out.tif", strips, raster.shape, TINY_COLOURS, {})
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0] and peaks[1] < 4096 * 256 * 0.8  # less than the label map alone
@@ -154,171 +135,272 @@ def test_memory_does_not_grow_with_the_height(tmp_path):
 # what is written ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (300, 520), (256, 512)])
-def test_a_written_tiff_reads_back(tmp_path, shape):
-    ids = np.random.default_rng(0).choice([0, 1, 2, 255], shape).astype(np.uint8)
-    write_tiff(tmp_path / "a.tif", [ids[:100], ids[100:101], ids[101:]], shape, TINY_COLOURS, UTM)
-    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
-        page = tiff.pages[0]
-        np.testing.assert_array_equal(page.asarray(), ids)
-        assert page.is_tiled and page.tilewidth == TILE and page.compression != 1
-        assert page.tags[42113].value == "255" and page.colormap[:, 2].tolist() == [0, 65535, 0]
-        assert [tuple(page.tags[code].value) for code, *_ in UTM] == [value for *_, value, _ in UTM]
-    with Image.open(tmp_path / "a.tif") as image:
-        assert image.mode == "P" and image.getpalette()[:9] == TINY_COLOURS.ravel().tolist()
-        np.testing.assert_array_equal(np.array(image), ids)
+@pytest.fixture
+def root(finished, tmp_path):
+    """The data set, its segmenter and its segmentation, which a test may spoil."""
+    root = tmp_path / "root"
+    shutil.copytree(finished / "datasets", root / "datasets")
+    (experiment(root) / "segmenter").mkdir(parents=True)
+    (experiment(root) / "segmenter" / "model.pt").symlink_to(experiment(finished) / "segmenter" / "model.pt")
+    shutil.copy(experiment(finished) / "segmenter" / "run.json", experiment(root) / "segmenter")
+    shutil.copytree(experiment(finished) / "segmentation", experiment(root) / "segmentation")
+    return root
 
 
-def scene_of(root, name="scene.tif", shape=(90, 150), **options):
+def segment(root: Path, *scenes: Path, **constants) -> Path:
+    """Run the script in this process; returns the folder of the results."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the programs run here, so that equal sums are added in equal order
+    fast = {"dataset": "tiny", "root": root, "scales": (1.0,), "images_at_once": 2, "precision": "fp32"}
+    try:
+        segment_scene.main(segment_scene.Constants(scene=scenes, **(fast | constants)))
+    finally:
+        torch.set_num_threads(threads)
+    return experiment(root, constants.get("experiment", "prc")) / "scenes"
+
+
+def scene_of(folder: Path, name: str = "scene.tif", shape: tuple[int, int] = (90, 150), **profile) -> Path:
+    """Noise with a corner of zeros."""
+    folder.mkdir(exist_ok=True)
     image = noise(*shape)
     image[:20, :30] = 0
     if name.endswith(".tif"):
-        options = {"extratags": [*UTM, (42113, "s", 0, "0", True)], "compression": "zlib", "tile": (64, 64)} | options
-    return save(root / name, image, **options)
+        tiles = {"tiled": True, "blockxsize": 64, "blockysize": 64}
+        return write_tif(folder / name, image, nodata=0, **(UTM | tiles | profile))
+    Image.fromarray(image).save(folder / name)
+    return folder / name
 
 
-FAST = {"scales": (1.0,), "images_at_once": 2}
+def ids_of(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        assert image.mode == "P"
+        return np.array(image)
 
 
-def test_a_geotiff_keeps_its_place(copy):
-    path = scene_of(copy)
-    step("inference_segmentation", copy, scene=(path,), **FAST)
-    folder = experiment(copy) / "scenes"
-    with Raster(folder / "scene.tif", ("palette",)) as raster:
-        assert raster.shape == (90, 150) and raster.nodata == 255
-        assert [(code, value) for code, _, _, value, _ in raster.tags(GEOREFERENCE)] == [
-            (code, value) for code, _, _, value, _ in UTM
-        ]
-        ids = raster.read(0, 0, 90, 150)[..., 0]
-    assert (ids[:20, :30] == 255).all() and (ids[:, 30:] < 3).all() and (ids[20:] < 3).all()
-    assert account(folder)["finished"] and account(folder)["files"] == 1
+def state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_a_geotiff_keeps_its_place(root, capsys):
+    folder = segment(root, scene_of(root))
+    with rasterio.open(folder / "scene.tif") as file:
+        assert (file.crs, file.transform, file.nodata) == (UTM["crs"], UTM["transform"], 255)
+        ids = file.read(1)
+    assert ids.shape == (90, 150) and (ids[:20, :30] == 255).all() and (ids[:, 30:] < 3).all() and (ids[20:] < 3).all()
+    made = json.loads((folder / "made_from" / "scene.json").read_text())
+    assert list(made["pixels"].values()) == [(ids == k).sum() for k in range(3)] and made["square_metres"] == 0.25
+    assert made["constants"]["overlap"] == 0.25 and made["constants"]["precision"] == "fp32"
     with Image.open(folder / "overview" / "scene.png") as overview:
         assert overview.width > 3 * 150 and overview.height > 90
+    printed = capsys.readouterr().out
+    for k, name in enumerate(("ground", "roof", "tree")):
+        pixels = int((ids == k).sum())
+        assert f"{name} {pixels / (90 * 150 - 20 * 30):.1%}, {pixels / 4:,.0f} m²" in printed
+    assert f"made: {folder / 'scene.tif'}, " in printed and f"look at: {folder / 'overview' / 'scene.png'}" in printed
 
 
-@pytest.mark.parametrize("crs", [32632, 4326, 2056])
-def test_gdal_finds_both_in_the_same_place(tmp_path, crs):
-    """Written by the library that GIS programs use, and the label map read by it; the axes are turned a bit."""
-    rasterio = pytest.importorskip("rasterio", reason="rasterio, which reads and writes by GDAL, is not installed")
-    place = rasterio.Affine(0.5, 0.1, 5e5, 0.1, -0.5, 5.4e6)
-    profile = {"driver": "GTiff", "width": 40, "height": 30, "count": 3, "dtype": "uint8", "tiled": True, "nodata": 0}
-    with rasterio.open(tmp_path / "in.tif", "w", crs=f"EPSG:{crs}", transform=place, compress="lzw", **profile) as file:
-        file.write(noise(30, 40).transpose(2, 0, 1))
-    ids = np.random.default_rng(0).choice([0, 1, 2, 255], (30, 40)).astype(np.uint8)
-    with Raster(tmp_path / "in.tif", ("rgb", "holes")) as raster:
-        assert raster.nodata == 0
-        write_tiff(tmp_path / "out.tif", [ids], (30, 40), TINY_COLOURS, raster.tags(GEOREFERENCE))
-    with rasterio.open(tmp_path / "out.tif") as file:
-        assert file.crs.to_epsg() == crs and file.transform.almost_equals(place) and file.nodata == 255
-        assert file.colormap(1)[1] == (0, 0, 255, 255) and file.profile["tiled"] and file.compression.name == "deflate"
-        np.testing.assert_array_equal(file.read(1), ids)
-
-
-def test_a_png_keeps_its_world_file_and_may_be_small(copy):
-    path = scene_of(copy, "small.png", (40, 50))
+def test_a_png_keeps_its_world_file_and_may_be_small(root, capsys):
+    path = scene_of(root, "small.png", (40, 50))
     path.with_suffix(".pgw").write_text("0.5\n0\n0\n-0.5\n500000\n5400000\n")
-    step("inference_segmentation", copy, scene=(path,), nodata=0, **FAST)
-    folder = experiment(copy) / "scenes"
+    folder = segment(root, path, nodata=0)
     assert (folder / "small.pgw").read_text() == path.with_suffix(".pgw").read_text()
-    with Image.open(folder / "small.png") as image:
-        ids = np.array(image)
-        assert image.mode == "P" and image.getpalette()[:9] == TINY_COLOURS.ravel().tolist()
+    ids = ids_of(folder / "small.png")
     assert ids.shape == (40, 50) and (ids[:20, :30] == 255).all() and (ids[20:] < 3).all()
+    with Image.open(folder / "small.png") as image:
+        assert image.getpalette()[:9] == TINY_COLOURS.ravel().tolist()
+    printed = capsys.readouterr().out
+    assert "ground " in printed and "m²" not in printed  # a world file does not say in what unit it counts
 
 
-def test_a_scene_of_one_window_is_segmented_like_a_patch(copy):
-    patch = copy / "datasets" / "tiny" / "test" / "images" / "test_1.png"
-    step("inference_segmentation", copy, scene=(patch,), images_at_once=1)
-    found, expected = (
-        np.array(Image.open(experiment(copy) / folder / "test_1.png")) for folder in ("scenes", "segmentation")
-    )
+def test_a_jpg_gives_a_png_and_a_jp2_a_tif(root):
+    for name in ("a.jpg", "b.jp2"):
+        Image.fromarray(noise(70, 80)).save(root / name)
+    folder = segment(root, root / "a.jpg", root / "b.jp2")
+    assert ids_of(folder / "a.png").shape == ids_of(folder / "b.tif").shape == (70, 80)
+
+
+def test_a_scene_of_one_window_is_segmented_like_a_patch(root):
+    patch = root / "datasets" / "tiny" / "test" / "images" / "test_1.png"
+    folder = segment(root, patch, images_at_once=1, scales=(0.5, 1.0, 1.5, 2.0))
+    found, expected = ids_of(folder / "test_1.png"), ids_of(experiment(root) / "segmentation" / "test_1.png")
     assert (found == expected).mean() > 0.999  # the batches differ in size, and so may sums in their last bits
 
 
-def test_scenes_continue_and_never_mix(copy, capsys):
-    first, second = scene_of(copy, "a.tif"), scene_of(copy, "b.tif")
-    folder = experiment(copy) / "scenes"
-    segmented = account(experiment(copy) / "segmentation")
-    step("inference_segmentation", copy, scene=(first,), **FAST)
-    written = (folder / "a.tif").stat().st_mtime_ns
+def test_the_areas_of_the_classes():
+    pixels = {"road": 1, "roof": 2, "tree": 5}
+    assert segment_scene.areas(pixels, None) == ["road 12.5%", "roof 25.0%", "tree 62.5%"]
+    assert segment_scene.areas(pixels, 1000.0)[2] == "tree 62.5%, 5,000 m²"
+    assert segment_scene.areas({"road": 0}, None) == ["road 0.0%"]  # a scene of nodata
+
+
+# what is kept, replaced or refused ---------------------------------------------------------------------------------
+
+
+def test_results_of_other_scenes_are_never_touched(root, capsys):
+    first, second, third = (scene_of(root, f"{name}.tif") for name in "abc")
+    folder = segment(root, first)
+    before = state(folder)
     capsys.readouterr()
-    step("inference_segmentation", copy, scene=(first, second), **FAST)
-    assert "a.tif is there already" in capsys.readouterr().out
-    assert (folder / "a.tif").stat().st_mtime_ns == written and account(folder)["files"] == 2
-    with pytest.raises(UserError, match=r"scenes was made with other settings .overlap: 0.25 there, 0.5 now"):
-        step("inference_segmentation", copy, scene=(first,), overlap=0.5, **FAST)
-    (copy / "other").mkdir()
-    with pytest.raises(UserError, match=r"a\.tif was made from another file than .*other.a\.tif"):
-        step("inference_segmentation", copy, scene=(scene_of(copy / "other", "a.tif"),), **FAST)
-    step("inference_segmentation", copy, scene=(first,), overlap=0.5, overwrite=True, **FAST)
-    assert not (folder / "b.tif").exists() and account(folder)["constants"]["overlap"] == 0.5
-    assert account(experiment(copy) / "segmentation") == segmented  # the patches are another step's
+    segment(root, first, second)
+    assert f"exists already: {folder / 'a.tif'}" in capsys.readouterr().out
+    assert before.items() <= state(folder).items() and (folder / "b.tif").exists()
+    before = state(folder)
+    sentence = r"1 of 2 scenes could not .*a\.tif was made otherwise \(overlap: 0.25 there, 0.5 now\): .*--overwrite"
+    with pytest.raises(UserError, match=sentence.replace(" .*", "(?s: .*)", 1)):
+        segment(root, first, third, overlap=0.5)  # the first is refused alone
+    assert before.items() <= state(folder).items() and (folder / "c.tif").exists()
+    before = state(folder)
+    segment(root, first, overlap=0.5, overwrite=True)
+    after = state(folder)
+    assert {name for name in before if before[name] != after[name]} == {
+        "a.tif",
+        "made_from/a.json",
+        "overview/a.png",
+    } and before.keys() == after.keys()
+    assert account(experiment(root) / "segmentation")["finished"]  # the patches are another step's
 
 
-def rgba(alpha):
+def test_a_result_of_another_file_or_training_is_refused(root):
+    path = scene_of(root, "a.tif")
+    segment(root, path)
+    for change, sentence in (
+        ({"path": scene_of(root / "other", "a.tif")}, r"made from .*root.a\.tif\)"),
+        ({"scales": (1.5,)}, r"scales: \[1.0\] there, \[1.5\] now"),
+        ({"nodata": 3}, "nodata: -1 there, 3 now"),
+    ):
+        constants = dict(change)
+        with pytest.raises(UserError, match=sentence):
+            segment(root, constants.pop("path", path), **constants)
+    scene_of(root, "a.tif", (91, 150))
+    with pytest.raises(UserError, match=r"made from .*root.a\.tif before it was changed"):
+        segment(root, path)
+    segment(root, path, overwrite=True)
+    run = experiment(root) / "segmenter" / "run.json"
+    run.write_text(json.dumps(json.loads(run.read_text()) | {"started": "another day"}))
+    with pytest.raises(UserError, match="made by another run of the segmenter"):
+        segment(root, path)
+
+
+def test_an_interrupted_scene_is_segmented_again(root, monkeypatch):
+    path = scene_of(root, "a.tif")
+    folder = segment(root, path)
+    good = ids_of(folder / "a.tif")
+    monkeypatch.setattr(segment_scene, "contact_sheet", lambda *arguments: 1 / 0)  # after the label map is written
+    with pytest.raises(ZeroDivisionError):
+        segment(root, path, overlap=0.5, overwrite=True)
+    monkeypatch.undo()
+    (folder / ".a.99.tmp.tif").write_bytes(b"half")
+    (folder / ".b.99.tmp.tif").write_bytes(b"another run's")
+    segment(root, path)  # the new label map must not pass for one of these constants
+    np.testing.assert_array_equal(ids_of(folder / "a.tif"), good)
+    assert not (folder / ".a.99.tmp.tif").exists() and (folder / ".b.99.tmp.tif").exists()
+
+
+def test_a_damaged_account_is_refused_alone(root):
+    first, second = scene_of(root, "a.tif"), scene_of(root, "b.tif")
+    folder = segment(root, first)
+    for content in (b"", b"{}", b"[[[[", b"\xff", b'{"image": 3, "bytes": "many"}'):
+        (folder / "made_from" / "a.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"made_from.a\.json is damaged .*--overwrite"):
+            segment(root, first, second)
+        assert (folder / "b.tif").exists()
+    segment(root, first, overwrite=True)
+
+
+def test_a_scene_that_is_replaced_by_another_format_leaves_one_result(root):
+    folder = segment(root, scene_of(root, "a.png"))
+    with pytest.raises(UserError, match=r"a\.tif was made otherwise \(made from .*a\.png\)"):
+        segment(root, scene_of(root, "a.tif"))
+    assert (folder / "a.png").exists()
+    segment(root, root / "a.tif", overwrite=True)
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == ["a.tif"]
+
+
+def test_the_segmenter_of_another_experiment(root):
+    path = scene_of(root, "a.tif")
+    own = segment(root, path)
+    folder = segment(root, path, experiment="other", segmenter="prc")
+    np.testing.assert_array_equal(ids_of(folder / "a.tif"), ids_of(own / "a.tif"))
+    assert not (folder.parent / "segmenter").exists()
+    segment(root, path, segmenter="prc")  # the same segmenter, named
+    with pytest.raises(UserError, match=r"none.segmenter is missing: run step 5, .* --experiment none"):
+        segment(root, path, segmenter="none")
+
+
+# files that are no scene -------------------------------------------------------------------------------------------
+
+
+ALPHA = {"photometric": "rgb", "alpha": "yes"}
+
+
+def rgba(alpha) -> np.ndarray:
     return np.dstack([noise(70, 80), np.broadcast_to(np.asarray(alpha, np.uint8), (70, 80))])
 
 
 @pytest.mark.parametrize(
     ("name", "image", "sentence"),
     [
-        (
-            "a.tif",
-            noise(70, 80).astype(np.uint16),
-            "a.tif has 3 channels of 16 bits, but three of 8 bits .*gdal_translate",
-        ),
-        ("a.tif", noise(70, 80)[..., 0], "a.tif has 1 channel of 8 bits"),
-        ("a.png", noise(70, 80)[..., 0], "a.png has 1 channel of 8 bits"),
-        ("a.tif", rgba(noise(70, 80)[..., 0]), "a.tif has a fourth channel that is no alpha of 0 and 255"),
-        ("a.jpg", None, "the scene .*a.jpg is missing"),
-        ("a.jp2", b"", "a.jp2 is none of .tif, .*gdal_translate"),
+        ("a.tif", noise(70, 80).astype(np.uint16), "a.tif has 3 channels of 16 bits, but three of 8 .*gdal_translate"),
+        ("a.tif", noise(70, 80)[..., 0], "a.tif has 1 channel of 8 bits.*--grey repeat"),
+        ("a.tif", rgba(noise(70, 80)[..., 0]), "a.tif has a channel that is no alpha of 0 and 255"),
+        ("a.jpg", None, "a.jpg is missing"),
+        ("a.img", b"", "the scene .*a.img is not one of .tif, .*gdal_translate"),
         ("a.tif", b"text", "a.tif cannot be read as an image"),
+        (f"{'a' * 201}.tif", b"text", "the name of the scene 'aaa.* has more than 200 bytes"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["16 bits", "grey", "alpha", "missing", "format", "text", "long name"],
 )
-def test_other_files_are_refused_by_name(copy, name, image, sentence):
-    path = copy / name
+def test_other_files_are_refused_by_name(root, name, image, sentence):
+    path = root / name
     if isinstance(image, bytes):
         path.write_bytes(image)
     elif image is not None:
-        save(path, image, **({"extrasamples": ["unassalpha"]} if image.shape[2:] == (4,) else {}))
+        write_tif(path, image, **(ALPHA if image.shape[2:] == (4,) else {}))
     with pytest.raises(UserError, match=sentence):
-        step("inference_segmentation", copy, scene=(path,), **FAST)
-    assert not list((experiment(copy) / "scenes").glob("*.tif"))
+        segment(root, path)
+    assert not list((experiment(root) / "scenes").glob("*.tif"))
 
 
-def test_alpha_and_grey_where_they_can_be_read(copy):
-    alpha = np.full((70, 80), 255)
-    for name, image, more in (
-        ("opaque", rgba(alpha), {}),
-        ("holes", rgba(np.where(np.arange(80) < 9, 0, alpha)), {}),
-        ("grey", noise(70, 80)[..., 0], {"grey": "repeat", "experiment": "grey"}),
+def test_alpha_and_grey_where_they_can_be_read(root):
+    for name, image, profile, constants in (
+        ("opaque", rgba(255), ALPHA, {}),
+        ("holes", rgba(np.where(np.arange(80) < 9, 0, 255)), ALPHA, {}),
+        ("grey", noise(70, 80)[..., 0], {}, {"grey": "repeat"}),
     ):
-        if more:
-            shutil.copytree(experiment(copy), experiment(copy, "grey"))
-            shutil.rmtree(experiment(copy, "grey") / "scenes")
-        path = save(copy / f"{name}.tif", image, **({"extrasamples": ["unassalpha"]} if image.ndim == 3 else {}))
-        step("inference_segmentation", copy, scene=(path,), **FAST, **more)
-        ids = tifffile.imread(experiment(copy, more.get("experiment", "prc")) / "scenes" / f"{name}.tif")
+        ids = ids_of(segment(root, write_tif(root / f"{name}.tif", image, **profile), **constants) / f"{name}.tif")
         assert ((ids == 255).sum() == 70 * 9) if name == "holes" else (ids < 3).all()
 
 
-def test_other_slips(copy):
-    path = scene_of(copy)
-    (copy / "more").mkdir()
+def test_other_slips(root):
+    path = scene_of(root)
     for change, sentence in (
-        ({"scene": (copy,)}, "is a folder: name its files"),
-        ({"scene": (path, scene_of(copy / "more"))}, "two scenes are called scene"),
+        ({"scene": (root,)}, "is a folder: name its files"),
+        ({"scene": (path, scene_of(root / "more"))}, "two scenes are called scene"),
+        ({"scene": ()}, "scene is .*at least 1"),
         ({"overlap": 0.9}, "overlap is 0.9"),
         ({"nodata": 256}, "nodata is 256"),
         ({"experiment": "nothing"}, "segmenter is missing: run step 5"),
+        ({"segmenter": "../prc"}, r'experiment is "\.\./prc"'),
     ):
+        constants = {"scene": (path,)} | change
         with pytest.raises(UserError, match=sentence):
-            step("inference_segmentation", copy, **({"scene": (path,)} | change))
-    run = experiment(copy) / "segmenter" / "run.json"
+            segment(root, *constants.pop("scene"), **constants)
+    run = experiment(root) / "segmenter" / "run.json"
     content = json.loads(run.read_text())
     content["constants"]["dataset"] = "isaid"
     run.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="segmenter was trained on isaid: name that one"):
-        step("inference_segmentation", copy, scene=(path,))
-    assert not (experiment(copy) / "scenes").exists()
+    with pytest.raises(UserError, match="segmenter was trained on the data set isaid: use --dataset isaid"):
+        segment(root, path)
+    assert not (experiment(root) / "scenes").exists()
+
+
+def test_as_a_program(root, run_script):
+    """Nothing but our own lines on the terminal, for a scene without a georeference and a broken one."""
+    good, broken = write_tif(root / "good.tif", noise(70, 80)), root / "broken.tif"
+    broken.write_bytes(good.read_bytes()[:-900])
+    command = ("segment_scene.py", "--dataset", "tiny", "--root", root, "--scales", 1, "--scene")
+    result = run_script(*command, good, broken, fails=True)
+    assert result.stderr.startswith("error: 1 of 2 scenes could not be segmented") and result.stderr.count("\n") == 2
+    assert "broken.tif cannot be read as an image" in result.stderr
+    assert (experiment(root) / "scenes" / "good.tif").exists()
