@@ -1,7 +1,7 @@
 """Step 7: refine the segmentation with SAM's masks by IOS (method section 7).
 
 Reads  segmentation/ and datasets/<dataset>/<split>/sam_masks; under the released protocol also the image-level labels
-       of the split, which come from its truth; for rule mean_cam also the probabilities that step 6 kept
+       of the split, which come from its truth; for rule mean_cam also the probabilities of step 6
 Writes experiments/<dataset>/<experiment>/refined_segmentation/<id>.png
 
     python generate_refined_seg.py --dataset vaihingen
@@ -13,7 +13,6 @@ from PRC_SAM.refine import Refinement, Rule, refine_folder
 from report.page import renew
 from tools.command import check, run
 from tools.constants import Machine, Share, constants
-from tools.devices import process_state
 from tools.step import Step
 from tools.steps import STEPS
 
@@ -33,13 +32,13 @@ def main(constants: Constants) -> None:
     released = constants.protocol == "released"
     step = Step("refined_segmentation", constants, image_labels=released)
     check(
-        constants.rule != "mean_cam" or step.inputs["segmentation"].constants.get("keep_probabilities", False),
+        constants.rule != "mean_cam" or any(step.sources["segmentation"].glob("*.npz")),
         "rule mean_cam needs the segmenter's probabilities: run "
-        f"{STEPS['segmentation'].hint(constants, split=step.split)} --keep-probabilities --overwrite",
+        f"{STEPS['segmentation'].hint(constants, split=step.split)} --keep-probabilities",
     )
     tau = step.method_value("tau", "tau_segmentation")
     refinement = Refinement(constants.rule, tau, step.dataset.background)
-    with step.output(".png", state=process_state(constants.device)):
+    with step.output(".png"):
         refine_folder(step, "segmentation", refinement, step.labels if released else None, maps="segmentation")
         step.draw_labels({"segmentation": step.sources["segmentation"], "refined": step.path})
 

@@ -9,8 +9,8 @@ Writes experiments/<dataset>/<experiment>/segmentation/<id>.png: class ids; with
 segment_scene.py segments whole large images.
 """
 
-from pathlib import Path
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -32,13 +32,14 @@ class Constants(Machine):
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "test"  # test | train (to measure only; goes to segmentation_train)
     scales: Scales = (0.5, 1.0, 1.5, 2.0)  # each with its mirror image
+    segmenter: str = ""  # the experiment whose segmenter is used; empty: this one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as in step 5
     images_at_once: Speed[PositiveCount] = 8  # patches of one batch; lower it when the GPU's memory is short
-    keep_probabilities: bool = False  # also write <id>.npz, the class probabilities that rule mean_cam of step 7 reads
+    keep_probabilities: Speed[bool] = False  # also write <id>.npz: class probabilities, for rule mean_cam of step 7
 
 
 def save_patch(folder: Path, id: str, label: np.ndarray, maps: np.ndarray | None, colours: np.ndarray) -> None:
-    """Write the label map (H,W) of a patch last: its presence marks the patch as done. `maps` (K,h,w) or None."""
+    """Write the label map (H,W) of a patch and, where they are given, its class probabilities (K,h,w)."""
     if maps is not None:
         save_cams(folder / f"{id}.npz", np.arange(len(maps)), [maps], label.shape)
     save_label(folder / f"{id}.png", np.ascontiguousarray(label), colours)
@@ -50,7 +51,9 @@ def main(constants: Constants) -> None:
     accelerator = make_accelerator(constants.precision, constants.device)
     segmenter = Segmenter(step.sources["segmenter"], step.inputs["segmenter"], dataset, accelerator)
     with step.output(".png", state=accelerator, settings={"precision": precision_of(accelerator)}):
-        pending = step.pending(step.ids, ".png")
+        suffixes = (".png", ".npz") if constants.keep_probabilities else (".png",)
+        missing = {id for suffix in suffixes for id in step.pending(step.ids, suffix)}
+        pending = [id for id in step.ids if id in missing]
         with step.progress(len(pending), "segmentation") as bar, in_background() as submit:
             for ids, images in image_batches(
                 dataset.images(step.split), pending, constants.images_at_once, constants.workers, step.fail

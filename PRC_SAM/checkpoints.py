@@ -21,7 +21,7 @@ OFFICIAL = {  # model -> file, SHA-256
     "vit_l": ("sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
     "vit_b": ("sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
 }
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "vit_h": {"embed_dim": 1280, "depth": 32, "num_heads": 16, "global_attention": [7, 15, 23, 31]},
     "vit_l": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "global_attention": [5, 11, 17, 23]},
     "vit_b": {"embed_dim": 768, "depth": 12, "num_heads": 12, "global_attention": [2, 5, 8, 11]},

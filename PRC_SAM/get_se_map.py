@@ -61,7 +61,8 @@ def main(constants: Constants) -> None:
     begin = time.monotonic()
     dataset = load_dataset(constants.dataset, constants.root)
     splits = SPLITS if constants.split == "both" else (constants.split,)
-    ids = {split: dataset.ids(split) for split in splits}
+    for split in splits:
+        dataset.ids(split)  # a split without images ends the run before the model is loaded
     state = process_state(constants.device)
     generate, settings = load_generator(constants, state) if constants.generator == "sam" else (None, {})
     if state.is_main_process:
@@ -78,7 +79,7 @@ def main(constants: Constants) -> None:
                 settings=settings | {"split": split},
                 facts={"hardware": device_facts(state.device)},
             ) as step:
-                make_masks(step, dataset, split, ids[split], generate)
+                make_masks(step, constants, dataset, split, generate)
         except UserError as error:  # the other split is made all the same
             failures.append(str(error))
     check(not failures, "\n".join(failures))
@@ -102,17 +103,18 @@ def load_generator(constants: Constants, state: Any) -> tuple[Callable, dict[str
     return MaskGenerator(sam, constants.sam, precision, constants.images_at_once), {"precision": precision}
 
 
-def make_masks(step: StepFolder, dataset: Dataset, split: str, ids: list[str], generate: Callable | None) -> None:
+def make_masks(step: StepFolder, constants: Constants, dataset: Dataset, split: str, generate: Callable | None) -> None:
     """Masks of all patches of a split that have none yet, and the contact sheet."""
-    images, pending = dataset.images(split), step.pending(ids, ".npz")
+    images, ids = dataset.images(split), dataset.ids(split)
+    pending = step.pending(ids, ".npz")
     if generate:
-        sam_masks(step, images, pending, generate, f"{split}: SAM masks")
+        sam_masks(step, constants, images, pending, generate)
     else:
-        work = partial(felzenszwalb_regions, images=images, folder=step.path, constants=step.constants)
-        step.each(work, pending, f"{split}: regions")
+        work = partial(felzenszwalb_regions, images=images, folder=step.path, constants=constants)
+        step.each(work, pending, f"{split} regions")
     step.join()
     if step.is_main:
-        draw_sheet(step.path, images, sample_ids(ids, step.constants.samples))
+        draw_sheet(step.path, images, sample_ids(ids, constants.samples))
 
 
 def felzenszwalb_regions(id: str, images: Path, folder: Path, constants: Constants) -> None:
@@ -127,8 +129,8 @@ def felzenszwalb_regions(id: str, images: Path, folder: Path, constants: Constan
     write(folder, id, masks, image, constants.coloured_maps)
 
 
-def sam_masks(step: StepFolder, images: Path, ids: list[str], generate: Any, title: str) -> None:
-    """Masks of all ids by SAM, while threads read the next images and write the last masks."""
+def sam_masks(step: StepFolder, constants: Constants, images: Path, ids: list[str], generate: Any) -> None:
+    """Masks of some patches by SAM, while threads read the next images and write the last masks."""
     from tools.cams import in_background
 
     def read(id: str) -> tuple[np.ndarray, Any] | UserError:
@@ -140,13 +142,13 @@ def sam_masks(step: StepFolder, images: Path, ids: list[str], generate: Any, tit
 
     def write_or_fail(id: str, masks: Masks, image: np.ndarray) -> None:
         try:
-            write(step.path, id, masks, image, step.constants.coloured_maps)
+            write(step.path, id, masks, image, constants.coloured_maps)
         except UserError as error:
             step.fail(error)
 
-    batch, threads = step.constants.images_at_once, max(step.constants.workers, 1)
+    batch, threads = constants.images_at_once, max(constants.workers, 1)
     with (
-        step.progress(len(ids), title) as bar,
+        step.progress(len(ids), f"{images.parent.name} SAM masks") as bar,
         ThreadPoolExecutor(threads) as readers,
         in_background(threads) as submit,
     ):

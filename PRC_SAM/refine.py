@@ -54,6 +54,7 @@ class Refinement:
         of 255 belong to no class, but a mask that takes a class covers them too.
         Raises `UserError` for tau outside 0 to 1 and for masks of another size than the label map.
         """
+        maps = maps or {}
         if self.rule == "ios":
             return intersection_optimisation(label, masks, classes, self.tau)
         if self.rule == "sepl":
@@ -115,6 +116,7 @@ def refine_patch(
 ) -> None:
     """Refine one patch, (id, class ids or None), from files to a file; `maker` is the command that makes the masks.
 
+    `maps` holds CAMs, or is `source` itself and holds probabilities, which are not divided by their maximum.
     Raises `UserError` that names the file when a file is missing, damaged or of another size.
     """
     id, classes = item
@@ -124,20 +126,11 @@ def refine_patch(
         classes = np.setdiff1d(label, [IGNORE])
     class_maps = None
     if maps:
-        class_maps = load_maps(maps / f"{id}.npz", dataset.num_classes, label.shape, relative=maps != source)
-    refined = refinement(label, found, classes, class_maps)
-    save_label(output / f"{id}.png", refined, dataset.colours)
+        from tools.cams import load_cams  # imports torch, which takes seconds and no other rule needs
 
-
-def load_maps(path: Path, num_classes: int, size: tuple[int, int], relative: bool) -> dict[int, np.ndarray]:
-    """Class id -> map (H,W) float32 of one patch: CAMs, each divided by its maximum (`relative`), or probabilities.
-
-    Raises `UserError` when the file is missing, damaged or of another size than (H, W).
-    """
-    from tools.cams import load_cams  # imports torch, which takes seconds and no other rule needs
-
-    ids, maps = load_cams(path, num_classes, size, relative)
-    return dict(zip(ids.tolist(), maps, strict=True))
+        values = load_cams(maps / f"{id}.npz", dataset.num_classes, label.shape, relative=maps != source)
+        class_maps = dict(zip(*values, strict=True))
+    save_label(output / f"{id}.png", refinement(label, found, classes, class_maps), dataset.colours)
 
 
 def _sums_of_words(words: Words, maps: list[np.ndarray]) -> np.ndarray:

@@ -28,7 +28,7 @@ def felzenszwalb_masks(image: np.ndarray, scales: tuple[float, ...] = (100, 400,
     first = np.cumsum([0, *(regions.max() + 1 for regions in maps)])  # regions are numbered across all scales
     areas = np.concatenate([np.bincount(regions.ravel()) for regions in maps])
     maps = [regions + start for regions, start in zip(maps, first[:-1], strict=True)]
-    scores = sum(_outline_contrast(image, regions, first[-1]) for regions in maps)
+    scores = np.sum([_outline_contrast(image, regions, first[-1]) for regions in maps], axis=0)
     stability = np.zeros(first[-1])
     keep = areas < image.shape[0] * image.shape[1]
     for fine, coarse in combinations(range(len(maps)), 2):

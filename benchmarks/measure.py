@@ -25,6 +25,8 @@ def measured(work: Callable, repeats: int = 1, device: str | torch.device = "cpu
     before, seconds = memory_mb("VmRSS"), []
     clock = time.perf_counter if on_gpu else time.process_time
     for _ in range(repeats):
+        if on_gpu:
+            torch.cuda.synchronize()
         start = clock()
         result = work()
         if on_gpu:

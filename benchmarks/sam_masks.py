@@ -12,6 +12,7 @@ official size instead, with the filters opened by pred_iou_thresh = 0 and stabil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from tools.command import run
 from tools.devices import set_precision
 from tools.labels import load_image
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "embed_dim": 96,
     "depth": 3,
     "num_heads": 4,
@@ -103,16 +104,16 @@ def agreement(theirs: list, ours: list) -> None:
             shared = a @ b.T
             iou = shared / np.maximum(a.sum(1)[:, None] + b.sum(1) - shared, 1)
             best.append(iou.max(1, initial=0))
-    best = np.concatenate([*best, np.zeros(0)])
+    ious = np.concatenate([*best, np.zeros(0)])
     print(
         f"masks: stock {sum(map(len, theirs))}, ours {sum(map(len, ours[: len(theirs)]))}; "
         f"equal counts in {equal} of {len(theirs)} images"
-        + ("" if len(best) else "; no masks, so this says nothing of their agreement: train longer, --steps 900")
+        + ("" if len(ious) else "; no masks, so this says nothing of their agreement: train longer, --steps 900")
     )
-    if len(best):
+    if len(ious):
         print(
-            f"of stock's masks, IoU >= 0.999 with one of ours: {(best >= 0.999).mean():.2%}, >= 0.95: "
-            f"{(best >= 0.95).mean():.2%}, lowest {best.min():.4f}"
+            f"of stock's masks, IoU >= 0.999 with one of ours: {(ious >= 0.999).mean():.2%}, >= 0.95: "
+            f"{(ious >= 0.95).mean():.2%}, lowest {ious.min():.4f}"
         )
 
 

@@ -11,6 +11,7 @@ Command: OMP_NUM_THREADS=1 python benchmarks/training.py, or with --images FOLDE
 import multiprocessing
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,9 @@ from models.backbone import Backbone
 from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
 from tools.augment import TrainingPatches
-from tools.devices import make_accelerator
+from tools.devices import make_accelerator, precision_of, start_line
 from tools.labels import save_label
+from tools.memory import MicroBatches
 from tools.training import ComputeLoss, Recipe, parameter_groups
 
 
@@ -42,6 +44,8 @@ class Constants:
     batch_sizes: tuple[int, int] = (8, 16)  # of classification and segmentation, as in the paper
     steps: int = 2  # timed, after one untimed step
     compile: bool = False  # ours with torch.compile
+    precision: str = "auto"  # of ours
+    micro_batch: int = 0  # of ours: patches computed at once; 0: the whole batch
     load_sizes: tuple[int, ...] = (128, 256, 512)  # sides in pixels
     load_patches: int = 24  # of each size; read twice, the faster time is reported
     images: Path | None = None  # a folder of RGB images to cut patches from; None: blobs with texture
@@ -75,7 +79,7 @@ def model_of(training: str, constants: Constants) -> tuple[nn.Module, nn.Module,
 def time_steps(training: str, ours: bool, size: int, constants: Constants) -> tuple[float, list[float]]:
     """Seconds a step, the loss of each step."""
     raw, backbone, compute_loss, recipe = model_of(training, constants)
-    accelerator = make_accelerator("auto" if ours else "fp32")
+    accelerator = make_accelerator(constants.precision if ours else "fp32")
     device, losses = accelerator.device, []
     layout = torch.channels_last if ours else torch.contiguous_format
     raw = raw.to(device, memory_format=layout).train()  # type: ignore[call-overload]
@@ -87,14 +91,13 @@ def time_steps(training: str, ours: bool, size: int, constants: Constants) -> tu
         raw, torch.optim.SGD(groups, 1e-3, recipe.momentum, nesterov=True, fused=ours or None)
     )
     images, targets = batch_of(training, size, constants)
+    count: Callable = train_segmentation.labelled_pixels if training == "segmentation" else len
+    micro_batches = MicroBatches(accelerator, compute_loss, constants.micro_batch if ours else 0, count)
 
     def step() -> float | None:
-        optimiser.zero_grad()
-        with accelerator.autocast():
-            found = compute_loss(model, images.to(device, memory_format=layout), targets.to(device))
-        accelerator.backward(found["loss"])
+        found = micro_batches(model, optimiser, images.to(device, memory_format=layout), targets.to(device))
         optimiser.step()
-        losses.append(found["loss"].detach())
+        losses.append(found["loss"])
         return None if ours else sum(value.item() for value in found.values())
 
     step()
@@ -136,9 +139,8 @@ def load(size: int, constants: Constants, folder: Path) -> dict[str, float]:
 def main(constants: Constants) -> None:
     on_gpu = torch.cuda.is_available()
     sizes = constants.sizes or ((128, 256, 512) if on_gpu else (128,))
-    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    precision = make_accelerator().mixed_precision
-    print(f"{device}; {constants.backbone}; ours in {'fp32' if precision == 'no' else precision}")
+    accelerator = make_accelerator(constants.precision)
+    print(f"{start_line(accelerator, precision_of(accelerator))} of ours; {constants.backbone}")
     rates = {}
     # a new process for each figure, so that the memory of one way does not count for the other
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

@@ -43,11 +43,11 @@ def digest(content: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
 
 
-def page_data(dataset: Dataset, labels: dict[str, np.ndarray], logits: dict[str, np.ndarray], next: str) -> dict:
+def page_data(dataset: Dataset, labels: dict[str, np.ndarray], logits: dict[str, np.ndarray], command: str) -> dict:
     """What the page holds: the patches in the order of image_labels.csv, and what is known of each.
 
     labels: id -> (K,) bool, of some patches; logits: id -> (K,) float, of some patches, empty without a review;
-    next: the command that reads the exported labels.
+    command: the one that checks the exported labels.
     """
     ids = dataset.ids("train")
     written = ["".join(map(str, labels[id].astype(int))) if id in labels else "" for id in ids]
@@ -60,8 +60,8 @@ def page_data(dataset: Dataset, labels: dict[str, np.ndarray], logits: dict[str,
         "ids": ids,
         "labels": written,
         "version": digest("\n".join(written)),  # tells the page whether image_labels.csv has changed
-        "logits": [logits[id].round(2).tolist() if id in logits else None for id in ids] if logits else None,
-        "next": next,
+        "logits": logits and [logits[id].astype(float).round(2).tolist() if id in logits else None for id in ids],
+        "command": command,
     }
 
 
@@ -85,10 +85,8 @@ def main(constants: Constants) -> None:
         undefined=StrictUndefined,
     )
     environment.filters["digest"] = digest
-    next = command_line("datasetsprocess/process.py", constants)
-    page = environment.get_template("label_page.html.j2").render(
-        title=dataset.title, data=page_data(dataset, labels, logits, next)
-    )
+    data = page_data(dataset, labels, logits, command_line("datasetsprocess/process.py", constants))
+    page = environment.get_template("label_page.html.j2").render(title=dataset.title, data=data)
     path = dataset.folder / "train" / "label_images.html"
     with write_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -35,7 +35,7 @@ from tools.dataset import Dataset, load_dataset
 from tools.image_labels import write_image_labels
 from tools.labels import IGNORE
 from tools.rasters import SUFFIXES, Nodata, Raster, covering_starts
-from tools.steps import SPLITS
+from tools.steps import SPLITS, command_line
 
 
 @constants
@@ -64,11 +64,14 @@ def patches(scene: Scene, border: str, max_nodata: float) -> Iterator[Patch]:
             yield f"r{row:03d}_c{column:03d}", pixels, None if ids is None else np.where(valid, ids, IGNORE)
 
 
-def write_blank(dataset: Dataset) -> None:
+def write_blank(dataset: Dataset, constants: Constants) -> None:
     """A csv with a line for each train patch and no class yet; process.py names the lines that were not filled in."""
     file = dataset.folder / "train" / "image_labels_blank.csv"
-    write_image_labels(file, dataset.classes, {id: np.zeros(dataset.num_classes, bool) for id in dataset.ids("train")})
-    print(f"the train scenes have no truth, so before that fill in {file} and save it as image_labels.csv")
+    nothing = np.zeros(dataset.num_classes, bool)
+    write_image_labels(file, dataset.classes, {id: nothing for id in dataset.ids("train")})
+    page = command_line("datasetsprocess/label_page.py", constants)
+    print(f"before that, since the train scenes have no truth: {page}")
+    print(f"or fill in {file} and save it as image_labels.csv")
 
 
 def main(constants: Constants) -> None:
@@ -100,7 +103,7 @@ def main(constants: Constants) -> None:
     kinds = ("rgb", "holes", "grey") if constants.grey == "repeat" else ("rgb", "holes")
     split_scenes(constants, dataset, sources, rule, partial(Raster, kinds=kinds, nodata=constants.nodata))
     if sources["train"] and not sources["train"][0].truth:
-        write_blank(dataset)
+        write_blank(dataset, constants)
 
 
 if __name__ == "__main__":

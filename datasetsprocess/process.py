@@ -130,8 +130,8 @@ def label_split(dataset: Dataset, split: str, constants: Constants) -> list[str]
             return []
         check(
             file.exists(),
-            f"{dataset.labels(split)} is missing, so the classes of the {split} images are not known: label them with "
-            f"{command_line('datasetsprocess/label_page.py', constants)} (docs/own_data.md), or cut scenes with a truth",
+            f"{dataset.labels(split)} is missing, so the classes of the {split} images are not known: label them on "
+            f"the page of {command_line('datasetsprocess/label_page.py', constants)}, or cut scenes with a truth",
         )
         labels = dataset.image_labels(split)
         print(f"{split}: {len(ids)} images without label maps; {file} was written by a person and is kept")

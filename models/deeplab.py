@@ -63,8 +63,9 @@ class SpatialAttention(nn.Module):
 class DeepLabV3Plus(nn.Module):
     """x (B,3,H,W) normalised RGB -> logits (B,K,H,W).
 
-    Output stride 16 without dilation in the backbone; the new norms are GroupNorm(4). width: channels of ASPP and
-    decoder, a multiple of 4. freeze_norm: the backbone's BatchNorm keeps its running statistics; its scale and bias
+    Output stride 16 without dilation in the backbone; the new norms are GroupNorm(4). The new convolutions start from
+    Kaiming-normal weights, except those of the attentions, which start from torch's default. width: channels of ASPP
+    and decoder, a multiple of 4. freeze_norm: the backbone's BatchNorm keeps its running statistics; its scale and bias
     learn.
     """
 
@@ -80,6 +81,9 @@ class DeepLabV3Plus(nn.Module):
             nn.Dropout(0.1),
             nn.Conv2d(width, num_classes, 1),
         )
+        for module in (*self.aspp.modules(), *self.low[0].modules(), *self.decoder.modules()):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
 
     def train(self, mode: bool = True) -> "DeepLabV3Plus":
         """Switch to training, except a frozen BatchNorm: it uses its running statistics and does not update them."""

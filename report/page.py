@@ -4,6 +4,7 @@ evaluate_miou.py writes it with the scores, the truth and the errors; every othe
 without the truth. The data is prepared here; page.html.j2 lays it out and escapes every name.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from report.label_folders import LabelFolder
 from report.patch_pictures import ERRORS, Sample, SamplesFile, pack, panels
-from report.score_tables import Row, Scored, ScoresFile, Summary, lines, made, per_class, percent, shares, table
+from report.score_tables import Row, Scored, ScoresFile, Summary, Texts, lines, made, per_class, percent, shares, table
 from tools.command import UserError
 from tools.dataset import Dataset, load_dataset
 from tools.files import Model, read_json, write_whole
@@ -24,7 +25,7 @@ from tools.pictures import sample_ids
 from tools.runs import Run
 from tools.scores import ConfusionMatrix
 from tools.step import experiment_folder
-from tools.steps import LABEL_STEPS, SPLITS, STEPS, next_step
+from tools.steps import LABEL_STEPS, SPLITS, STEPS, command_line, next_step
 
 MOST_BYTES = 4_800_000  # of the page: samples beyond this size are left out
 MOST_CLASSES = 60  # of a confusion matrix in the page
@@ -127,6 +128,28 @@ def _samples(summary: Summary, split: str, kept: SamplesFile) -> Sequence[Sample
     return found
 
 
+def label_review(summary: Summary) -> tuple[Texts, Texts] | None:
+    """What the classifier says of the image-level labels: a table of the classes, one of the labels to check."""
+    cams = summary.runs.get("cams")
+    if not (cams and cams.finished and summary.dataset.image_labels_file("train").exists()):
+        return None
+    from tools.review import review  # imports torch
+
+    try:
+        found = review(summary.dataset, summary.folder / "cams")
+    except UserError:  # steps report the files that they cannot read
+        return None
+    classes = [
+        [name, str(count), percent(None if math.isnan(value) else value)] for name, count, value in found.classes
+    ]
+    says = {True: "present", False: "absent"}
+    doubts = [[each.id, each.name, says[each.labelled], percent(each.probability)] for each in found.doubts]
+    return (
+        (["class", "patches with it", "average precision"], classes),
+        (["patch", "class", "label", "probability"], doubts),
+    )
+
+
 def curves(folder: Path) -> list[dict[str, Any]]:
     """The curves in the log.jsonl of each training: one group for its losses, one for each entry with parts (classes).
 
@@ -212,6 +235,10 @@ def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
         "shares": shares(summary),
         "lines": lines(summary),
         "curves": curves(summary.folder),
+        "review": label_review(summary),
+        "review_command": command_line(
+            "datasetsprocess/label_page.py", summary.constants, experiment=None, review=summary.experiment
+        ),
         "confusions": list(summary.last.values()) if dataset.num_classes <= MOST_CLASSES else [],
         "names": {  # what the colours of a picture mean, for the words under the pointer
             "classes": {str(colour): name for name, colour in [("ignored", ERRORS["not counted"]), *dataset.legend]},

@@ -37,6 +37,12 @@ class Scored(BaseModel):
     stale: bool = False  # the folder has changed since
     confusion: list[list[Pixels]]  # (K, K+1): truth x prediction, the last column: no class predicted
 
+    @property
+    def matrix(self) -> ConfusionMatrix:
+        matrix = ConfusionMatrix(len(self.confusion))
+        matrix.counts += np.array(self.confusion)
+        return matrix
+
 
 def scored(folder: LabelFolder) -> Scored:
     """A label folder after step 8 has counted it."""
@@ -95,7 +101,7 @@ class Summary:
     @cached_property
     def rows(self) -> list[Row]:
         """Each scored folder with its scores: fractions from 0 to 1, None where a score is not defined."""
-        rows = [stage.model_dump() | self._scores(np.array(stage.confusion)) for stage in self.stages]
+        rows = [stage.model_dump() | self._scores(stage.matrix) for stage in self.stages]
         bounds = {}
         for row in rows:
             if row["is_bound"] and row["stage"].startswith("segmentation"):
@@ -117,17 +123,13 @@ class Summary:
         for stage in self.stages:
             if stage.images <= found.get(stage.split, {"images": -1})["images"]:
                 continue  # the same truth, of no more images
-            truth = np.array(stage.confusion).sum(axis=1)
-            k = int(np.where(self.dataset.scored, truth, -1).argmax())
-            counts = np.zeros((len(truth), len(truth) + 1), np.int64)
-            counts[:, k] = truth
-            found[stage.split] = self._scores(counts) | {"class": self.dataset.classes[k], "images": stage.images}
+            k, matrix = constant_map(stage.matrix, self.dataset.scored)
+            found[stage.split] = self._scores(matrix) | {"class": self.dataset.classes[k], "images": stage.images}
         return found
 
-    def _scores(self, counts: np.ndarray) -> Row:
-        matrix = ConfusionMatrix(self.dataset.num_classes)
-        matrix.counts += counts
-        every, pixels = matrix.scores(), max(counts.sum(), 1)
+    def _scores(self, matrix: ConfusionMatrix) -> Row:
+        counts, every = matrix.counts, matrix.scores()
+        pixels = max(counts.sum(), 1)
         scores = matrix.scores(np.flatnonzero(~self.dataset.scored), self.protocol) | {
             "miou_all_classes": every["miou"],
             "all_classes": every,
@@ -188,6 +190,14 @@ class Summary:
             "most_frequent_class": self.constant,
             "stages": self.rows,
         }
+
+
+def constant_map(matrix: ConfusionMatrix, scored: np.ndarray) -> tuple[int, ConfusionMatrix]:
+    """The truth's most frequent class among the `scored` ones (K,), and the counts of a map of this class alone."""
+    truth, constant = matrix.counts.sum(axis=1), ConfusionMatrix(matrix.num_classes)
+    k = int(np.where(scored, truth, -1).argmax())
+    constant.counts[:, k] = truth
+    return k, constant
 
 
 def plain(value: Any) -> Any:

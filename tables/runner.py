@@ -1,6 +1,10 @@
-"""The steps run for the rows of the paper's tables, and the scores of what they made."""
+"""The steps run for the rows of the tables, and the scores of their results."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -12,11 +16,32 @@ import inference_segmentation
 import make_pseudo_labels
 import train_classification
 import train_segmentation
-from tables.oracles import on_true_background, refined_by_ios
+from PRC_SAM.refine import Refinement
+from report.page import renew
+from report.score_tables import constant_map
+from tables.oracles import on_true_background, refined
 from tools.command import check
+from tools.constants import flat
 from tools.dataset import Dataset
+from tools.devices import process_state
 from tools.scores import ConfusionMatrix
 from tools.step import experiment_folder
+from tools.steps import SPLITS
+
+
+class Changes(TypedDict, total=False):
+    """Constants of step 1 that a row changes."""
+
+    gamma: float
+    iterations: int
+    ir_weight: float
+    tiles: int
+
+
+class PseudoChanges(TypedDict, total=False):
+    """Constants of step 3 that a row changes."""
+
+    background: Literal["cam", "threshold"]
 
 
 @dataclass(frozen=True)
@@ -24,49 +49,45 @@ class Row:
     """One line of a table: what it changes in steps 1 and 3, and whether a segmenter is trained as well."""
 
     name: str
-    changes: dict = field(default_factory=dict)
-    pseudo: dict = field(default_factory=dict)
+    changes: Changes = field(default_factory=Changes)
+    pseudo: PseudoChanges = field(default_factory=PseudoChanges)
     segment: bool = False
 
 
 class Runner:
     """Runs the steps of one seed in experiments called <prefix>-<what differs>-seed<seed>, and reads their scores.
 
-    `constants` are those of reproduce_tables.py.
+    `constants` are those of reproduce_tables.py. `least`: split -> (class, mIoU) of the most frequent class everywhere.
     """
 
-    def __init__(self, constants, dataset: Dataset, prefix: str, seed: int):
+    def __init__(self, constants: Any, dataset: Dataset, prefix: str, seed: int):
         self.constants, self.dataset, self.prefix, self.seed = constants, dataset, prefix, seed
+        self.least: dict[str, tuple[str, float]] = {}
 
-    def step(self, module, experiment: str, start=None, **changes) -> None:
-        """Call a step's main with the constants that it shares with this script."""
-        given = {
-            "dataset": self.dataset.name,
-            "experiment": experiment,
-            "seed": self.seed,
-            "root": self.constants.root,
-            "protocol": self.constants.protocol,
-            "precision": self.constants.precision,
-            "workers": self.constants.workers,
-            "images_at_once": self.constants.images_at_once,
-            "scales": self.constants.scales,
-            **changes,
-        }
+    def step(self, module: ModuleType, experiment: str, start: Any = None, **changes: Any) -> None:
+        """Call a step's main with the constants that it shares with reproduce_tables.py, and renew the report."""
+        shared = ("root", "protocol", "precision", "device", "workers", "images_at_once", "scales")
+        given = {name: getattr(self.constants, name) for name in shared}
+        given |= {"dataset": self.dataset.name, "experiment": experiment, "seed": self.seed} | changes
         start = start or module.Constants()
-        module.main(replace(start, **{key: value for key, value in given.items() if hasattr(start, key)}))
+        values = replace(start, **{name: value for name, value in given.items() if hasattr(start, name)})
+        module.main(values)
+        if process_state(self.constants.device).is_main_process:
+            renew(values)
 
     def pseudo_labels(self, row: Row) -> str:
         """Steps 1 to 4 of a row -> its experiment. Rows whose changes are the defaults share the plain experiment."""
         base = self.constants.classification
-        trained, applied = row.changes, {}
-        settings = {"ir_weight": base.ir_weight, "iterations": base.iterations, **row.changes}
-        if settings["ir_weight"] == 0 and settings["iterations"] > 0 and self.constants.protocol == "clean":
-            # The logits come from the raw maps, so without IR no gradient reaches PRC, nor anything through it: the
-            # classifier is the one trained without PRC, and PRC is put on its maps in step 2. Not where the epoch is
-            # chosen by the maps (released): that may be another one with PRC.
-            trained, applied = {"iterations": 0, **row.changes}, {"iterations": settings["iterations"]}
-        classifier, cams = self.experiment(trained), self.experiment(row.changes)
-        experiment = self.experiment(row.changes | row.pseudo)
+        trained: Changes = row.changes
+        applied: Changes = {}
+        iterations = row.changes.get("iterations", base.iterations)
+        if row.changes.get("ir_weight", base.ir_weight) == 0 and iterations > 0 and self.constants.protocol == "clean":
+            # The logits come from the raw maps, so without IR no gradient reaches PRC: the classifier is the one that
+            # was trained without PRC, and step 2 applies PRC to its maps. Under the released protocol the maps choose
+            # the epoch, so that PRC can change the classifier.
+            trained, applied = {"iterations": 0, **row.changes}, {"iterations": iterations}
+        classifier, cams = self.experiment({**trained}), self.experiment({**row.changes})
+        experiment = self.experiment({**row.changes, **row.pseudo})
         self.step(train_classification, classifier, base, **trained)
         self.step(infer_classification, cams, classifier="" if classifier == cams else classifier, **applied)
         source = "" if cams == experiment else cams
@@ -74,9 +95,10 @@ class Runner:
         self.step(generate_refined_pseudo, experiment)
         return experiment
 
-    def experiment(self, changes: dict) -> str:
-        """The name for settings that differ so from those given for steps 1 and 3."""
-        usual = vars(self.constants.pseudo) | vars(self.constants.classification)
+    def experiment(self, changes: dict[str, Any]) -> str:
+        """The name of the experiment in which these constants of steps 1 and 3 differ from the given ones."""
+        usual = flat(self.constants.pseudo) | flat(self.constants.classification)
+        usual["gamma"], _ = self.dataset.method_value("gamma", usual["gamma"])
         parts = [
             f"{key}{value}" if isinstance(value, str) else f"{key}{value:g}"
             for key, value in changes.items()
@@ -97,36 +119,66 @@ class Runner:
         self.step(inference_segmentation, experiment)
         return experiment
 
+    def folder(self, experiment: str) -> Path:
+        return experiment_folder(self.constants.root, self.dataset.name, experiment)
+
     def scores(self, experiment: str) -> dict[str, float]:
         """Stage -> headline mIoU in per cent, of every label folder of an experiment."""
         constants = evaluate_miou.Constants(
-            self.dataset.name, experiment, supervised=experiment, protocol=self.constants.protocol,
-            workers=self.constants.workers, root=self.constants.root,
-        )  # fmt: skip
-        folder = experiment_folder(constants.root, constants.dataset, experiment)
-        stages = evaluate_miou.find_stages(self.dataset, folder, constants)
-        failures = [
-            line
-            for split in ("train", "test")
-            for line in evaluate_miou.score(self.dataset, split, [s for s in stages if s.split == split], constants)
-        ]
-        check(not failures, f"{len(failures)} files of {folder} could not be scored, {failures[0] if failures else ''}")
-        return {stage.name: self.headline(stage.matrix) for stage in stages}
+            dataset=self.dataset.name,
+            experiment=experiment,
+            supervised=experiment,
+            protocol=self.constants.protocol,
+            workers=self.constants.workers,
+            root=self.constants.root,
+        )
+        folders = evaluate_miou.find_folders(self.dataset, self.folder(experiment), constants)
+        for split in SPLITS:
+            if here := [folder for folder in folders if folder.split == split]:
+                failures = evaluate_miou.score(self.dataset, here, constants)
+                check(not failures, f"{len(failures)} files of {experiment} could not be scored: {failures[:1]}")
+                k, matrix = constant_map(here[0].matrix, self.dataset.scored)
+                self.least[split] = self.dataset.classes[k], self.headline(matrix)
+        return {folder.path.name: self.headline(folder.matrix) for folder in folders}
 
     def headline(self, matrix: ConfusionMatrix) -> float:
+        """mIoU in per cent."""
         return 100 * matrix.scores(np.flatnonzero(~self.dataset.scored), self.constants.protocol)["miou"]
 
-    def ios(self, experiment: str, stage: str, taus: tuple[float, ...], perfect: bool = False) -> list[float]:
-        """mIoU of a label folder after IOS with each tau; `perfect` takes the truth's connected components as masks."""
-        folder = experiment_folder(self.constants.root, self.dataset.name, experiment) / stage
-        split = "test" if stage == "segmentation" else "train"
-        from_image = split == "train" or self.constants.protocol == "released"
-        return [
-            self.headline(matrix) for matrix in refined_by_ios(self.dataset, folder, split, taus, from_image, perfect)
-        ]
+    def tau(self, stage: str) -> float:
+        """The data set's tau of IOS on pseudo_labels or segmentation."""
+        method = self.dataset.method
+        return method.tau_segmentation if stage == "segmentation" else method.tau_pseudo_labels
+
+    def refined(self, experiment: str, stage: str, rules: Sequence[Refinement]) -> dict[str, list[float]]:
+        """mIoU of pseudo_labels or segmentation after each rule: name in `MASKS` -> a value for each rule.
+
+        For the rule mean_cam on the segmentation, step 6 runs again, in an experiment of its own, and keeps its
+        probabilities.
+        """
+        folder = self.folder(experiment) / stage
+        maps, split = folder.with_name("cams"), "train"
+        if stage == "segmentation":
+            split = "test"
+            if any(rule.rule == "mean_cam" for rule in rules):
+                kept = f"{experiment}-probabilities"
+                self.step(inference_segmentation, kept, segmenter=experiment, keep_probabilities=True)
+                folder = self.folder(kept) / stage
+            maps = folder
+        found = refined(
+            self.dataset,
+            folder,
+            split,
+            rules,
+            from_image=split == "train" or self.constants.protocol == "released",
+            maps=maps if any(rule.rule == "mean_cam" for rule in rules) else None,
+            workers=self.constants.workers,
+        )
+        return {masks: [self.headline(matrix) for matrix in matrices] for masks, matrices in found.items()}
 
     def true_background(self, experiment: str) -> float:
         """mIoU of the CAMs' argmax with the truth's background."""
-        folder = experiment_folder(self.constants.root, self.dataset.name, experiment) / "cams"
         assert self.dataset.background is not None, "asked for only where there is a background class"
-        return self.headline(on_true_background(self.dataset, folder, self.dataset.background))
+        return self.headline(
+            on_true_background(self.dataset, self.folder(experiment) / "cams", self.dataset.background)
+        )

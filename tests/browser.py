@@ -25,12 +25,13 @@ class Browser:
 
     def __init__(self, folder: Path, seconds: float = 60):
         self.downloads, self.seconds = folder / "downloads", seconds
-        self._numbers, self._buffer, self.events = itertools.count(1), b"", []
+        self._numbers, self._buffer = itertools.count(1), b""
+        self.events: list[dict] = []
         pipes = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (*os.pipe(), *os.pipe())]
         theirs_in, self._out, self._in, theirs_out = pipes
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe"]
         self.process = subprocess.Popen(
-            [CHROMIUM, *options, f"--user-data-dir={folder / 'profile'}"],
+            [str(CHROMIUM), *options, f"--user-data-dir={folder / 'profile'}"],
             preexec_fn=lambda: (os.dup2(theirs_in, 3), os.dup2(theirs_out, 4)),  # where Chromium looks for its pipes
             pass_fds=(3, 4),
             stdin=subprocess.DEVNULL,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "PRC_TEST_DEVICE" not in os.environ:  # set by make test-gpu; no other test may use a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# These tests stop programs by Unix's signals, and find their processes in /proc, or mount a disk.
+# A busy or slow machine is no fault of the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
+# These tests stop programs by Unix's signals and find their processes in /proc, or mount a disk.
 LINUX_ALONE = ["test_full_disk.py", "test_interruption.py", "test_processes.py"]
 collect_ignore = [] if sys.platform == "linux" else LINUX_ALONE
 

@@ -1,4 +1,4 @@
-"""Augmentation: random through (seed, epoch, patch) alone, and the label goes where the image goes."""
+"""Augmentation: random through (seed, epoch, patch) alone, resized by Pillow, and labels cropped like their images."""
 
 import numpy as np
 import pytest
@@ -6,99 +6,111 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.nn import functional as F
 
-from tools.augment import MEAN, STD, TrainingPatches, augment, normalise, to_tensor
+from tools.augment import TrainingPatches, normalise, random_crop, resize, to_tensor
 from tools.command import UserError
 from tools.labels import save_label
 
 COLOURS = np.array([[255, 255, 255], [0, 0, 255], [0, 255, 0], [255, 0, 0]], np.uint8)
+MEAN, STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])  # of ImageNet, red first
 
 
-def grey(image):
-    """Normalised (3,S,S) -> (S,S) grey values 0 to 255 of an image with three equal channels."""
-    mean, std = (torch.tensor(value)[:, None, None] for value in (MEAN, STD))
-    return ((image * std + mean) * 255).mean(0)
+def crop_of(seed, size, patch, **options):
+    return random_crop(np.random.default_rng(seed), size, patch, **options)
 
 
-def coded(height, width, block=8):
-    """An image of blocks whose grey value tells the class: 40 + 50 x class of 4."""
-    rng = np.random.default_rng(height * 100 + width)
-    label = (
-        rng.integers(0, 4, (-(-height // block), -(-width // block))).repeat(block, 0).repeat(block, 1)[:height, :width]
-    )
-    image = np.repeat((40 + 50 * label)[..., None], 3, 2).astype(np.uint8)
-    return to_tensor(image), torch.from_numpy(label.astype(np.uint8))
+def pixels(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def test_normalisation():
-    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    image = pixels(0, 5, 7, 3)
     found = normalise(to_tensor(image))
-    expected = (image / 255 - np.array(MEAN)) / np.array(STD)
     assert found.dtype == torch.float32 and found.shape == (3, 5, 7)
-    assert np.abs(found.numpy().transpose(1, 2, 0) - expected).max() < 1e-6
+    assert np.abs(found.numpy().transpose(1, 2, 0) - (image / 255 - MEAN) / STD).max() < 1e-6
     assert torch.equal(normalise(to_tensor(image)[None])[0], found)
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), rows=st.integers(3, 6), columns=st.integers(3, 6), patch=st.integers(16, 48))
-def test_the_label_follows_the_image(seed, rows, columns, patch):
-    image, label = coded(16 * rows, 16 * columns, 16)
-    found, ids = augment(np.random.default_rng(seed), image, label, patch)
-    assert found.shape == (3, patch, patch) and found.dtype == torch.float32 and ids.shape == (patch, patch)
-    assert set(ids.unique().tolist()) <= {*label.unique().tolist(), 255}  # nearest: no new ids
-    outside = ids == 255
-    assert (found[:, outside] == 0).all()  # zeros after the normalisation, where there is no image
-    # inside a block, away from the blur at its outline, the grey value must be that of the label
-    largest, smallest = (F.max_pool2d(sign * ids.float()[None], 9, 1, 4)[0] for sign in (1, -1))
-    inner = (largest == -smallest) & ~outside
-    inner[:4], inner[-4:], inner[:, :4], inner[:, -4:] = False, False, False, False  # what was cut off blurs in here
-    assert ((grey(found) - (40.0 + 50.0 * ids))[inner].abs() < 4).all()
+def test_resized_images_are_pillow_s_bicubic():
+    """Bit for bit, and not what bilinear interpolation would give."""
+    image = pixels(1, 40, 70, 3)
+    for size in ((23, 41), (81, 99), (40, 70)):
+        expected = np.asarray(Image.fromarray(image).resize((size[1], size[0]), resample=3))  # 3: bicubic
+        assert np.array_equal(resize(image, size, Image.Resampling.BICUBIC), expected)
+    other = np.asarray(Image.fromarray(image).resize((41, 23), resample=2))
+    assert not np.array_equal(resize(image, (23, 41), Image.Resampling.BICUBIC), other)
 
 
-def test_the_blocks_are_seen():
-    """The comparison above looks at a good part of the patch, not at nothing."""
-    image, label = coded(64, 64, 16)
-    _, ids = augment(np.random.default_rng(0), image, label, 64, scale=(1.5, 1.5))
-    assert (ids != 255).all() and len(ids.unique()) == 4
-
-
-def test_scale_range_and_place():
-    """What is left of a plain label tells the size: uniform in 0.5 to 1.5 of the patch, anywhere in it."""
-    image, label = to_tensor(np.full((40, 80, 3), 99, np.uint8)), torch.zeros(40, 80, dtype=torch.uint8)
-    widths, heights, starts = [], [], set()
-    for seed in range(300):
-        _, ids = augment(np.random.default_rng(seed), image, label, 64)
-        rows, columns = (ids == 0).any(1).nonzero()[:, 0], (ids == 0).any(0).nonzero()[:, 0]
-        heights.append(len(rows)), widths.append(len(columns))
-        assert (ids[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] == 0).all()
-        starts.add(int(rows[0]))
-    assert min(widths) in range(32, 36) and max(widths) == 64
-    assert 0.4 < np.mean(np.array(widths) < 64) < 0.6
-    assert min(heights) in range(16, 18) and max(heights) in range(46, 49)  # the shorter side keeps its share
-    assert min(starts) <= 1 and max(starts) >= 40  # at the top as well as at the bottom
-    tall = augment(np.random.default_rng(0), image.transpose(1, 2), None, 64, scale=(0.5, 0.5))[0]
-    assert ((tall != 0).any(0).any(1).sum(), (tall != 0).any(0).any(0).sum()) == (32, 16)  # the longer side counts
-
-
-def test_flips_about_half_the_time():
-    image, label = coded(32, 32)
-    label[:, :16], label[:, 16:] = 0, 1
-    flipped = [
-        int(augment(np.random.default_rng(seed), image, label, 32, scale=(1, 1))[1][0, 0]) for seed in range(400)
+def test_resized_labels_are_pillow_s_nearest():
+    """The ids 0 and 9 at an odd scale: which pixel is nearest is a convention; this one is Pillow's."""
+    label = np.array([[0, 9, 0, 9, 9], [9, 9, 0, 0, 9], [0, 0, 0, 9, 0], [9, 0, 9, 9, 0], [0, 9, 9, 0, 0]], np.uint8)
+    assert resize(label, (3, 4), Image.Resampling.NEAREST).tolist() == [
+        [0, 9, 9, 9],  # the columns 0, 1, 3, 4 of row 0
+        [0, 0, 9, 0],  # of row 2
+        [0, 9, 0, 0],  # of row 4
     ]
-    assert 160 < sum(flipped) < 240
+    assert resize(label, (7, 8), Image.Resampling.NEAREST).tolist() == [
+        [0, 0, 9, 0, 0, 9, 9, 9],  # the columns 0, 0, 1, 2, 2, 3, 4, 4 of row 0
+        [9, 9, 9, 0, 0, 0, 9, 9],
+        [9, 9, 9, 0, 0, 0, 9, 9],
+        [0, 0, 0, 0, 0, 9, 0, 0],
+        [9, 9, 0, 9, 9, 9, 0, 0],
+        [9, 9, 0, 9, 9, 9, 0, 0],
+        [0, 0, 9, 9, 9, 0, 0, 0],
+    ]
 
 
-def test_full_size_is_the_image_itself():
-    image, label = coded(32, 32)
-    found = {
-        tuple(augment(np.random.default_rng(seed), image, label, 32, scale=(1, 1))[1].flatten().tolist())
-        for seed in range(20)
-    }
-    assert found == {tuple(label.flatten().tolist()), tuple(label.flip(-1).flatten().tolist())}
-    found, none = augment(np.random.default_rng(0), image, None, 32, scale=(1, 1))
-    assert none is None and any(torch.equal(found, normalise(image.flip(-1) if flip else image)) for flip in (0, 1))
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), height=st.integers(3, 90), width=st.integers(3, 90), patch=st.integers(16, 48))
+def test_image_and_label_are_cut_alike(seed, height, width, patch):
+    """The whole augmentation a second time, with Pillow and NumPy alone."""
+    image, label = pixels(seed, height, width, 3), pixels(seed + 1, height, width) % 4
+    crop = crop_of(seed, (height, width), patch)
+    found, ids = crop.image(image), crop.label(label)
+    assert found.shape == (3, patch, patch) and found.dtype == torch.float32
+    assert ids.shape == (patch, patch) and ids.dtype == torch.int64
+    h, w = crop.size
+    large, large_ids = (
+        np.asarray(Image.fromarray(array).resize((w, h), resample)) for array, resample in ((image, 3), (label, 0))
+    )
+    if crop.mirrored:
+        large, large_ids = large[:, ::-1], large_ids[:, ::-1]
+    expected, expected_ids = np.zeros((patch, patch, 3)), np.full((patch, patch), 255)
+    (top, left), (down, right) = [[side.start for side in sides] for sides in (crop.source, crop.target)]
+    rows, columns = min(h, patch), min(w, patch)
+    part = slice(top, top + rows), slice(left, left + columns)
+    place = slice(down, down + rows), slice(right, right + columns)
+    expected[place], expected_ids[place] = (large[part] / 255 - MEAN) / STD, large_ids[part]
+    assert np.abs(found.numpy().transpose(1, 2, 0) - expected).max() < 1e-5
+    assert np.array_equal(ids.numpy(), expected_ids)
+
+
+def test_sides_are_whole_numbers_drawn_uniformly():
+    """The longer side: each of 32 to 96 for a patch of 64, equally often. The shorter side keeps its share."""
+    sizes = [crop_of(seed, (40, 80), 64).size for seed in range(4000)]
+    counts = np.bincount([width for _, width in sizes], minlength=97)
+    assert counts[:32].sum() == 0 and len(counts) == 97
+    assert counts[32:].min() > 30 and counts[32:].max() < 100  # 61.5 expected, standard deviation 7.8
+    assert all(height == round(width / 2) for height, width in sizes)
+    assert {crop_of(seed, (80, 40), 64).size[0] for seed in range(4000)} == set(range(32, 97))
+    assert {max(crop_of(seed, (50, 50), 33).size) for seed in range(2000)} == set(range(16, 50))
+
+
+def ends(part):
+    return part.start, part.stop
+
+
+def test_places_are_drawn_uniformly():
+    """Cut from any place where the side is longer than the patch, put at any place where it is shorter."""
+    cut = [crop_of(seed, (64, 64), 64, scales=(1.5, 1.5)) for seed in range(2000)]
+    put = [crop_of(seed, (64, 64), 64, scales=(0.5, 0.5)) for seed in range(2000)]
+    for axis in (0, 1):
+        assert {ends(crop.target[axis]) for crop in cut} == {(0, 64)}
+        assert {ends(crop.source[axis]) for crop in cut} == {(start, start + 64) for start in range(33)}
+        assert {ends(crop.source[axis]) for crop in put} == {(0, 32)}
+        assert {ends(crop.target[axis]) for crop in put} == {(start, start + 32) for start in range(33)}
+    assert len({(crop.source[0].start, crop.source[1].start) for crop in cut}) > 700  # rows and columns independently
+    assert 0.45 < np.mean([crop.mirrored for crop in cut + put]) < 0.55
 
 
 @pytest.fixture

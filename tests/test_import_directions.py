@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 
 MAY_IMPORT = {  # folder, or "steps" for the scripts in the top folder -> of the project's own code
     "models": {"models"},
-    "tools": {"tools"},
+    "tools": {"tools", "models"},
     "PRC_SAM": {"PRC_SAM", "models", "tools"},
     "report": {"report", "models", "tools"},
     "datasetsprocess": {"datasetsprocess", "models", "tools"},

@@ -93,7 +93,8 @@ def test_twelve_patches_by_keyboard_and_mouse(plots, browser):
     page.press("ArrowRight", "0")  # the same as the last one
     page.press("ArrowRight", "1", "Backspace", "3")
     page.click("#cell-4")
-    page.click("#classes button:nth-child(1)")  # the grid keeps the keys
+    page.click("#classes button:nth-child(1)")
+    assert page.js("document.activeElement.id") == "grid"  # which keeps the keys
     page.press("ArrowRight", "2")
     page.click("#cell-6")
     page.click("#cell-8", SHIFT)  # a range of three
@@ -427,7 +428,7 @@ def reviewed(plots):
     cams = plots.root / "experiments" / plots.name / "prc" / "cams"
     for id in GRID + ODD[:2]:
         logits = np.array([3.0, -3.0, -3.0, -3.0])
-        logits[3] = {GRID[5]: 8.0, GRID[2]: 0.1}.get(id, -3.0)
+        logits[3] = {GRID[5]: 8.001, GRID[2]: 0.1}.get(id, -3.0)
         logits[0] = -2.0 if id == ODD[0] else 3.0
         save_cams(cams / f"{id}.npz", np.array([0]), [np.ones((1, 2, 2))], (32, 32), logits)
     account = {"constants": {}, "started": "1", "seconds": 1, "finished": True}
@@ -436,7 +437,9 @@ def reviewed(plots):
 
 
 def test_review(reviewed, browser):
-    page = browser.open(reviewed.write(review="prc"))
+    written = reviewed.write(review="prc")
+    assert "[3.0, -3.0, -3.0, 8.0]" in written.read_text()
+    page = browser.open(written)
     assert page.js("shown.slice(0, 4).map(index => page.ids[index])") == [GRID[5], ODD[0], GRID[2], GRID[0]]
     assert page.js("page.ids[shown.at(-1)]") == ODD[-1]  # the one of which the classifier has seen nothing
     assert page.js("document.querySelectorAll('.cell .doubtful').length") == 3

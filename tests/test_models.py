@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -218,6 +219,46 @@ def test_parts_of_the_segmenter():
     assert (attention[0].in_channels, attention[0].out_channels, attention[2].out_channels) == (48, 3, 48)
     assert model.low[2].convolution.kernel_size == (7, 7)
     assert model.decoder[-1].out_channels == 5
+
+
+def test_new_convolutions_start_kaiming_normal_and_attentions_as_torch_does():
+    torch.manual_seed(0)
+    model = DeepLabV3Plus(Backbone("resnet18", "none"), 5, width=64)
+    attentions = [module for module in model.low[1:].modules() if isinstance(module, nn.Conv2d)]
+    new = [module for part in (model.aspp, model.low, model.decoder) for module in part.modules()]
+    new = [module for module in new if isinstance(module, nn.Conv2d) and module not in attentions]
+    assert len(attentions) == 3 and len(new) == 10  # 6 in ASPP, 1 low-level, 3 in the decoder
+    for module in new:
+        weight = module.weight.detach().double()
+        expected = (2 / weight[0].numel()) ** 0.5
+        six_errors = 6 / (2 * weight.numel()) ** 0.5  # of a standard deviation estimated from so many weights
+        assert float(weight.std()) == pytest.approx(expected, rel=six_errors), module
+        assert float(weight.abs().max()) > 2 * expected  # a uniform distribution ends at 1.73 standard deviations
+    for module in (*attentions, model.decoder[-1]):
+        values = module.weight if module in attentions else module.bias
+        bound = module.weight[0].numel() ** -0.5
+        assert 0.1 * bound < float(values.detach().abs().max()) <= bound  # uniform: torch's default
+
+
+def test_the_last_upsampling_aligns_corners(segmenter):
+    """The corners of the logits at image size are those of the decoder's output."""
+    segmenter.eval()
+    x, found = torch.randn(1, 3, 64, 48), []
+    hook = segmenter.decoder.register_forward_hook(lambda module, inputs, output: found.append(output))
+    with torch.inference_mode():
+        logits = segmenter(x)
+    hook.remove()
+    assert found[0].shape == (1, 5, 16, 12) and not torch.allclose(found[0][..., 0, 1], found[0][..., 0, 0])
+    for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+        assert torch.allclose(logits[..., y, x], found[0][..., y, x], atol=1e-5)
+    assert torch.allclose(logits[..., 0, :], bilinear_row(found[0][..., 0, :], 48), atol=1e-4)
+
+
+def bilinear_row(values, length):
+    """(...,w) -> (...,length), corners aligned, in float64."""
+    places = np.linspace(0, values.shape[-1] - 1, length)
+    rows = [np.interp(places, np.arange(values.shape[-1]), row) for row in values.flatten(0, -2).double().numpy()]
+    return torch.tensor(np.array(rows), dtype=torch.float32).view(*values.shape[:-1], length)
 
 
 def test_attention_by_hand():

@@ -8,21 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
+import rasterio
 import torch
 from PIL import Image
+from rasterio.transform import from_origin
 
 from datasetsprocess import isaid_split, own_patch_split
 from tests.conftest import ROOT
-from tests.test_scenes import UTM, noise
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.labels import load_label
+from tools.rasters import gdal
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8"), re.M | re.S)
 TRAINING = "--backbone resnet18 --weights none --epochs 1 --batch-size 2 --precision fp32 --workers 0"
 SMALL = {  # what the test adds to a command of the page, besides --root, so that it ends in seconds and needs no SAM
     "own_patch_split.py": "--workers 0",
+    "label_page.py": "",
     "process.py": "--workers 0",
     "get_se_map.py": "--generator felzenszwalb --workers 0",
     "train_classification.py": f"{TRAINING} --train-all",
@@ -31,6 +33,7 @@ SMALL = {  # what the test adds to a command of the page, besides --root, so tha
     "generate_refined_pseudo.py": "--workers 0",
     "train_segmentation.py": f"{TRAINING} --no-freeze-norm --width 16",
     "inference_segmentation.py": "--scales 0.5 1 --precision fp32 --workers 0",
+    "segment_scene.py": "--scales 0.5 1 --precision fp32 --workers 0",
     "generate_refined_seg.py": "--workers 0",
     "evaluate_miou.py": "--workers 0",
 }
@@ -40,6 +43,24 @@ def blocks(language: str, beginning: str = "") -> list[str]:
     return [text for kind, text in BLOCKS if kind == language and text.startswith(beginning)]
 
 
+UTM = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_400_000, 0.5, 0.5)}  # half a metre a pixel
+
+
+def write_tif(path: Path, pixels: np.ndarray, colormap: dict | None = None, **profile) -> None:
+    """(H,W) or (H,W,C) as a GeoTIFF; a fourth channel is alpha where the profile says so."""
+    bands = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+    profile = {"driver": "GTiff", "compress": "deflate", "dtype": pixels.dtype} | profile
+    size = dict(zip(("count", "height", "width"), bands.shape, strict=True))
+    with gdal(), rasterio.open(path, "w", **profile, **size) as file:
+        file.write(bands)
+        if colormap:
+            file.write_colormap(1, colormap)
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
 def own_scene(path: Path, classes: list[int], colours, size=(256, 512)) -> None:
     """Columns of equal width, one for each class, noisy; the truth in colours beside it where `path` is a truth."""
     ids = np.repeat(classes, -(-size[1] // len(classes)))[: size[1]][None].repeat(size[0], 0)
@@ -47,7 +68,7 @@ def own_scene(path: Path, classes: list[int], colours, size=(256, 512)) -> None:
     pixels = colours[ids].astype(int)
     if path.parent.name == "images":
         pixels = (pixels + np.random.default_rng(0).normal(0, 15, pixels.shape)).clip(0, 255)
-    tifffile.imwrite(path, pixels.astype(np.uint8), photometric="rgb", compression="zlib", extratags=UTM)
+    write_tif(path, pixels.astype(np.uint8), **UTM)
 
 
 def test_the_page_is_followed_literally(tmp_path, monkeypatch, capsys):
@@ -64,7 +85,7 @@ def test_the_page_is_followed_literally(tmp_path, monkeypatch, capsys):
         own_scene(Path(place), shown[Path(place).stem], dataset.colours, (300, 400) if "east" in place else (256, 512))
 
     commands = [line for text in blocks("", "python ") for line in text.splitlines()]
-    assert len(commands) == 12
+    assert len(commands) == 14
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     for command in commands:
         _, script, *words = command.split()
@@ -77,9 +98,9 @@ def test_the_page_is_followed_literally(tmp_path, monkeypatch, capsys):
     results = tmp_path / "experiments" / "fields" / "prc"
     assert (results / "scores" / "report.html").stat().st_size > 10_000
     assert len(list((results / "refined_segmentation").glob("east_r*.png"))) == 4  # 300 x 400 takes 2 x 2 patches
-    with tifffile.TiffFile(results / "scenes" / "east.tif") as tiff:
-        assert tiff.pages[0].shape == (300, 400) and tiff.pages[0].asarray().max() < 3
-        assert [tuple(tiff.pages[0].tags[code].value) for code, *_ in UTM] == [value for *_, value, _ in UTM]
+    with rasterio.open(results / "scenes" / "east.tif") as scene:
+        assert scene.shape == (300, 400) and scene.read(1).max() < 3
+        assert scene.crs == UTM["crs"] and scene.transform == UTM["transform"]
     assert (results / "scenes" / "overview" / "east.png").exists()
     assert "fill in" in capsys.readouterr().out
 
@@ -110,9 +131,8 @@ def fields(tmp_path):
                 if pixels is not None:
                     path = self.raw / split / part / name
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    if path.suffix == ".tif":
-                        kind = "rgb" if pixels.ndim == 3 else "minisblack"
-                        tifffile.imwrite(path, pixels, photometric=kind, **(options if part == "images" else {}))
+                    if path.suffix.lower() == ".tif":
+                        write_tif(path, pixels, **(options if part == "images" else {}))
                     else:
                         Image.fromarray(pixels).save(path)
 
@@ -162,23 +182,22 @@ def test_truths_in_colours_and_in_ids(fields, how):
             truth.putpalette(COLOURS.tobytes().ljust(768, b"\0"))  # of a shorter one, Pillow cuts 255 off
             truth.save(path)
         else:
-            table = np.zeros((3, 256), np.uint16)
-            table[:, :3] = COLOURS.T.astype(np.uint16) * 257
-            tifffile.imwrite(path, ids, photometric="palette", colormap=table)
+            write_tif(path, ids, dict(enumerate(map(tuple, COLOURS.tolist()))))
     assert len(fields.cut()) == 2
     np.testing.assert_array_equal(np.hstack([ids_of(fields, f"a_r000_c00{c}") for c in range(2)]), ids)
 
 
-def test_a_palette_in_another_order_is_refused(fields):
-    fields.scene(noise(32, 64), name="a.png", truth=np.zeros((32, 64), np.uint8))
-    truth = Image.fromarray(np.ones((32, 64), np.uint8), "P")
-    truth.putpalette(COLOURS[::-1].tobytes() + b"\0\0\0")
-    truth.save(fields.raw / "train" / "labels" / "a.png")
-    fields.cut()  # class 1 has its own colour in both orders
-    truth = Image.fromarray(np.zeros((32, 64), np.uint8), "P")
+def test_a_palette_in_another_order_is_read_by_colour(fields):
+    numbers = np.random.default_rng(1).integers(0, 3, (32, 64)).astype(np.uint8)
+    fields.scene(noise(32, 64), name="a.png", truth=numbers)
+    truth = Image.fromarray(numbers, "P")
     truth.putpalette(COLOURS[::-1].tobytes())
     truth.save(fields.raw / "train" / "labels" / "a.png")
-    with pytest.raises(UserError, match="has farm's colour at the place of field, 0, in its palette"):
+    fields.cut()
+    np.testing.assert_array_equal(np.hstack([ids_of(fields, f"a_r000_c00{c}") for c in range(2)]), 2 - numbers)
+    truth.putpalette(COLOURS[1].tobytes() + bytes([1, 2, 3, 4, 5, 6]))  # neither the described colours nor in order
+    truth.save(fields.raw / "train" / "labels" / "a.png")
+    with pytest.raises(UserError, match=r"number 0 in the colour of forest, but class 0 of dataset\.toml is field"):
         fields.cut(overwrite=True)
 
 
@@ -186,16 +205,16 @@ def test_nodata_is_left_out_or_ignored(fields, capsys):
     image, truth = noise(32, 128) // 2 + 1, np.zeros((32, 128), np.uint8)
     image[:, :40] = 7  # one tile wholly, a quarter of the next
     image[:20, 96:] = 7  # more than half of the last
-    fields.scene(image, truth=truth, extratags=[(42113, "s", 0, "7", True)])
+    fields.scene(image, truth=truth, nodata=7)
     assert list(fields.cut()) == ["a_r000_c001", "a_r000_c002"]
-    assert "tiles with too little image, left out: 2" in capsys.readouterr().out
+    assert "tiles with too much nodata, left out: 2" in capsys.readouterr().out
     assert (ids_of(fields, "a_r000_c001")[:, :8] == 255).all() and (ids_of(fields, "a_r000_c001")[:, 8:] == 0).all()
     assert len(fields.cut(max_nodata=1.0, overwrite=True)) == 3  # without any image never
     fields.scene(image, truth=truth)  # the file says nothing of it
     assert len(fields.cut(overwrite=True)) == 4
     assert len(fields.cut(nodata=7, overwrite=True)) == 2
     alpha = np.where((image == 7).all(-1), 0, 255).astype(np.uint8)
-    fields.scene(np.dstack([image, alpha]), truth=truth, extrasamples=["unassalpha"])
+    fields.scene(np.dstack([image, alpha]), truth=truth, photometric="rgb", alpha="yes")
     assert len(fields.cut(overwrite=True)) == 2
 
 
@@ -225,7 +244,7 @@ def test_labels_written_by_hand_are_never_removed(fields):
     fields.cut()
     by_hand = fields.folder / "train" / "image_labels.csv"
     by_hand.write_text("hours of work")
-    with pytest.raises(UserError, match="may have been written by hand, and --overwrite would remove it"):
+    with pytest.raises(UserError, match="may be written by hand, and --overwrite would delete it"):
         fields.cut(overwrite=True)
     fields.cut()
     assert by_hand.read_text() == "hours of work"
@@ -243,23 +262,33 @@ def test_the_blank_csv_names_every_patch_and_is_not_taken_for_filled_in(fields):
     with open(fields.folder / "train" / "image_labels_blank.csv", newline="") as file:
         assert list(csv.reader(file))[1:] == [["a_r000_c000", "0", "0", "0"], ["a_r000_c001", "0", "0", "0"]]
     (fields.folder / "train" / "image_labels_blank.csv").rename(fields.folder / "train" / "image_labels.csv")
-    with pytest.raises(UserError, match="line 2: a_r000_c000 has no class at all"):
+    with pytest.raises(UserError, match="line 2: a_r000_c000 has no class: give it at least one"):
         load_dataset("fields", fields.folder.parents[1]).image_labels("train")
 
 
 @pytest.mark.parametrize(
     ("image", "truth", "constants", "sentence"),
     [
-        (None, None, {}, "raw.train.images holds no scenes .*put your large images there"),
-        (noise(32, 64), noise(32, 64), {}, "colours that are no class: .*so many come of JPEG or of smoothed edges"),
-        (noise(32, 64), np.full((32, 64), 3, np.uint8), {}, "a.tif holds numbers that are no class: 3 in 2048 pixels"),
-        (noise(32, 64), np.zeros((32, 63), np.uint8), {}, "must be the same scene at the same size"),
+        (None, None, {}, "raw.train.images has no scenes .*put the large images"),
+        (
+            noise(32, 64),
+            noise(32, 64),
+            {},
+            "colours that are no class: .*colours usually mean JPEG compression",
+        ),
+        (noise(32, 64), np.full((32, 64), 3, np.uint8), {}, "a.tif has numbers that are no class: 3 in 2048 pixels"),
+        (
+            noise(32, 64),
+            np.zeros((32, 63), np.uint8),
+            {},
+            "a.tif has 64 x 32 pixels but .* has 63 x 32",
+        ),
         (noise(32, 64), np.zeros((32, 64), np.uint16), {}, "a.tif has 1 channel of 16 bits"),
         (noise(32, 64).astype(np.uint16), None, {}, "a.tif has 3 channels of 16 bits.*-ot Byte -scale"),
         (noise(32, 64).astype(np.float32), None, {}, "a.tif has 3 channels of 32 bits"),
         (noise(31, 64), None, {}, "a.tif has 64 x 31 pixels, too few for one patch of 32"),
         (np.dstack([noise(32, 64)] * 2)[..., :5], None, {}, "a.tif has 5 channels of 8 bits"),
-        (np.dstack([noise(32, 64)] * 2)[..., :4], None, {}, "a.tif has (4 channels of 8 bits|a fourth channel)"),
+        (np.dstack([noise(32, 64)] * 2)[..., :4], None, {}, "a.tif has a channel that is no alpha of 0 and 255"),
         (noise(32, 64), None, {"nodata": -2}, "nodata is -2"),
         (noise(32, 64), None, {"max_nodata": 1.5}, "max_nodata is 1.5"),
     ],
@@ -276,14 +305,14 @@ def test_slips_with_scenes(fields, image, truth, constants, sentence):
 def test_a_scene_without_its_truth_and_in_both_splits(fields):
     fields.scene(noise(32, 64), truth=np.zeros((32, 64), np.uint8))
     fields.scene(noise(32, 64), name="b.tif")
-    with pytest.raises(UserError, match="lacks train/labels/b"):
+    with pytest.raises(UserError, match="raw has no train/labels/b"):
         fields.cut()
     assert len(fields.cut(missing_scenes="skip")) == 2
     fields.scene(noise(32, 64), "test", "b.tif")
     with pytest.raises(UserError, match="the scene b is listed twice"):
         fields.cut(overwrite=True)
     (fields.folder / "dataset.toml").write_text("stride = 40\n" + TOML)
-    with pytest.raises(UserError, match=r"stride is 40 .*would leave gaps"):
+    with pytest.raises(UserError, match=r"stride is 40 .*at most patch_size \(32\)"):
         fields.cut(overwrite=True)
 
 
@@ -292,18 +321,18 @@ def test_a_scene_without_its_truth_and_in_both_splits(fields):
     [
         (
             "id;field;forest;farm\na_r000_c000;1;0;0\n",
-            "columns are separated by semicolons, save it as a csv with commas",
+            "columns are separated by semicolons; save it as a csv with commas",
         ),
         ("id\tfield\tforest\tfarm\n", "columns are separated by tabs"),
         ("sep=,\nid,field,forest,farm\n", "begins with sep=: remove this line"),
         ("id,field,forest\na_r000_c000,1,0\n", "the column of farm is missing"),
-        ("id,field,forest,farm,river\n", "river is no class of dataset.toml"),
-        ("id,Field,forest,farm\n", "the column of field is missing: Field is no class"),
-        ("id,field,forest,farm,farm\n", "a class stands twice"),
-        ("id,field,forest,farm\na_r000_c000.png,1,0,0\n", "line 2: .*: write a_r000_c000 alone"),
+        ("id,field,forest,farm,river\n", "dataset.toml has no class river"),
+        ("id,Field,forest,farm\n", "Field is called field in dataset.toml; change the name"),
+        ("id,field,forest,farm,farm\n", "a class has two columns"),
+        ("id,field,forest,farm\na_r000_c000.png,1,0,0\n", "line 2: .*: write a_r000_c000 without the suffix"),
         ("id,field,forest,farm\n01. Jan,1,0,0\n", "line 2: .*has a spreadsheet changed the id"),
-        ("id,field,forest,farm\na_r000_c000,yes,no,no\n", "line 2: .* 1 where the class is in the image, 0 where not"),
-        ("id,field,forest,farm\na_r000_c000,1,0,0\n", "lacks 1 of the images, a_r000_c001 for one: add their lines"),
+        ("id,field,forest,farm\na_r000_c000,yes,no,no\n", "line 2: .* write 1 where the class is in the image"),
+        ("id,field,forest,farm\na_r000_c000,1,0,0\n", "has no line for 1 of the images, for example a_r000_c001"),
         ("id,field,forest,farm\n".encode("utf-16"), 'save it as "CSV UTF-8"'),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else value[:18].replace("\n", " "),

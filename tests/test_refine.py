@@ -14,7 +14,7 @@ import generate_refined_pseudo
 import generate_refined_seg
 from PRC_SAM.refine import Refinement
 from tests.references import bilinear
-from tests.steps import TEST, experiment, step
+from tests.steps import TEST, experiment, same_results, step
 from tests.test_ios import literal
 from tools.cams import load_cams, save_cams
 from tools.command import UserError
@@ -156,8 +156,7 @@ def small(tmp_path):
             dataset.image_labels_file(split), dataset.classes, {id: np.array(row) for id, row in LABELS.items()}
         )
         for made in (experiment(tmp_path) / source, experiment(tmp_path) / maps, dataset.sam_masks(split)):
-            constants = {"keep_probabilities": source == "segmentation"}
-            account = {"constants": constants, "started": made.name, "seconds": 1, "finished": True}
+            account = {"constants": {}, "started": made.name, "seconds": 1, "finished": True}
             (made / "run.json").write_text(json.dumps(account))
     return tmp_path, dataset
 
@@ -179,7 +178,7 @@ def test_steps_apply_the_rule_to_every_patch(small, module, rule):
         label = load_label(experiment(root) / source / f"{id}.png", 3)
         masks = load_masks(dataset.sam_masks(split) / f"{id}.npz").unpack()
         classes = np.flatnonzero(present) if split == "train" else np.unique(label)
-        ids, values = load_cams(experiment(root) / maps / f"{id}.npz", relative=split == "train")
+        ids, values = load_cams(experiment(root) / maps / f"{id}.npz", 3, (16, 16), relative=split == "train")
         named = dict(zip(ids, values, strict=True))
         if rule == "ios":
             expected = literal(label, masks, classes, 0.4)
@@ -242,28 +241,30 @@ def test_mean_cam_names_what_is_missing(small):
     with pytest.raises(UserError) as caught:
         generate_refined_pseudo.main(generate_refined_pseudo.Constants(**values))
     assert "q.npz is missing: run" in str(caught.value)
-    assert "r.npz holds maps of 32 x 32 pixels, but the label map has 16 x 16" in str(caught.value)
+    assert "r.npz cannot be read as class activation maps (it belongs to an image of (32, 32)" in str(caught.value)
     shutil.rmtree(experiment(root) / "cams")
     with pytest.raises(UserError, match="cams is missing: run step 2"):
         generate_refined_pseudo.main(generate_refined_pseudo.Constants(**values, overwrite=True))
     for content in (None, b"PK"):
         file = experiment(root) / "segmentation" / "p.npz"
         file.unlink() if content is None else file.write_bytes(content)
-        with pytest.raises(UserError, match=r"inference_segmentation\.py --keep-probabilities --overwrite"):
+        with pytest.raises(UserError, match=r"p\.npz .*run python inference_segmentation\.py --keep-probabilities"):
             generate_refined_seg.main(generate_refined_seg.Constants(**values))
-    file = experiment(root) / "segmentation" / "run.json"
-    file.write_text(file.read_text().replace("true", "false", 1))
-    with pytest.raises(UserError, match=r"run step 6, .*inference_segmentation\.py .*--keep-probabilities --overwrite"):
+    for file in (experiment(root) / "segmentation").glob("*.npz"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"run step 6, .*inference_segmentation\.py .*--keep-probabilities$"):
         generate_refined_seg.main(generate_refined_seg.Constants(**values))
 
 
-def test_step_6_keeps_probabilities_for_step_7(copy):
-    step("inference_segmentation", copy, keep_probabilities=True, overwrite=True)
+def test_step_6_keeps_probabilities_for_step_7(finished, copy):
+    """A folder that was made without them is completed, and its label maps stay the same."""
+    step("inference_segmentation", copy, keep_probabilities=True)
+    assert same_results(experiment(finished) / "segmentation", experiment(copy) / "segmentation", ".png")
     step("generate_refined_seg", copy, rule="mean_cam", overwrite=True)
     dataset = load_dataset("tiny", copy)
     for id in TEST:
         label = load_label(experiment(copy) / "segmentation" / f"{id}.png", 3)
-        ids, values = load_cams(experiment(copy) / "segmentation" / f"{id}.npz", relative=False)
+        ids, values = load_cams(experiment(copy) / "segmentation" / f"{id}.npz", 3, (64, 64), relative=False)
         assert ids.tolist() == [0, 1, 2] and values.shape == (3, 64, 64)
         np.testing.assert_allclose(values.sum(0), 1, atol=5e-3)  # stored in float16
         masks = load_masks(dataset.sam_masks("test") / f"{id}.npz").unpack()
@@ -282,7 +283,7 @@ def test_small_probabilities_are_means_of_the_softmax(size, tmp_path):
     expected = padded.reshape(3, padded.shape[1] // 4, 4, padded.shape[2] // 4, 4).mean((2, 4))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     save_cams(tmp_path / "a.npz", np.arange(3), [found], size)
-    _, back = load_cams(tmp_path / "a.npz", relative=False)  # the cells lie where the pixels are
+    _, back = load_cams(tmp_path / "a.npz", 3, size, relative=False)  # the cells lie where the pixels are
     np.testing.assert_allclose(
         back[:, 1:3, 1:3].mean((1, 2)), bilinear(found, padded.shape[1:], False)[:, 1:3, 1:3].mean((1, 2)), rtol=5e-3
     )

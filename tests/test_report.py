@@ -18,7 +18,9 @@ from report.patch_pictures import Sample, choose, pack
 from tests.conftest import ROOT
 from tests.experiments import CLASSES, EVIL, STAGES, account, make_experiment
 from tests.steps import STEPS, experiment, step
+from tools.cams import save_cams
 from tools.dataset import load_dataset
+from tools.image_labels import write_image_labels
 from tools.labels import load_label
 from tools.runs import Run
 
@@ -79,6 +81,24 @@ def test_report_is_one_safe_file(evaluated):
     ):
         assert words in page, words
     assert ">w.pth" not in page and "weights: w.pth" in page  # the page may be sent on: no folder of this machine
+
+
+def test_labels_that_the_classifier_contradicts(root):
+    """Only where there are labels and logits of step 2, and with the command of the page on which to correct them."""
+    assert "Labels to check" not in page_of(root)
+    labels = {id: np.array([True, True, True, False]) for id in "abcde"}
+    write_image_labels(root / "datasets/tiny/train/image_labels.csv", tuple(CLASSES), labels)
+    for id, logit in zip("abcde", (4, 4, -3, 4, 4), strict=True):
+        file, logits = root / RUN / "cams" / f"{id}.npz", np.array([4, logit, 4, -4])
+        save_cams(file, np.array([0, 2]), [np.ones((2, 2, 2))], (32, 32), logits)
+    renew(root)
+    section = page_of(root).partition("Labels to check")[2].partition("</table>")[0]
+    cells = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", section)]
+    assert cells == ["c", EVIL, "present", f"{100 / (1 + np.exp(3)):.2f}"]
+    assert f"python datasetsprocess/label_page.py --dataset tiny --root {root} --review run" in section
+    file.write_bytes(b"PK")
+    renew(root)
+    assert "Labels to check" not in page_of(root)
 
 
 def test_names_stand_over_the_confusion_matrix(evaluated):

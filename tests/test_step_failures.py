@@ -115,7 +115,7 @@ def test_messages_of_the_programs(finished, run_script):
     """As a user meets them: one sentence on stderr, exit code 1, no traceback; tyro's own for a wrong name or type."""
     result = run_script("make_pseudo_labels.py", "--dataset", "nothing", "--root", finished, fails=True)
     assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith('error: there is no data set "nothing": write ')
+    assert result.stderr.startswith('error: there is no data set "nothing". Your own: tiny. With the project: ')
     result = run_script("train_classification.py", "--dataset", "tiny", "--root", finished, "--gama", "1", fails=True)
     assert result.returncode == 2 and "--gama" in result.stdout + result.stderr
     shown = " ".join(run_script("generate_refined_seg.py", "--help").stdout.replace("│", " ").split())
@@ -197,7 +197,7 @@ def test_image_labels_that_do_not_fit(copy, script):
     file = copy / "datasets" / "tiny" / "train" / "image_labels.csv"
     lines = file.read_text().splitlines()
     for text, sentence in (
-        ("\n".join(lines[:-1]), "lacks 1 of the images"),
+        ("\n".join(lines[:-1]), "has no line for 1 of the images"),
         ("\n".join([*lines, lines[-1]]), "a second time"),
         ("", "must begin with"),
     ):

@@ -1,13 +1,15 @@
 """The patches that a training reads and their augmentation, random only through (seed, epoch, patch)."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
-from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from tools.command import check
 from tools.labels import IGNORE, load_image, load_label
@@ -16,7 +18,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in 
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """(H,W,3) uint8 -> (3,H,W) uint8, a view: resizing is twice as fast where the colours of a pixel lie together."""
+    """(H,W,3) uint8 -> (3,H,W) uint8, a view."""
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
@@ -34,45 +36,60 @@ def normalise(image: Tensor) -> Tensor:
     return (image / 255).sub_(mean).div_(std)
 
 
-def augment(
-    rng: np.random.Generator,
-    image: Tensor,
-    label: Tensor | None,
-    patch_size: int,
-    scale: tuple[float, float] = (0.5, 1.5),
-) -> tuple[Tensor, Tensor | None]:
-    """Random scale (bicubic), horizontal flip, normalisation, and crop or placement on zeros.
+def resize(pixels: np.ndarray, size: tuple[int, int], filter: Image.Resampling) -> np.ndarray:
+    """(H,W) or (H,W,3) uint8 -> (h,w) or (h,w,3) uint8 with (h,w) = size, by Pillow, as in the release."""
+    return np.array(Image.fromarray(pixels).resize(size[::-1], filter))
 
-    image (3,H,W) uint8, label (H,W) uint8 or None -> image (3,S,S) float32, label (S,S) with 255 where there is no
-    image; S = patch_size. The longer side becomes uniform in `scale` x S.
+
+@dataclass(frozen=True)
+class Crop:
+    """A view of an image: resized to `size`, perhaps mirrored; its part `source` lies at `target` of a square patch."""
+
+    patch_size: int
+    size: tuple[int, int]
+    mirrored: bool
+    source: tuple[slice, slice]
+    target: tuple[slice, slice]
+
+    def cut(self, pixels: np.ndarray, filter: Image.Resampling) -> Tensor:
+        """(H,W) or (H,W,3) uint8 -> the part of the resized pixels that lies in the patch."""
+        resized = torch.from_numpy(resize(pixels, self.size, filter))
+        return (resized.flip(1) if self.mirrored else resized)[self.source]
+
+    def image(self, image: np.ndarray) -> Tensor:
+        """(H,W,3) uint8 -> normalised patch (3,S,S) float32, 0 where there is no image; S = patch_size."""
+        patch = torch.zeros(3, self.patch_size, self.patch_size)
+        patch[:, *self.target] = normalise(self.cut(image, Image.Resampling.BICUBIC).permute(2, 0, 1))
+        return patch
+
+    def label(self, label: np.ndarray) -> Tensor:
+        """Class ids (H,W) uint8 -> (S,S) int64, 255 where there is no image; S = patch_size."""
+        patch = torch.full((self.patch_size, self.patch_size), IGNORE)
+        patch[self.target] = self.cut(label, Image.Resampling.NEAREST).long()
+        return patch
+
+
+def random_crop(
+    random: np.random.Generator, size: Sequence[int], patch_size: int, scales: tuple[float, float] = (0.5, 1.5)
+) -> Crop:
+    """The training augmentation of an image of (H,W) = size: random scale, mirror image and place (method section 1).
+
+    The longer side becomes a whole number, uniform in `scales` x S, S = patch_size. A resized side longer than S is cut
+    at a random place, a shorter side lies at a random place of the patch.
     """
-    height, width = image.shape[-2:]
-    factor = rng.uniform(*scale) * patch_size / max(height, width)
-    size = [max(1, round(height * factor)), max(1, round(width * factor))]
-    image = resize(image, size, InterpolationMode.BICUBIC, antialias=True)
-    if label is not None:
-        label = resize(label[None], size, InterpolationMode.NEAREST_EXACT)[0]
-    if rng.random() < 0.5:
-        image = image.flip(-1)
-        label = None if label is None else label.flip(-1)
-    windows = [_window(rng, length, patch_size) for length in size]
-    source, target = (tuple(side) for side in zip(*windows, strict=True))
-    placed = torch.zeros(3, patch_size, patch_size)
-    placed[:, *target] = normalise(image[:, *source])
-    if label is None:
-        return placed, None
-    ignored = torch.full((patch_size, patch_size), IGNORE, dtype=torch.uint8)
-    ignored[target] = label[source]
-    return placed, ignored
+    longer = int(random.integers(int(scales[0] * patch_size), int(scales[1] * patch_size), endpoint=True))
+    height, width = (max(1, round(length * longer / max(size))) for length in size)
+    mirrored = bool(random.random() < 0.5)
+    rows, columns = (_place(random, length, patch_size) for length in (height, width))
+    return Crop(patch_size, (height, width), mirrored, (rows[0], columns[0]), (rows[1], columns[1]))
 
 
-def _window(rng: np.random.Generator, length: int, patch_size: int) -> tuple[slice, slice]:
+def _place(random: np.random.Generator, length: int, patch_size: int) -> tuple[slice, slice]:
     """Along one axis: the part that is cut from the image, and its place in the patch."""
-    offset = int(rng.integers(abs(length - patch_size) + 1))
+    offset = int(random.integers(abs(length - patch_size) + 1))
     kept = min(length, patch_size)
-    if length > patch_size:
-        return slice(offset, offset + kept), slice(0, kept)
-    return slice(0, kept), slice(offset, offset + kept)
+    part, whole = slice(offset, offset + kept), slice(0, kept)
+    return (part, whole) if length > patch_size else (whole, part)
 
 
 class TrainingPatches(TorchDataset):
@@ -101,16 +118,14 @@ class TrainingPatches(TorchDataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, index = key
         id = self.ids[index]
-        rng = np.random.default_rng((self.seed, epoch, index))
-        image = to_tensor(load_image(self.images / f"{id}.png"))
+        image = load_image(self.images / f"{id}.png")
+        crop = random_crop(np.random.default_rng((self.seed, epoch, index)), image.shape[:2], self.patch_size)
         if isinstance(self.targets, dict):
-            return augment(rng, image, None, self.patch_size)[0], torch.from_numpy(self.targets[id]).float()
-        label = torch.from_numpy(load_label(self.targets / f"{id}.png", self.num_classes))
+            return crop.image(image), torch.from_numpy(self.targets[id]).float()
+        label = load_label(self.targets / f"{id}.png", self.num_classes)
         check(
-            label.shape == image.shape[1:],
+            label.shape == image.shape[:2],
             f"{self.targets / id}.png has {label.shape[1]} x {label.shape[0]} pixels, but its image has "
-            f"{image.shape[2]} x {image.shape[1]}: make the label map again",
+            f"{image.shape[1]} x {image.shape[0]}: make the label map again",
         )
-        image, target = augment(rng, image, label, self.patch_size)
-        assert target is not None
-        return image, target.long()
+        return crop.image(image), crop.label(label)

@@ -203,7 +203,7 @@ def _opened(path: Path, most: int, relative: bool = True) -> Iterator[np.lib.npy
     """Yield the open file. Raises `UserError` where it is missing or unpacks to more than `most` bytes, and for every
     error inside the block; the remedy depends on whether the file holds CAMs (`relative`) or probabilities.
     """
-    maker = "infer_classification.py" if relative else "inference_segmentation.py --keep-probabilities --overwrite"
+    maker = "infer_classification.py" if relative else "inference_segmentation.py --keep-probabilities"
     try:
         with np.load(path, allow_pickle=False) as file:
             unpacked = sum(entry.file_size for entry in file.zip.infolist())

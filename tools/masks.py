@@ -80,7 +80,8 @@ def pack_masks(
 
 def _boxes(masks: np.ndarray) -> np.ndarray:
     boxes = np.zeros((len(masks), 4), np.int32)
-    for axis, line in ((0, masks.any(1)), (1, masks.any(2))):  # columns with a pixel, then rows with a pixel
+    for axis in (0, 1):
+        line = np.asarray(masks.any(axis + 1))  # columns with a pixel, then rows with a pixel
         boxes[:, axis] = line.argmax(1)
         boxes[:, axis + 2] = (line.shape[1] - 1 - line[:, ::-1].argmax(1)) * line.any(1)
     return boxes

@@ -12,7 +12,6 @@ import numpy as np
 from tools.command import UserError, check
 from tools.constants import Machine
 from tools.dataset import load_dataset
-from tools.devices import device_facts, start_line
 from tools.folders import ProcessState, StepFolder
 from tools.labels import load_image, load_label
 from tools.pictures import colourise, contact_sheet, sample_ids
@@ -110,14 +109,17 @@ class Step(StepFolder):
         self,
         suffix: str,
         *,
-        state: ProcessState,
+        state: ProcessState | None = None,
         notes: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
     ) -> Iterator[Self]:
         """Open the output folder as `StepFolder.open` does; say first on what device, last what was made.
 
-        The notes of the inputs are carried on.
+        The notes of the inputs are carried on. Without `state` the processes and the device are found here.
         """
+        from tools.devices import device_facts, process_state, start_line  # imports torch, which workers need not load
+
+        state = state or process_state(self.constants.device)
         begin = time.monotonic()
         carried: dict[str, Any] = {}
         for run in self.inputs.values():

@@ -1,0 +1,95 @@
+"""The measures that open the truth, against loops over patches, masks and classes."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from PRC_SAM.refine import Refinement
+from tables.oracles import MASKS, on_true_background, perfect_regions, refined
+from tests.experiments import make_experiment
+from tests.test_ios import literal
+from tests.test_refine import reference
+from tools.cams import load_cams, save_cams
+from tools.command import UserError
+from tools.dataset import load_dataset
+from tools.image_labels import write_image_labels
+from tools.labels import load_label
+from tools.masks import load_masks
+
+RULES = [Refinement("ios", 0.9), Refinement("ios", 0.1), Refinement("sepl", background=0), Refinement("vote")]
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    make_experiment(tmp_path)
+    dataset, rng = load_dataset("tiny", tmp_path), np.random.default_rng(1)
+    folder = tmp_path / "experiments" / "tiny" / "run"
+    for split in ("train", "test"):
+        write_image_labels(
+            dataset.image_labels_file(split), dataset.classes, {id: np.array([1, 1, 0, 1]) for id in "abcde"}
+        )
+    for id in "abcde":
+        save_cams(folder / "segmentation" / f"{id}.npz", np.arange(4), [rng.random((4, 8, 8))], (32, 32))
+    return dataset, folder
+
+
+def counted(truth, prediction):
+    """(4,5) int64, pixel by pixel; the last column counts 255."""
+    counts = np.zeros((4, 5), np.int64)
+    for of_truth, found in zip(truth.ravel().tolist(), prediction.ravel().tolist(), strict=True):
+        if of_truth != 255:
+            counts[of_truth, min(found, 4)] += 1
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("split", "source", "from_image"), [("train", "pseudo_labels", True), ("test", "segmentation", False)]
+)
+def test_every_rule_with_both_kinds_of_masks(experiment, split, source, from_image):
+    dataset, folder = experiment
+    maps = folder / ("cams" if split == "train" else source)
+    found = refined(dataset, folder / source, split, [*RULES, Refinement("mean_cam")], from_image=from_image, maps=maps)
+    expected = np.zeros((2, 5, 4, 5), np.int64)
+    for id in "abcde":
+        truth = load_label(dataset.labels(split) / f"{id}.png", 4)
+        label = load_label(folder / source / f"{id}.png", 4)
+        classes = [0, 1, 3] if from_image else np.unique(label)
+        values = dict(zip(*load_cams(maps / f"{id}.npz", 4, (32, 32), relative=split == "train"), strict=True))
+        of_step_9 = load_masks(dataset.sam_masks(split) / f"{id}.npz").unpack()
+        of_truth = [
+            part == n for c in range(4) for part, count in [ndimage.label(truth == c)] for n in range(1, count + 1)
+        ]
+        for kind, masks in enumerate((of_step_9, np.array(of_truth))):
+            for number, rule in enumerate(RULES):
+                if rule.rule == "ios":
+                    result = literal(label, masks, classes, rule.tau)
+                else:
+                    result = reference(rule.rule, label, masks, classes, background=rule.background)
+                expected[kind, number] += counted(truth, result)
+            expected[kind, 4] += counted(truth, reference("mean_cam", label, masks, classes, values))
+    for kind, name in enumerate(MASKS):
+        np.testing.assert_array_equal([matrix.counts for matrix in found[name]], expected[kind])
+    assert "TRUTH" in MASKS[1] and (expected[0] != expected[1]).any()
+
+
+def test_a_missing_file_is_named(experiment):
+    dataset, folder = experiment
+    (dataset.sam_masks("train") / "c.npz").unlink()
+    with pytest.raises(UserError, match=r"c\.npz is missing: make it with step 9"):
+        refined(dataset, folder / "pseudo_labels", "train", RULES, from_image=True)
+
+
+def test_perfect_regions_are_the_components_of_each_class():
+    truth = np.array([[0, 0, 1], [1, 0, 1], [1, 255, 255]], np.uint8)
+    found = {tuple(map(tuple, np.argwhere(mask))) for mask in perfect_regions(truth, 3).unpack()}
+    assert found == {((0, 0), (0, 1), (1, 1)), ((0, 2), (1, 2)), ((1, 0), (2, 0))}
+    assert len(perfect_regions(np.full((2, 2), 255, np.uint8), 3)) == 0
+
+
+def test_the_background_of_the_truth_is_given_to_the_cams(experiment):
+    dataset, folder = experiment
+    expected = np.zeros((4, 5), np.int64)
+    for id in "abcde":
+        truth = load_label(dataset.labels("train") / f"{id}.png", 4)
+        expected += counted(truth, np.where(truth == 0, 0, 2))  # the CAMs hold classes 0 and 2
+    np.testing.assert_array_equal(on_true_background(dataset, folder / "cams", 0).counts, expected)
