@@ -7,7 +7,7 @@ import pytest
 
 from make_pseudo_labels import thresholded_background
 from reproduce_tables import Constants, check_constants, rows_of
-from tables.oracles import perfect_regions
+from tables.oracles import MASKS
 from tables.runner import Row
 from tables.table import show
 from tests.steps import TRAIN, step
@@ -52,11 +52,11 @@ def test_tables_of_tiny_data(copy, run_script):
     assert model.stat().st_mtime_ns == written  # the row of the ablation serves this table too
     tau = read(folder / "tables" / "tau.csv")
     # tau 0.9 is what steps 4 and 7 used
-    assert tau["tau 0.9", "pseudo-labels refined"] == ablation["+ PRC + IR", "+ IOS"]
-    assert tau["tau 0.9", "segmentation refined"] == ablation["+ PRC + IR", "segmentation + IOS"]
-    perfect = "+ PRC + IR, IOS by perfect regions (USES THE TRUTH)"
-    assert tau["tau 0.9", "pseudo-labels by perfect regions (USES THE TRUTH)"] == ablation[perfect, "+ IOS"]
-    assert tau["tau 0.9", "segmentation by perfect regions (USES THE TRUTH)"] == ablation[perfect, "segmentation + IOS"]
+    assert tau["tau 0.9", f"pseudo-labels, {MASKS[0]}"] == ablation["+ PRC + IR", "+ IOS"]
+    assert tau["tau 0.9", f"segmentation, {MASKS[0]}"] == ablation["+ PRC + IR", "segmentation + IOS"]
+    perfect = f"+ PRC + IR, IOS by {MASKS[1]}"
+    assert tau["tau 0.9", f"pseudo-labels, {MASKS[1]}"] == ablation[perfect, "+ IOS"]
+    assert tau["tau 0.9", f"segmentation, {MASKS[1]}"] == ablation[perfect, "segmentation + IOS"]
 
 
 def test_refinement_rules_equal_the_steps(copy, run_script):
@@ -68,7 +68,7 @@ def test_refinement_rules_equal_the_steps(copy, run_script):
     assert len(table) == 5 * 4 and {row for row, _ in table} == {"not refined", "ios", "sepl", "vote", "mean_cam"}
     assert "tau of IOS: 0.9 on pseudo-labels, 0.9 on segmentation" in printed and "everywhere has" in printed
     runs = [("pseudo-labels", "generate_refined_pseudo", "tables-seed0", "train")]
-    runs += [("segmentation", "generate_refined_seg", "tables-seed0-probabilities", "test")]
+    runs += [("segmentation", "generate_refined_seg", "tables-seed0", "test")]
     for stage, script, experiment, split in runs:
         refined = folder / experiment / f"refined_{stage.replace('-', '_')}"
         for rule in ("ios", "mean_cam"):
@@ -76,7 +76,7 @@ def test_refinement_rules_equal_the_steps(copy, run_script):
             matrix = ConfusionMatrix(3)
             for file in (copy / "datasets" / "tiny" / split / "labels").glob("*.png"):
                 matrix.update(load_label(file, 3), load_label(refined / file.name, 3))
-            (value,) = table[rule, f"{stage} refined"]
+            (value,) = table[rule, f"{stage}, {MASKS[0]}"]
             assert value == pytest.approx(100 * matrix.scores()["miou"], abs=1e-3), (stage, rule)
 
 
@@ -166,13 +166,6 @@ def test_the_two_protocols_stand_beside_each_other(copy, run_script):
     assert "choose another --experiment" in other.stderr
     run_script("reproduce_tables.py", *common, "--classification.lr", 0.001, "--experiment", "slow")
     assert (folder / "slow" / "lambda.md").exists()
-
-
-def test_perfect_regions_are_the_components_of_each_class():
-    truth = np.array([[0, 0, 1], [1, 0, 1], [1, 255, 255]], np.uint8)
-    found = {tuple(map(tuple, np.argwhere(mask))) for mask in perfect_regions(truth, 3).unpack()}
-    assert found == {((0, 0), (0, 1), (1, 1)), ((0, 2), (1, 2)), ((1, 0), (2, 0))}
-    assert len(perfect_regions(np.full((2, 2), 255, np.uint8), 3)) == 0
 
 
 def test_spread_is_the_standard_deviation_over_seeds():
