@@ -12,7 +12,6 @@ from PRC_SAM.refine import Refinement, Rule, refine_folder
 from report.page import renew
 from tools.command import run
 from tools.constants import Machine, Share, constants
-from tools.devices import process_state
 from tools.step import Step
 
 
@@ -31,7 +30,7 @@ def main(constants: Constants) -> None:
     maps = ("cams",) if constants.rule == "mean_cam" else ()
     step = Step("refined_pseudo_labels", constants, reads=("pseudo_labels", "sam_masks", *maps), image_labels=True)
     tau = step.method_value("tau", "tau_pseudo_labels")
-    with step.output(".png", state=process_state(constants.device)):
+    with step.output(".png"):
         refine_folder(step, "pseudo_labels", Refinement(constants.rule, tau, step.dataset.background), step.labels)
         step.draw_labels({"pseudo-label": step.sources["pseudo_labels"], "refined": step.path})
 

@@ -13,7 +13,6 @@ from PRC_SAM.refine import Refinement, Rule, refine_folder
 from report.page import renew
 from tools.command import check, run
 from tools.constants import Machine, Share, constants
-from tools.devices import process_state
 from tools.step import Step
 from tools.steps import STEPS
 
@@ -39,7 +38,7 @@ def main(constants: Constants) -> None:
     )
     tau = step.method_value("tau", "tau_segmentation")
     refinement = Refinement(constants.rule, tau, step.dataset.background)
-    with step.output(".png", state=process_state(constants.device)):
+    with step.output(".png"):
         refine_folder(step, "segmentation", refinement, step.labels if released else None, maps="segmentation")
         step.draw_labels({"segmentation": step.sources["segmentation"], "refined": step.path})
 

@@ -109,16 +109,17 @@ class Step(StepFolder):
         self,
         suffix: str,
         *,
-        state: ProcessState,
+        state: ProcessState | None = None,
         notes: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
     ) -> Iterator[Self]:
         """Open the output folder as `StepFolder.open` does; say first on what device, last what was made.
 
-        The notes of the inputs are carried on.
+        The notes of the inputs are carried on. Without `state` the processes and the device are found here.
         """
-        from tools.devices import device_facts, start_line  # imports torch, which evaluate_miou.py does not need
+        from tools.devices import device_facts, process_state, start_line  # imports torch, which workers need not load
 
+        state = state or process_state(self.constants.device)
         begin = time.monotonic()
         carried: dict[str, Any] = {}
         for run in self.inputs.values():
