@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_classification
 import train_segmentation
@@ -20,6 +22,8 @@ from models.backbone import Backbone
 from models.classifier import Classifier
 from models.crf import _message, _softmax, exact_filter, gaussian_filter
 from models.deeplab import DeepLabV3Plus
+from models.ir_loss import image_reconstruction_loss
+from models.prc import PixelRelationshipConstraint
 from PRC_SAM.checkpoints import build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
@@ -239,6 +243,19 @@ def kind(precision):
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+class Types(TorchDispatchMode):
+    """`seen` holds the types of all results that are computed inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        self.seen |= {found.dtype for found in tree_leaves(result) if isinstance(found, torch.Tensor)}
+        return result
+
+
 @PRECISIONS
 def test_classifier_and_its_losses(fake_gpu, precision):
     model = moved(Classifier(Backbone("resnet18", "none"), 3))
@@ -248,8 +265,19 @@ def test_classifier_and_its_losses(fake_gpu, precision):
         losses = train_classification.compute_loss(model, images, labels, 0.1, 4)
     check([logits], kind(precision))
     check([maps, *losses.values()])
-    with autocast(precision):  # thresholds must not depend on rounding to bf16
-        check([model.prc.affinity(torch.empty(2, 512, 4, 4, device=GPU, dtype=kind(precision)), images)])
+
+
+def test_prc_and_ir_compute_in_fp32_under_autocast(fake_gpu):
+    """The threshold on the affinity must not depend on rounding to bf16."""
+    prc, images = moved(PixelRelationshipConstraint(8)), torch.empty(2, 3, 64, 64, device=GPU)
+    features, labels = torch.empty(2, 8, 4, 4, device=GPU), torch.ones(2, 3, device=GPU)
+    with autocast("bf16"), Types() as types:
+        maps = prc(features[:, :3], features, images)
+        loss = image_reconstruction_loss(maps, images, labels)
+        assert torch.bfloat16 not in types.seen
+        features @ features
+        assert torch.bfloat16 in types.seen  # as any other product here
+    check([maps, loss])
 
 
 @PRECISIONS
@@ -279,6 +307,8 @@ def test_sam(fake_gpu, precision):
     sam = moved(build_sam(**SAM))
     generator = MaskGenerator(sam, Settings(points_per_side=4), precision, batch=2)
     size, (crop,) = generator.prepare(np.zeros((96, 70, 3), np.uint8))
+    seen = []
+    sam.image_encoder.neck[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.inference_mode():
         embeddings = list(generator._encode([crop.pixels] * 3))
         tokens = generator._tokens(crop)
@@ -288,7 +318,7 @@ def test_sam(fake_gpu, precision):
         full = (rows @ logits @ columns.T).flatten(0, 1)
         stability = generator._stability(full)
         masks = full > sam.mask_threshold
-    check([*embeddings, tokens, scores, mask_tokens, pixels, logits, full, stability])
+    check([*seen, *embeddings, tokens, scores, mask_tokens, pixels, logits, full, stability])
     assert len(embeddings) == 3 and embeddings[0].shape == (32, 8, 8) and full.shape == (48, 96, 70)
     check([pack_bits(masks)], torch.uint8)
     check([count_pixels(masks), outer_boxes(masks)], torch.int64)
