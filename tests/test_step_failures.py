@@ -168,7 +168,7 @@ def test_a_damaged_image_among_good_ones(finished, copy, run_script):
             "datasets/tiny/train/sam_masks/train_2.npz",
             r"train_2\.npz is not a readable mask file",
         ),
-        ("inference_segmentation", "datasets/tiny/test/images/test_2.png", r"test_2\.png cannot be read as a PNG image"),
+        ("inference_segmentation", "datasets/tiny/test/images/test_2.png", r"test_2\.png cannot be read as a PNG"),
         ("generate_refined_seg", "datasets/tiny/test/sam_masks/test_2.npz", r"test_2\.npz is not a readable mask file"),
     ],
 )
