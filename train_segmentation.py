@@ -98,14 +98,14 @@ def check_constants(constants: Constants, dataset: Dataset) -> None:
         constants.weights != "none" or not constants.freeze_norm,
         "weights is none, so there are no BatchNorm statistics to keep: add --no-freeze-norm, or give weights",
     )
-    check(
-        constants.labels.replace("_", "").isalnum(),
-        f'labels is "{constants.labels}", but it must be the name of a step folder, or truth',
-    )
 
 
 def main(constants: Constants) -> None:
     truth, released = constants.labels == "truth", constants.protocol == "released"
+    check(
+        constants.labels.replace("_", "").isalnum(),
+        f'labels is "{constants.labels}", but it must be the name of a step folder, or truth',
+    )
     step = Step("segmenter", constants, reads=() if truth else (constants.labels,))
     dataset, ids = step.dataset, step.ids
     check_constants(constants, dataset)

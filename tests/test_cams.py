@@ -157,7 +157,7 @@ def test_batches_group_equal_sizes_and_report_bad_files(images, workers):
         for id, image in zip(ids, batch[: len(ids)], strict=True):
             assert np.array_equal(image.numpy().transpose(1, 2, 0), np.array(Image.open(images / f"{id}.png")))
     assert len(bad) == 3
-    for sentence, name, what in zip(bad, "bfx", ("cannot be read", "mode L, not 8-bit RGB", "is missing"), strict=True):
+    for sentence, name, what in zip(bad, "bfx", ("cannot be read", "mode L and 8 bits", "is missing"), strict=True):
         assert f"{name}.png" in sentence and what in sentence
 
 

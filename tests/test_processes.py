@@ -104,7 +104,7 @@ def test_an_error_in_one_process_ends_all_with_its_sentence(copy):
         torchrun(2),
         fails=True,
     )
-    assert "error: " in stderr and "train_3.png cannot be read as an image" in stderr
+    assert "error: " in stderr and "train_3.png cannot be read as a PNG image" in stderr
     ours = stderr.replace("torch.distributed.elastic", "")
     assert 'File "' + str(ROOT / "tools") not in ours, ours
 

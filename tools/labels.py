@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tools.command import UserError, check
 from tools.files import write_whole
@@ -123,5 +123,9 @@ def _png(path: Path, remedy: str) -> Iterator[tuple[Image.Image, int]]:
             file.seek(0)
             with Image.open(file, formats=("PNG",)) as image:
                 yield image, header[-1]
+    except UnidentifiedImageError:  # its text names an object of Python
+        raise UserError(
+            f"{path} cannot be read as a PNG image (it is empty, damaged or of another format): {remedy}"
+        ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a PNG image ({error}): {remedy}") from None
