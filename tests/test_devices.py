@@ -30,6 +30,8 @@ from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from tools import augment, devices
 from tools.cams import mirrored_scales
 from tools.command import UserError, _explain
+from tools.constants import Place
+from tools.folders import StepFolder
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -188,6 +190,19 @@ def test_facts_for_the_account(monkeypatch):
     assert {facts["tf32_in_convolutions"], facts["tf32_in_products"]} <= {True, False} and "cudnn" in facts
     line = devices.start_line(SimpleNamespace(device=GPU, num_processes=2), "bf16")
     assert line == "device: NVIDIA H100 (cuda:0, 80 GiB); precision: bf16; 2 processes"
+
+
+def test_a_run_continues_on_another_device_in_its_precision(tmp_path):
+    def run(precision):
+        with StepFolder(tmp_path / "segmenter", Place()).open(".pt", settings={"precision": precision}):
+            pass
+
+    run("bf16")
+    with pytest.raises(
+        UserError, match=r"bf16 there, fp32 now\): --precision bf16 continues it, --overwrite replaces it"
+    ):
+        run("fp32")
+    run("bf16")
 
 
 # On a GPU that is not there
