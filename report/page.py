@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from report.label_folders import LabelFolder
 from report.patch_pictures import ERRORS, Sample, SamplesFile, pack, panels
 from report.score_tables import Row, Scored, ScoresFile, Summary, Texts, lines, made, per_class, percent, shares, table
@@ -21,6 +19,7 @@ from tools.command import UserError
 from tools.dataset import Dataset, load_dataset
 from tools.files import Model, read_json, write_whole
 from tools.logs import read_log
+from tools.pages import page_template
 from tools.pictures import sample_ids
 from tools.runs import Run
 from tools.scores import ConfusionMatrix
@@ -212,15 +211,6 @@ def _card(number: str, title: str, row: Row | None, notes: list[str], run: Run |
 def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
     """Write <experiment>/scores/report.html; samples beyond `MOST_BYTES` are left out, the last ones first."""
     dataset = summary.dataset
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters["percent"] = percent
-    environment.filters["duration"] = duration
     finished = [STEPS[name] for name in STEPS if name in summary.runs and summary.runs[name].finished]
     following = next_step(finished[-1]) if finished else STEPS["classifier"]
     content = {
@@ -245,7 +235,7 @@ def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
             "errors": {str(colour): name for name, colour in ERRORS.items()},
         },
     }
-    template = environment.get_template("page.html.j2")
+    template = page_template(Path(__file__).with_name("page.html.j2"), percent=percent, duration=duration)
     size, kept = len(template.render(content, samples=[], left_out=0).encode()), 0
     for sample in samples:
         size += sum(len(panel.source) + len(panel.title) + len(sample.id) + 300 for panel in sample.panels)
