@@ -14,7 +14,7 @@ import numpy as np
 from models.backbone import Backbone
 from models.classifier import Classifier
 from report.page import renew
-from tools.cams import image_batches, in_background, load_cams, mirrored_cams, save_cams
+from tools.cams import for_inference, image_batches, in_background, load_cams, mirrored_cams, save_cams
 from tools.command import run
 from tools.constants import Count, Machine, PositiveCount, Scales, Speed, constants
 from tools.devices import make_accelerator, precision_of
@@ -43,7 +43,7 @@ def main(constants: Constants) -> None:
     model = Classifier(Backbone(trained["backbone"], "none"), dataset.num_classes, trained["gamma"], iterations)
     load_checkpoint(step.sources["classifier"] / "model.pt", model)
     accelerator = make_accelerator(constants.precision, constants.device)
-    model = model.to(accelerator.device).eval()
+    model = for_inference(model, accelerator.device)
 
     def row(id: str) -> list[np.ndarray | None]:
         """The patch with the maps of its classes."""
@@ -54,16 +54,21 @@ def main(constants: Constants) -> None:
     with step.output(".npz", state=accelerator, settings={"precision": precision_of(accelerator)}):
         pending = step.pending(step.ids, ".npz")
         with step.progress(len(pending), "CAMs") as bar, in_background() as submit:
-            for ids, images in image_batches(
-                dataset.images(step.split), pending, constants.images_at_once, constants.workers, step.fail
+            for ids, size, images in image_batches(
+                dataset.images(step.split),
+                pending,
+                constants.scales,
+                constants.images_at_once,
+                constants.workers,
+                step.fail,
             ):
                 with accelerator.autocast():
-                    logits, maps = mirrored_cams(model, images, constants.scales, accelerator.device)
+                    logits, maps = mirrored_cams(model, images, accelerator.device)
                 scores, arrays = logits.cpu().numpy(), [scale.cpu().numpy() for scale in maps]
                 for index, id in enumerate(ids):
                     classes = np.flatnonzero(step.labels[id])
                     present = [scale[index, classes] for scale in arrays]
-                    submit(save_cams, step.path / f"{id}.npz", classes, present, images.shape[-2:], scores[index])
+                    submit(save_cams, step.path / f"{id}.npz", classes, present, size, scores[index])
                 bar.update(len(ids))
         step.draw(row, ["image", *dataset.classes], legend=False)
 

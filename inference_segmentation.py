@@ -9,8 +9,8 @@ Writes experiments/<dataset>/<experiment>/segmentation/<id>.png: class ids; with
 segment_scene.py segments whole large images.
 """
 
-from pathlib import Path
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -52,10 +52,15 @@ def main(constants: Constants) -> None:
     with step.output(".png", state=accelerator, settings={"precision": precision_of(accelerator)}):
         pending = step.pending(step.ids, ".png")
         with step.progress(len(pending), "segmentation") as bar, in_background() as submit:
-            for ids, images in image_batches(
-                dataset.images(step.split), pending, constants.images_at_once, constants.workers, step.fail
+            for ids, size, images in image_batches(
+                dataset.images(step.split),
+                pending,
+                constants.scales,
+                constants.images_at_once,
+                constants.workers,
+                step.fail,
             ):
-                logits = segmenter(images, constants.scales)
+                logits = segmenter(images, size)
                 labels = logits.argmax(1).to(torch.uint8).cpu().numpy()
                 probabilities: Sequence[np.ndarray | None] = [None] * len(labels)
                 if constants.keep_probabilities:

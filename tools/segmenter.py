@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from models.backbone import Backbone
 from models.deeplab import DeepLabV3Plus
-from tools.cams import OUTPUT_STRIDE, mirrored_scales
+from tools.cams import OUTPUT_STRIDE, for_inference, mirrored_scales
 from tools.command import check
 from tools.dataset import Dataset
 from tools.runs import Run
@@ -29,16 +29,19 @@ class Segmenter:
         )
         model = DeepLabV3Plus(Backbone(trained["backbone"], "none"), dataset.num_classes, trained["width"])
         load_checkpoint(folder / "model.pt", model)
-        self.accelerator, self.model = accelerator, model.to(accelerator.device).eval()
+        self.accelerator, self.model = accelerator, for_inference(model, accelerator.device)
 
-    @torch.inference_mode()
-    def __call__(self, images: Tensor, scales: Sequence[float]) -> Tensor:
-        """(B,3,H,W) uint8 -> logits (B,K,H,W), summed over all scales and mirror images (method section 6)."""
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Images at each scale, (B,3,h,w) uint8 -> logits (B,K,H,W), H,W = size.
+
+        Summed over all scales and mirror images (method section 6).
+        """
         with self.accelerator.autocast():
-            logits = mirrored_scales(self.model, images, scales, self.accelerator.device)
+            logits = mirrored_scales(self.model, images, self.accelerator.device)
             total = torch.zeros((), device=self.accelerator.device)
             for scale in logits:
-                total = total + F.interpolate(scale, images.shape[-2:], mode="bilinear", align_corners=False)
+                total = total + F.interpolate(scale, tuple(size), mode="bilinear", align_corners=False)
             return total
 
 
