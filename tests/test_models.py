@@ -350,3 +350,12 @@ def test_parameter_groups(kind):
     assert bool(frozen) == (kind == "classifier") and all(
         name.startswith(("backbone.low", "backbone.mid")) for name in frozen
     )
+
+
+def test_the_classifier_starts_kaiming_normal():
+    """One output of many inputs, and no bias: torch's default would be 2.45 times smaller, and uniform."""
+    torch.manual_seed(0)
+    weight = Classifier(Backbone("resnet18", "none"), 20).classifier.weight.detach().double()
+    expected = (2 / 512) ** 0.5
+    assert float(weight.std()) == pytest.approx(expected, rel=6 / (2 * weight.numel()) ** 0.5)
+    assert float(weight.abs().max()) > 2 * expected  # a uniform distribution ends at 1.73 standard deviations
