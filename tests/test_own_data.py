@@ -33,7 +33,7 @@ SMALL = {  # what the test adds to a command of the page, besides --root, so tha
     "generate_refined_pseudo.py": "--workers 0",
     "train_segmentation.py": f"{TRAINING} --no-freeze-norm --width 16",
     "inference_segmentation.py": "--scales 0.5 1 --precision fp32 --workers 0",
-    "segment_scene.py": "--scales 0.5 1 --precision fp32 --workers 0",
+    "segment_scene.py": "--scales 0.5 1 --precision fp32",
     "generate_refined_seg.py": "--workers 0",
     "evaluate_miou.py": "--workers 0",
 }
