@@ -60,12 +60,12 @@ def scored(folder: LabelFolder) -> Scored:
 
 
 def made(run: Run) -> tuple[str, int]:
-    """What tells one making of a folder from another: when it started and how many files it holds."""
+    """When a folder was started and how many files it holds: by this a folder that was made again is recognised."""
     return run.started, run.files
 
 
 class ScoresFile(BaseModel):
-    """What is read back of scores.json; its scores are computed anew from the counts."""
+    """What is read back of scores.json; its scores are computed again from the counts."""
 
     protocol: Literal["clean", "released"] = "clean"
     classes: list[str] = []
