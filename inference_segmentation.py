@@ -55,10 +55,15 @@ def main(constants: Constants) -> None:
         missing = {id for suffix in suffixes for id in step.pending(step.ids, suffix)}
         pending = [id for id in step.ids if id in missing]
         with step.progress(len(pending), "segmentation") as bar, in_background() as submit:
-            for ids, images in image_batches(
-                dataset.images(step.split), pending, constants.images_at_once, constants.workers, step.fail
+            for ids, size, images in image_batches(
+                dataset.images(step.split),
+                pending,
+                constants.scales,
+                constants.images_at_once,
+                constants.workers,
+                step.fail,
             ):
-                logits = segmenter(images, constants.scales)
+                logits = segmenter(images, size)
                 labels = logits.argmax(1).to(torch.uint8).cpu().numpy()
                 probabilities: Sequence[np.ndarray | None] = [None] * len(labels)
                 if constants.keep_probabilities:

@@ -122,7 +122,8 @@ class MaskGenerator:
     def _encode(self, crops: list[Tensor]) -> Iterator[Tensor]:
         """(3,h,w) uint8 each -> (C,h',w') embeddings. The last batch is filled up with repetitions, to be as large."""
 
-        def encode(images: Tensor) -> list[Tensor]:
+        def encode(batches: list[Tensor]) -> list[Tensor]:
+            (images,) = batches
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 return [encode_images(self.sam.image_encoder, images, self.positions)]
 
@@ -130,7 +131,7 @@ class MaskGenerator:
             some = crops[start : start + self.batch]
             images = [self.sam.preprocess(self._to_device(crop)) for crop in some]
             full = torch.stack(images + images[:1] * (self.batch - len(images)))
-            (embeddings,) = self.images_at_once.predict(encode, full)
+            (embeddings,) = self.images_at_once.predict(encode, [full])
             yield from embeddings[: len(some)]
 
     def _to_device(self, image: Tensor) -> Tensor:

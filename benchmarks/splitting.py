@@ -1,7 +1,7 @@
 """Cutting scenes into patches: our way against the plain way, time and memory.
 
 Decoding: the look-up table of all colours against the usual loop over classes, on the same truth. Splitting: synthetic
-scenes of Potsdam's size and layout, in LZW-compressed TIFFs of one row a strip, through potsdam_patch_split.py.
+scenes of Potsdam's size and layout, LZW-compressed TIFFs with one row a strip, cut by potsdam_patch_split.py.
 
 Command: python benchmarks/splitting.py
 """
@@ -18,9 +18,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import tifffile
+import rasterio
 import tyro
-from measure import measured
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -67,6 +66,8 @@ def look_up(rgb: np.ndarray, dataset: Dataset) -> np.ndarray:
 
 
 def compare_decoding(constants: Constants) -> None:
+    from measure import measured  # here, since it imports torch: see `time_splitting`
+
     for name in ("potsdam", "isaid"):
         dataset = load_dataset(name)
         _, ids = synthetic_scene(constants.size, dataset.num_classes, constants.seed)
@@ -88,11 +89,15 @@ def write_scenes(raw: Path, names: list[str], constants: Constants, dataset: Dat
             (f"5_Labels_all/top_potsdam_{name}_label.tif", dataset.colours[ids]),
         ):
             (raw / place).parent.mkdir(parents=True, exist_ok=True)
-            tifffile.imwrite(raw / place, pixels, compression="lzw", rowsperstrip=1)
+            layout = {"compress": "lzw", "blockysize": 1}
+            with rasterio.open(
+                raw / place, "w", driver="GTiff", width=len(ids), height=len(ids), count=3, dtype="uint8", **layout
+            ) as file:
+                file.write(pixels.transpose(2, 0, 1))
 
 
 def time_splitting(constants: Constants) -> None:
-    """Comes first and writes the scenes in a process apart: a started process counts its parent's memory as its own."""
+    """Runs first, and writes the scenes in another process: Linux counts the parent's memory for a new process."""
     dataset = load_dataset("potsdam")
     names = dataset.scenes["test"][: constants.scenes]
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +118,7 @@ def time_splitting(constants: Constants) -> None:
         ]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        _, status, used = os.wait4(process.pid, 0)  # with the processes it started itself
+        _, status, used = os.wait4(process.pid, 0)  # its worker processes are counted, too
         seconds = time.perf_counter() - start
         if status:
             sys.exit(f"{' '.join(command)} failed")

@@ -50,6 +50,7 @@ def page_data(dataset: Dataset, labels: dict[str, np.ndarray], logits: dict[str,
     command: the one that checks the exported labels.
     """
     ids = dataset.ids("train")
+    values = [logits[id].astype(float).round(2).tolist() if id in logits else None for id in ids]
     written = ["".join(map(str, labels[id].astype(int))) if id in labels else "" for id in ids]
     return {
         "name": dataset.name,
@@ -60,7 +61,7 @@ def page_data(dataset: Dataset, labels: dict[str, np.ndarray], logits: dict[str,
         "ids": ids,
         "labels": written,
         "version": digest("\n".join(written)),  # tells the page whether image_labels.csv has changed
-        "logits": logits and [logits[id].astype(float).round(2).tolist() if id in logits else None for id in ids],
+        "logits": values if logits else None,
         "command": command,
     }
 

@@ -68,14 +68,13 @@ def read_experiment(constants: Any, dataset: Dataset) -> Summary:
             runs |= {name: run} if run else {}
     runs = dict(sorted(runs.items(), key=lambda item: item[1].started))
     labels = {dataset.image_labels_hash(split) for split in SPLITS if dataset.image_labels_file(split).exists()}
-    outdated = {name for name in runs if is_outdated(name, runs, labels)}
-    return Summary(constants, dataset, folder, runs, outdated, broken)
+    return Summary(constants, dataset, folder, runs, outdated_runs(runs, labels), broken)
 
 
 def _read_back(file: Path, model: type[Model], missing: Missing, broken: list[str]) -> Model | Missing:
     """The content of a JSON file; `missing` where there is none, or where it is damaged, which goes to `broken`."""
     try:
-        return read_json(file, model, "run its step again")
+        return read_json(file, model, "run its step again with --overwrite")
     except FileNotFoundError:
         return missing
     except UserError as error:
@@ -83,18 +82,21 @@ def _read_back(file: Path, model: type[Model], missing: Missing, broken: list[st
         return missing
 
 
-def is_outdated(name: str, runs: dict[str, Run], labels: set[str]) -> bool:
-    """Whether an input of the step `name`, at any distance, has changed since; `labels`: hashes of image_labels.csv."""
-    present = {run.started: other for other, run in runs.items()} | dict.fromkeys(labels, "image_labels")
-    for source, started in runs[name].inputs.items() if name in runs else ():
-        if runs[name].constants.get(source):
-            continue  # the input of another experiment, which this constant names
-        if started in present:
-            if is_outdated(present[started], runs, labels):
-                return True
-        elif source == "image_labels" or any(other.startswith(source) for other in runs):
-            return True
-    return False
+def outdated_runs(runs: dict[str, Run], labels: set[str]) -> set[str]:
+    """The runs with an input that has changed since, at any distance.
+
+    `runs` in the order of their start, so that inputs come first; `labels`: the hashes of image_labels.csv.
+    """
+    present = {run.started: name for name, run in runs.items()} | dict.fromkeys(labels, "image_labels")
+    found: set[str] = set()
+    for name, run in runs.items():
+        for source, started in run.inputs.items():
+            if run.constants.get(source):
+                continue  # the input of another experiment, which this constant names
+            known = source == "image_labels" or any(other.startswith(source) for other in runs)
+            if present.get(started) in found or (known and started not in present):
+                found.add(name)
+    return found
 
 
 def _is_stale(stage: Scored, summary: Summary) -> bool:

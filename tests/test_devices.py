@@ -308,11 +308,11 @@ def test_segmenter_and_its_loss(fake_gpu, precision):
 def test_multi_scale_inference(fake_gpu, precision):
     classifier = moved(Classifier(Backbone("resnet18", "none"), 3))
     segmenter = moved(DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16))
-    images, scales = torch.empty(2, 3, 48, 64, dtype=torch.uint8), (0.5, 1.0, 1.5)
+    images = [torch.empty(2, 3, *size, dtype=torch.uint8) for size in ((24, 32), (48, 64), (72, 96))]
     with autocast(precision):
-        maps = mirrored_scales(lambda x: classifier(x)[1].relu(), images, scales, GPU)
-        raw = mirrored_scales(lambda x: classifier.classifier(classifier.backbone(x)[2]), images, scales, GPU)
-        logits = mirrored_scales(segmenter, images, scales, GPU)
+        maps = mirrored_scales(lambda x: classifier(x)[1].relu(), images, GPU)
+        raw = mirrored_scales(lambda x: classifier.classifier(classifier.backbone(x)[2]), images, GPU)
+        logits = mirrored_scales(segmenter, images, GPU)
     check([*maps, *raw, *logits])
     assert [tuple(scale.shape) for scale in logits] == [(2, 3, 24, 32), (2, 3, 48, 64), (2, 3, 72, 96)]
 

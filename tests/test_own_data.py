@@ -11,14 +11,13 @@ import pytest
 import rasterio
 import torch
 from PIL import Image
-from rasterio.transform import from_origin
 
 from datasetsprocess import isaid_split, own_patch_split
 from tests.conftest import ROOT
+from tests.tiffs import UTM, noise, write_tif
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.labels import load_label
-from tools.rasters import gdal
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8"), re.M | re.S)
 TRAINING = "--backbone resnet18 --weights none --epochs 1 --batch-size 2 --precision fp32 --workers 0"
@@ -33,7 +32,7 @@ SMALL = {  # what the test adds to a command of the page, besides --root, so tha
     "generate_refined_pseudo.py": "--workers 0",
     "train_segmentation.py": f"{TRAINING} --no-freeze-norm --width 16",
     "inference_segmentation.py": "--scales 0.5 1 --precision fp32 --workers 0",
-    "segment_scene.py": "--scales 0.5 1 --precision fp32 --workers 0",
+    "segment_scene.py": "--scales 0.5 1 --precision fp32",
     "generate_refined_seg.py": "--workers 0",
     "evaluate_miou.py": "--workers 0",
 }
@@ -41,24 +40,6 @@ SMALL = {  # what the test adds to a command of the page, besides --root, so tha
 
 def blocks(language: str, beginning: str = "") -> list[str]:
     return [text for kind, text in BLOCKS if kind == language and text.startswith(beginning)]
-
-
-UTM = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_400_000, 0.5, 0.5)}  # half a metre a pixel
-
-
-def write_tif(path: Path, pixels: np.ndarray, colormap: dict | None = None, **profile) -> None:
-    """(H,W) or (H,W,C) as a GeoTIFF; a fourth channel is alpha where the profile says so."""
-    bands = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
-    profile = {"driver": "GTiff", "compress": "deflate", "dtype": pixels.dtype} | profile
-    size = dict(zip(("count", "height", "width"), bands.shape, strict=True))
-    with gdal(), rasterio.open(path, "w", **profile, **size) as file:
-        file.write(bands)
-        if colormap:
-            file.write_colormap(1, colormap)
-
-
-def noise(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
 
 
 def own_scene(path: Path, classes: list[int], colours, size=(256, 512)) -> None:

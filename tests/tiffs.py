@@ -6,6 +6,8 @@ import numpy as np
 import rasterio
 from rasterio.transform import from_origin
 
+from tools.rasters import gdal
+
 UTM = {"crs": "EPSG:32632", "transform": from_origin(500_000, 5_400_000, 0.5, 0.5)}  # half a metre a pixel
 
 
@@ -20,7 +22,7 @@ def write_tif(
     bands = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
     profile = {"driver": "GTiff", "compress": "deflate", "dtype": pixels.dtype} | profile
     size = dict(zip(("count", "height", "width"), bands.shape, strict=True))
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "w", **profile, **size) as file:
+    with gdal(), rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "w", **profile, **size) as file:
         file.write(bands)
         if colormap:
             file.write_colormap(1, colormap)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.special import expit
 
 from tools.cams import load_logits
 from tools.command import check
@@ -79,7 +80,7 @@ def review(dataset: Dataset, cams: Path, most: int = 20) -> Review:
     against = doubt(labels, logits)
     order = np.argsort(-against, axis=None, kind="stable")[:most]
     doubts = [
-        Doubt(ids[row], dataset.classes[k], bool(labels[row, k]), float(1 / (1 + np.exp(-logits[row, k]))))
+        Doubt(ids[row], dataset.classes[k], bool(labels[row, k]), float(expit(logits[row, k])))
         for row, k in zip(*np.unravel_index(order, against.shape), strict=True)
         if against[row, k] > 0
     ]
