@@ -21,7 +21,8 @@ from pydantic import Field
 from report.label_folders import LabelFolder, load_prediction
 from report.page import read_experiment, write_report
 from report.patch_pictures import SamplesFile, draw_split
-from report.score_tables import markdown, scored, write_scores
+from report.score_tables import markdown, write_scores
+from report.summary import scored
 from tools.command import UserError, check, run
 from tools.constants import Place, constants
 from tools.dataset import Dataset, load_dataset

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from report.label_folders import LabelFolder
 from report.patch_pictures import ERRORS, Sample, SamplesFile, pack, panels
-from report.score_tables import Row, Scored, ScoresFile, Summary, Texts, lines, made, per_class, percent, shares, table
+from report.score_tables import Texts, lines, per_class, shares, table
+from report.summary import Row, Scored, ScoresFile, Summary, made, percent
 from tools.command import UserError
 from tools.dataset import Dataset, load_dataset
 from tools.files import Model, read_json, write_whole
