@@ -5,6 +5,7 @@ values. An operation on tensors of different devices fails as on a GPU. Backward
 matrices cannot be run so.
 """
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,6 +35,11 @@ from tools.constants import Place
 from tools.folders import StepFolder
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.mark.skipif("PRC_TEST_DEVICE" in os.environ, reason="these tests were asked to use a GPU")
+def test_tests_and_the_programs_that_they_start_see_no_gpu():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
 
 
 @pytest.fixture
