@@ -177,7 +177,7 @@ def draw_roads(canvas: Canvas, cuts, half_width: float, pavement: float) -> list
 
 
 def draw_building(canvas: Canvas, centre, angle: float, half, height: float, roof: tuple) -> None:
-    """Rectangular building; half = (along the ridge, across), roof = (pitch, material). Pitch 0: flat, with machines."""
+    """Building; half = (along the ridge, across), roof = (pitch, material); pitch 0: flat, with machines."""
     rng, (a, b), (pitch, material) = canvas.rng, half, roof
     window, along, across = canvas.frame(centre, angle, np.hypot(a, b))
     mask = (np.abs(along) <= a) & (np.abs(across) <= b)
