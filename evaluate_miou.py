@@ -44,7 +44,7 @@ class Constants(Place):
     stages: tuple[str, ...] = ()  # folders to score, such as segmentation; empty: every one that exists
     supervised: str = "supervised"  # experiment of the fully supervised run, the bound; used where it exists
     protocol: Literal["clean", "released"] = "clean"  # released: pixels predicted as a left-out class are dropped
-    samples: Annotated[int, Field(ge=0, le=20)] = 2  # so many best, median and worst patches of each split in the report
+    samples: Annotated[int, Field(ge=0, le=20)] = 2  # patches in the report: so many best, median and worst ones
 
 
 PATCHES_A_PROCESS = 100  # for fewer patches, starting a process takes longer than scoring them here
