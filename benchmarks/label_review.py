@@ -34,7 +34,7 @@ class Constants:
     epochs: tuple[int, ...] = (3,)  # of step 1; one experiment each
     pseudo_labels: bool = True  # measure the cost as well; False: only how many errors are found
     workers: int = 0
-    seed: int = 0
+    seed: int = 0  # of the flips and of the trainings
 
 
 def go(script: str, root: Path, *words: str) -> None:
@@ -72,7 +72,8 @@ class Trial:
         by_id = dict(zip(self.ids, labels, strict=True))
         write_image_labels(self.dataset.image_labels_file("train"), self.dataset.classes, by_id)
         recipe = ["--backbone", "resnet18", "--weights", "none", "--train-all", "--lr", "0.003", "--momentum", "0.9"]
-        self.step("train_classification.py", name, *recipe, "--epochs", str(self.epochs))
+        recipe += ["--epochs", str(self.epochs), "--seed", str(self.constants.seed)]
+        self.step("train_classification.py", name, *recipe)
         self.step("infer_classification.py", name, "--scales", "1.0", "1.5", "2.0")
         found = read_logits(self.root / "experiments/demo" / name / "cams", self.ids, self.dataset.num_classes)
         return np.stack([found[id] for id in self.ids])
