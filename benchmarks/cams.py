@@ -1,11 +1,14 @@
-"""CAM inference our way and the plain way, from image files to stored maps: time, disk, agreement of pseudo-labels.
+"""Multi-scale inference our way and the plain way: time, disk, agreement of pseudo-labels.
 
-Plain: one image, one scale, one flip at a time, in float32; each map is upsampled to image size, the sum is saved as
-float32 .npy. Ours: batches of images with their mirror images, bf16 where the device computes in it, the maps of each
-scale saved at feature size in float16; and the same in float32, which separates the effects of storage and of bf16.
-Pseudo-labels come from the dense CRF on the saved maps. With a trained classifier: --classifier
-experiments/NAME/NAME/classifier and --images FOLDER. Without: random weights, whose maps are nearly equal, and
-synthetic images.
+Step 2, from image files to stored maps. Plain: one image, one scale, one flip at a time, in float32; each map is
+upsampled to image size, the sum is saved as float32 .npy. Ours: batches of images with their mirror images, BatchNorm
+folded, bf16 where the device computes in it, the maps of each scale saved at feature size in float16; and the same in
+float32, which separates the effects of storage and of bf16. Pseudo-labels come from the dense CRF on the saved maps.
+With a trained classifier: --classifier experiments/NAME/NAME/classifier and --images FOLDER. Without: random weights,
+whose maps are nearly equal, and synthetic images.
+
+Then the parts: what a worker process needs to read and to resize an image, and the networks of steps 2 and 6 with and
+without folded BatchNorm.
 
 Command: OMP_NUM_THREADS=1 python benchmarks/cams.py
 """
@@ -13,6 +16,7 @@ Command: OMP_NUM_THREADS=1 python benchmarks/cams.py
 import shutil
 import sys
 import tempfile
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,15 +26,27 @@ import torch
 import tyro
 from measure import aerial_patch, measured
 from PIL import Image
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.backbone import Backbone
 from models.classifier import Classifier
 from models.crf import CRF, dense_crf
+from models.deeplab import DeepLabV3Plus
 from tools.augment import normalise, to_tensor
-from tools.cams import OUTPUT_STRIDE, image_batches, in_background, load_cams, mirrored_cams, save_cams
+from tools.cams import (
+    OUTPUT_STRIDE,
+    at_scales,
+    for_inference,
+    image_batches,
+    in_background,
+    load_cams,
+    mirrored_cams,
+    mirrored_scales,
+    save_cams,
+    stack_scales,
+)
 from tools.command import stop
 from tools.devices import make_accelerator
 from tools.labels import load_image
@@ -50,6 +66,7 @@ class Constants:
     workers: int = 0  # worker processes of ours
     classifier: Path | None = None  # folder of a trained classifier; its backbone and classes replace those above
     images: Path | None = None  # a folder of RGB images, cut to `size`; None: blobs with texture
+    parts: bool = True  # also measure reading, resizing and folding
     growth: bool = True  # also measure ours with other sizes and numbers of classes
 
 
@@ -73,14 +90,15 @@ def the_model(constants: Constants, device: torch.device, sample: torch.Tensor) 
 def plain(model: Classifier, file: Path, output: Path, classes: np.ndarray, scales: tuple[float, ...]) -> None:
     """One image, as a simple script does it."""
     device = next(model.parameters()).device
-    image = to_tensor(np.array(Image.open(file)))[None]
-    size = image.shape[-2:]
+    image = Image.open(file)
+    size = image.height, image.width
     padded = [-(-length // OUTPUT_STRIDE) * OUTPUT_STRIDE for length in size]
     total = np.zeros((), np.float32)
     for scale in scales:
-        scaled = resize(image, [round(length * scale) for length in size], InterpolationMode.BICUBIC, antialias=True)
+        scaled = image.resize((round(size[1] * scale), round(size[0] * scale)), Image.Resampling.BICUBIC)
         for flip in (False, True):
-            x = normalise(scaled.flip(-1) if flip else scaled).contiguous().to(device)
+            x = normalise(to_tensor(np.array(scaled))[None])
+            x = (x.flip(-1) if flip else x).contiguous().to(device)
             with torch.no_grad():
                 maps = model(x)[1].relu()
                 maps = F.interpolate(maps, padded, mode="bilinear", align_corners=False)
@@ -137,14 +155,14 @@ def likely(model: Classifier, file: Path, count: int) -> np.ndarray:
 
 
 def compare(
-    model: Classifier, constants: Constants, root: Path, count: int, device: torch.device, has_bf16: bool
+    unfolded: Classifier, constants: Constants, root: Path, count: int, device: torch.device, has_bf16: bool
 ) -> None:
-    images = root / "images"
+    images, model = root / "images", for_inference(deepcopy(unfolded), device)
     present = {file.stem: likely(model, file, constants.present) for file in sorted(images.iterdir())}
 
     def plainly() -> None:
         for id, kept in present.items():
-            plain(model, images / f"{id}.png", root / "plain" / f"{id}.npy", kept, constants.scales)
+            plain(unfolded, images / f"{id}.png", root / "plain" / f"{id}.npy", kept, constants.scales)
 
     ways = {"plain": plainly}
     for bf16 in (False, True)[: 1 + has_bf16]:
@@ -168,6 +186,44 @@ def compare(
             f"{first_disk / disk:5.1f} times less; equal to plain: argmax {same[0]:.3%}, pseudo-labels {same[1]:.3%}",
             flush=True,
         )
+
+
+def network_seconds(model: nn.Module, images: list[Tensor], device: torch.device, bf16: bool) -> float:
+    """Seconds an image of the network alone, at all scales with mirror images."""
+
+    def predict(x: Tensor) -> Tensor:
+        found = model(x)
+        return found[1] if isinstance(found, tuple) else found  # class maps, or a segmenter's logits
+
+    def work() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            mirrored_scales(predict, images, device)
+
+    work()  # chooses kernels: not a part of the cost
+    return measured(work, 3, device)[1] / len(images[0])
+
+
+def parts(classifier: Classifier, constants: Constants, root: Path, device: torch.device, has_bf16: bool) -> None:
+    """Reading and resizing in one worker process; the networks with and without folded BatchNorm."""
+    files = sorted((root / "images").iterdir())
+    images, reading, _ = measured(lambda: [load_image(file) for file in files], 3)
+    scaled, resizing, _ = measured(lambda: [at_scales(image, constants.scales) for image in images], 3)
+    print(
+        f"a worker process: reading {1e3 * reading / len(files):.1f} ms an image, resizing to "
+        f"{len(constants.scales)} scales {1e3 * resizing / len(files):.1f} ms"
+    )
+    batch = stack_scales(scaled[: constants.images_at_once])
+    segmenter = DeepLabV3Plus(Backbone(constants.backbone, "none"), classifier.classifier.out_channels)
+    for name, model in (("step 2", classifier), ("step 6", segmenter)):
+        unfolded = model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        folded = for_inference(deepcopy(unfolded), device)
+        for bf16 in (False, True)[: 1 + has_bf16]:
+            before, after = (network_seconds(each, batch, device, bf16) for each in (unfolded, folded))
+            print(
+                f"{name}, {'bf16' if bf16 else 'fp32'}: {before:.3f} s an image, BatchNorm folded {after:.3f} s, ratio "
+                f"{before / after:.2f}; reading and resizing: {(reading + resizing) / len(files) / after:.1%} of it",
+                flush=True,
+            )
 
 
 def growth(model: Classifier, constants: Constants, root: Path, bf16: bool) -> None:
@@ -200,8 +256,10 @@ def main(constants: Constants) -> None:
             f"{constants.present} of {model.classifier.out_channels} classes, scales {constants.scales} with mirrors"
         )
         compare(model, constants, root, count, device, bf16)
+        if constants.parts:
+            parts(model, constants, root, device, bf16)
         if constants.growth:
-            growth(model, constants, root, bf16)
+            growth(for_inference(model, device), constants, root, bf16)
 
 
 if __name__ == "__main__":
