@@ -229,9 +229,9 @@ def _watched(
 
 
 def areas(pixels: dict[str, int], square_metres: float | None) -> list[str]:
-    """ "<class> 12.3 %, 4,567 m²" for each class: its share of the scene without nodata."""
+    """ "<class> 12.3 %, 4,567 m2" for each class: its share of the scene without nodata."""
     total = max(sum(pixels.values()), 1)
-    metres = [f", {count * square_metres:,.0f} m²" if square_metres else "" for count in pixels.values()]
+    metres = [f", {count * square_metres:,.0f} m2" if square_metres else "" for count in pixels.values()]
     return [f"{name} {count / total:.1%}{area}" for (name, count), area in zip(pixels.items(), metres, strict=True)]
 
 
