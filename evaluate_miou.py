@@ -3,7 +3,7 @@
 Reads  experiments/<dataset>/<experiment>/{cams,pseudo_labels,...}/ and datasets/<dataset>/{train,test}/labels
 Writes experiments/<dataset>/<experiment>/scores/: scores.json and scores.csv (fractions from 0 to 1), scores.md (the
        tables, in per cent), confusion_<split>.png, contact_sheet_<split>.png, report.html and samples.json (its
-       pictures). All are written anew each time; no other result rests on them
+       pictures). All are written again each time; no other result depends on them
 
     python evaluate_miou.py --dataset vaihingen
 """
@@ -21,7 +21,8 @@ from pydantic import Field
 from report.label_folders import LabelFolder, load_prediction
 from report.page import read_experiment, write_report
 from report.patch_pictures import SamplesFile, draw_split
-from report.score_tables import markdown, scored, write_scores
+from report.score_tables import markdown, write_scores
+from report.summary import scored
 from tools.command import UserError, check, run
 from tools.constants import Place, constants
 from tools.dataset import Dataset, load_dataset

@@ -21,8 +21,7 @@ class Constants(Machine):
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
     rule: Rule = "ios"  # ios (the paper's) | sepl | vote | mean_cam, see PRC_SAM/refine.py
-    # IOS: minimum overlap of mask S and class region P, area(P and S) / min(area P, area S); None: the data set's
-    tau: Share | None = None
+    tau: Share | None = None  # ios: minimum overlap, area(P and S) / min(area P, area S); None: the data set's
     cams: str = ""  # mean_cam: the experiment whose CAMs are used; empty: this one
 
 

@@ -24,8 +24,7 @@ class Constants(Machine):
     protocol: Literal["clean", "released"] = "clean"  # writes classes of the prediction | released: of the test truth
     split: Literal["train", "test"] = "test"  # test | train (to measure only)
     rule: Rule = "ios"  # ios (the paper's) | sepl | vote | mean_cam, see PRC_SAM/refine.py
-    # IOS: minimum overlap of mask S and class region P, area(P and S) / min(area P, area S); None: the data set's
-    tau: Share | None = None
+    tau: Share | None = None  # ios: minimum overlap, area(P and S) / min(area P, area S); None: the data set's
 
 
 def main(constants: Constants) -> None:

@@ -10,13 +10,12 @@ Writes experiments/<dataset>/<experiment>/cams/<id>.npz: the maps of the classes
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from models.backbone import Backbone
 from models.classifier import Classifier
 from report.page import renew
-from tools.cams import image_batches, in_background, load_cams, mirrored_cams, save_cams
+from tools.cams import for_inference, image_batches, in_background, load_cams, mirrored_cams, save_cams
 from tools.command import run
 from tools.constants import Count, Machine, PositiveCount, Scales, Speed, constants
 from tools.devices import make_accelerator, precision_of
@@ -46,13 +45,12 @@ def main(constants: Constants) -> None:
     model = Classifier(Backbone(trained["backbone"], "none"), dataset.num_classes, trained["gamma"], iterations)
     load_checkpoint(step.sources["classifier"] / "model.pt", model)
     accelerator = make_accelerator(constants.precision, constants.device)
-    model = model.to(accelerator.device).to(memory_format=torch.channels_last).eval()
-    parts = Parts()
+    model, parts = for_inference(model, accelerator.device), Parts()
 
-    def predict(images: Tensor) -> list[Tensor]:
+    def predict(images: list[Tensor]) -> list[Tensor]:
         """Mean logits (B,K), and the maps (B,K,h,w) of each scale."""
         with accelerator.autocast():
-            logits, maps = mirrored_cams(model, images, constants.scales, accelerator.device)
+            logits, maps = mirrored_cams(model, images, accelerator.device)
         return [logits, *maps]
 
     def row(id: str) -> list[np.ndarray | None]:
@@ -64,14 +62,19 @@ def main(constants: Constants) -> None:
     with step.output(".npz", state=accelerator, settings={"precision": precision_of(accelerator)}):
         pending = step.pending(step.ids, ".npz")
         with step.progress(len(pending), "CAMs") as bar, in_background() as submit:
-            for ids, images in image_batches(
-                dataset.images(step.split), pending, constants.images_at_once, constants.workers, step.fail
+            for ids, size, images in image_batches(
+                dataset.images(step.split),
+                pending,
+                constants.scales,
+                constants.images_at_once,
+                constants.workers,
+                step.fail,
             ):
                 scores, *arrays = (found.cpu().numpy() for found in parts.predict(predict, images))
                 for index, id in enumerate(ids):
                     classes = np.flatnonzero(step.labels[id])
                     present = [scale[index, classes] for scale in arrays]
-                    submit(save_cams, step.path / f"{id}.npz", classes, present, images.shape[-2:], scores[index])
+                    submit(save_cams, step.path / f"{id}.npz", classes, present, size, scores[index])
                 bar.update(len(ids))
         step.draw(row, ["image", *dataset.classes], legend=False)
 

@@ -32,7 +32,6 @@ class Constants(Machine):
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "test"  # test | train (to measure only; goes to segmentation_train)
     scales: Scales = (0.5, 1.0, 1.5, 2.0)  # each with its mirror image
-    segmenter: str = ""  # the experiment whose segmenter is used; empty: this one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as in step 5
     images_at_once: Speed[PositiveCount] = 8  # patches of one batch; lower it when the GPU's memory is short
     keep_probabilities: Speed[bool] = False  # also write <id>.npz: class probabilities, for rule mean_cam of step 7
@@ -55,10 +54,15 @@ def main(constants: Constants) -> None:
         missing = {id for suffix in suffixes for id in step.pending(step.ids, suffix)}
         pending = [id for id in step.ids if id in missing]
         with step.progress(len(pending), "segmentation") as bar, in_background() as submit:
-            for ids, images in image_batches(
-                dataset.images(step.split), pending, constants.images_at_once, constants.workers, step.fail
+            for ids, size, images in image_batches(
+                dataset.images(step.split),
+                pending,
+                constants.scales,
+                constants.images_at_once,
+                constants.workers,
+                step.fail,
             ):
-                logits = segmenter(images, constants.scales)
+                logits = segmenter(images, size)
                 labels = logits.argmax(1).to(torch.uint8).cpu().numpy()
                 probabilities: Sequence[np.ndarray | None] = [None] * len(labels)
                 if constants.keep_probabilities:

@@ -16,14 +16,15 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from accelerate.utils import gather_object
 from pydantic import BaseModel, Field
+from torch import Tensor
 
+from tools.cams import at_scales, stack_scales
 from tools.command import UserError, check, run
 from tools.constants import ROOT, Device, PositiveCount, Scales, Speed, constants, flat, speed_constants
 from tools.dataset import Dataset, load_dataset
@@ -87,7 +88,13 @@ def main(constants: Constants) -> None:
     trainer = experiment_folder(constants.root, constants.dataset, constants.segmenter or constants.experiment)
     trained = require(trainer / "segmenter", constants, experiment=trainer.name)
     accelerator = make_accelerator(constants.precision, constants.device)
-    predict = partial(Segmenter(trainer / "segmenter", trained, dataset, accelerator), scales=constants.scales)
+    segmenter = Segmenter(trainer / "segmenter", trained, dataset, accelerator)
+
+    def predict(windows: Tensor) -> Tensor:
+        """(B,3,P,P) uint8 -> logits (B,K,P,P)."""
+        images = [at_scales(window.permute(1, 2, 0).numpy(), constants.scales) for window in windows]
+        return segmenter(stack_scales(images), windows.shape[-2:])
+
     settings = {"segmenter": trainer.name, "precision": precision_of(accelerator), "window": dataset.patch_size}
     made_with = {
         "trained": trained.started,

@@ -19,8 +19,8 @@ from models.classifier import Classifier
 from models.ir_loss import check_tiles, image_reconstruction_loss
 from report.page import renew
 from tools.augment import TrainingPatches, to_tensor
-from tools.cams import OUTPUT_STRIDE, fuse_scales, image_batches, mirrored_scales
-from tools.command import UserError, check, run, stop
+from tools.cams import OUTPUT_STRIDE, fuse_scales, mirrored_scales
+from tools.command import UserError, check, run
 from tools.constants import (
     Affinity,
     Count,
@@ -35,11 +35,11 @@ from tools.constants import (
 )
 from tools.dataset import Dataset
 from tools.devices import make_accelerator, precision_of
-from tools.labels import load_image, load_label
+from tools.labels import load_image
 from tools.logs import read_log
 from tools.pictures import heat
 from tools.result_checks import check_classifier, patch_shares
-from tools.scores import ConfusionMatrix
+from tools.selection import cam_miou
 from tools.step import Step
 from tools.training import ClassScores, Training, check_recipe, load_backbone, load_checkpoint, train
 
@@ -80,20 +80,6 @@ def compute_loss(
     return {"loss": loss, "classification": classification, "reconstruction": reconstruction}
 
 
-def argmax_miou(model: nn.Module, dataset: Dataset, workers: int, device: torch.device) -> float:
-    """The released protocol's choice of the epoch: mIoU of one-scale argmax CAMs on the train split's PIXEL labels."""
-    model.eval()
-    matrix, present = ConfusionMatrix(dataset.num_classes), dataset.image_labels("train")
-    for ids, images in image_batches(dataset.images("train"), dataset.ids("train"), 8, workers, stop):
-        maps = mirrored_scales(lambda x: model(x)[1].relu(), images, [1.0], device)[0]
-        for id, found in zip(ids, maps[: len(ids)].cpu(), strict=True):
-            classes = np.flatnonzero(present[id])
-            prediction = classes[fuse_scales([found[classes]], (images.shape[-2], images.shape[-1])).argmax(0).numpy()]
-            truth = load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes)
-            matrix.update(truth, prediction.astype(np.uint8))
-    return matrix.scores()["miou"]
-
-
 def check_constants(constants: Constants, dataset: Dataset) -> None:
     """Raise `UserError` for constants that cannot work with this data set, before anything is made."""
     check_recipe(constants, len(dataset.ids("train")))
@@ -126,12 +112,12 @@ def main(constants: Constants) -> None:
     pretrained = [] if constants.weights == "none" else [backbone]
     training = Training(model, pretrained, patches, compute, constants, accelerator)
     released = constants.protocol == "released"
-    select = partial(argmax_miou, dataset=dataset, workers=constants.workers, device=accelerator.device)
+    select = partial(cam_miou, dataset=dataset, constants=constants, device=accelerator.device)
 
     def row(id: str) -> list[np.ndarray | None]:
         """The patch with the single-scale CAMs of its classes."""
         image, classes = load_image(dataset.images("train") / f"{id}.png"), np.flatnonzero(labels[id])
-        maps = mirrored_scales(lambda x: model(x)[1].relu(), to_tensor(image)[None], [1.0], accelerator.device)
+        maps = mirrored_scales(lambda x: model(x)[1].relu(), [to_tensor(image)[None]], accelerator.device)
         fused = fuse_scales([maps[0][0, classes]], image.shape[:2]).cpu().numpy()
         by_class = dict(zip(classes, fused, strict=True))
         return [image, *(heat(image, by_class[k]) if k in by_class else None for k in range(dataset.num_classes))]

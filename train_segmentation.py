@@ -22,8 +22,8 @@ from models.backbone import Name
 from models.deeplab import DeepLabV3Plus
 from report.page import renew
 from tools.augment import TrainingPatches, to_tensor
-from tools.cams import image_batches, mirrored_scales
-from tools.command import check, run, stop
+from tools.cams import mirrored_scales
+from tools.command import check, run
 from tools.constants import (
     Count,
     Machine,
@@ -43,7 +43,7 @@ from tools.labels import IGNORE, load_image, load_label
 from tools.logs import read_log
 from tools.pictures import colourise
 from tools.result_checks import check_losses
-from tools.scores import ConfusionMatrix
+from tools.selection import segmentation_miou
 from tools.step import Step
 from tools.training import Training, check_recipe, load_backbone, load_checkpoint, train
 
@@ -80,17 +80,6 @@ def labelled_pixels(labels: Tensor) -> Tensor:
     return (labels != IGNORE).sum()
 
 
-def train_miou(model: nn.Module, dataset: Dataset, workers: int, device: torch.device) -> float:
-    """The released protocol's choice of the epoch: single-scale mIoU on the train split's PIXEL labels."""
-    model.eval()
-    matrix = ConfusionMatrix(dataset.num_classes)
-    for ids, images in image_batches(dataset.images("train"), dataset.ids("train"), 8, workers, stop):
-        predictions = mirrored_scales(model, images, [1.0], device)[0].argmax(1).byte().cpu().numpy()
-        for id, prediction in zip(ids, predictions[: len(ids)], strict=True):
-            matrix.update(load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes), prediction)
-    return matrix.scores()["miou"]
-
-
 def check_constants(constants: Constants, dataset: Dataset) -> None:
     """Raise `UserError` for constants that cannot work with this data set, before anything is made."""
     check_recipe(constants, len(dataset.ids("train")))
@@ -98,14 +87,14 @@ def check_constants(constants: Constants, dataset: Dataset) -> None:
         constants.weights != "none" or not constants.freeze_norm,
         "weights is none, so there are no BatchNorm statistics to keep: add --no-freeze-norm, or give weights",
     )
-    check(
-        constants.labels.replace("_", "").isalnum(),
-        f'labels is "{constants.labels}", but it must be the name of a step folder, or truth',
-    )
 
 
 def main(constants: Constants) -> None:
     truth, released = constants.labels == "truth", constants.protocol == "released"
+    check(
+        constants.labels.replace("_", "").isalnum(),
+        f'labels is "{constants.labels}", but it must be the name of a step folder, or truth',
+    )
     step = Step("segmenter", constants, reads=() if truth else (constants.labels,))
     dataset, ids = step.dataset, step.ids
     check_constants(constants, dataset)
@@ -121,12 +110,12 @@ def main(constants: Constants) -> None:
     )
     pretrained = [] if constants.weights == "none" else [backbone]
     training = Training(model, pretrained, patches, compute_loss, constants, accelerator, count=labelled_pixels)
-    select = partial(train_miou, dataset=dataset, workers=constants.workers, device=accelerator.device)
+    select = partial(segmentation_miou, dataset=dataset, constants=constants, device=accelerator.device)
 
     def row(id: str) -> list[np.ndarray]:
         """The patch, what was learnt from, and the single-scale prediction."""
         image = load_image(dataset.images("train") / f"{id}.png")
-        logits = mirrored_scales(model, to_tensor(image)[None], [1.0], accelerator.device)[0]
+        logits = mirrored_scales(model, [to_tensor(image)[None]], accelerator.device)[0]
         label = load_label(source / f"{id}.png", dataset.num_classes)
         prediction = logits[0].argmax(0).byte().cpu().numpy()
         return [image, colourise(label, dataset.colours), colourise(prediction, dataset.colours)]

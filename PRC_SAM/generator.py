@@ -31,7 +31,6 @@ from tools.masks import Masks
 from tools.memory import Parts
 
 PIXELS_ON_GPU, PIXELS_ON_CPU = 1 << 26, 1 << 20  # of masks in float at full size; a processor's cache wants few
-POINTS_AT_ONCE = 64  # a constant: the size of a batch changes the last digits of the results
 
 
 @dataclass
@@ -72,7 +71,7 @@ class MaskGenerator:
     def __init__(self, sam: Sam, settings: Settings | None = None, precision: str = "fp32", batch: int = 4):
         self.sam, self.settings, self.precision, self.batch = sam.eval(), settings or Settings(), precision, batch
         self.images_at_once = Parts(batch, "images", "images_at_once")
-        self.points_at_once = Parts(self.settings.points_per_batch or POINTS_AT_ONCE, "points", "points_per_batch")
+        self.points_at_once = Parts(self.settings.points_per_batch, "points", "points_per_batch")
         self.decoder = PointDecoder(sam)
         self.resize = ResizeLongestSide(sam.image_encoder.img_size)
         self.grids = build_all_layer_point_grids(
@@ -123,7 +122,8 @@ class MaskGenerator:
     def _encode(self, crops: list[Tensor]) -> Iterator[Tensor]:
         """(3,h,w) uint8 each -> (C,h',w') embeddings. The last batch is filled up with repetitions, to be as large."""
 
-        def encode(images: Tensor) -> list[Tensor]:
+        def encode(batches: list[Tensor]) -> list[Tensor]:
+            (images,) = batches
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 return [encode_images(self.sam.image_encoder, images, self.positions)]
 
@@ -131,7 +131,7 @@ class MaskGenerator:
             some = crops[start : start + self.batch]
             images = [self.sam.preprocess(self._to_device(crop)) for crop in some]
             full = torch.stack(images + images[:1] * (self.batch - len(images)))
-            (embeddings,) = self.images_at_once.predict(encode, full)
+            (embeddings,) = self.images_at_once.predict(encode, [full])
             yield from embeddings[: len(some)]
 
     def _to_device(self, image: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ classes are packed to one bit a pixel, 64 pixels to a word: an overlap is an AND
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def intersection_optimisation(
     """
     check(0 <= tau <= 1, f"tau is {tau}, but it must lie between 0 and 1")
     ids, planes, words = packed(label, masks, classes)
-    areas, pixels, shared = words.areas(), counts(planes)[:, None], words.overlaps(planes)
+    areas, pixels, shared = words.areas, counts(planes)[:, None], words.overlaps(planes)
     smallest = np.maximum(np.minimum(areas, pixels), 1)  # not 0: empty regions share no pixel, so they never reach tau
     reached = (shared > 0) & (shared / smallest >= tau)
     own = reached & (areas >= pixels)  # (K,M): the class writes its own region P, elsewhere the mask
@@ -65,6 +66,7 @@ class Words:
         np.cumsum(numbers, axis=-1, out=total[..., 1:])
         return total[..., self.starts[1:]] - total[..., self.starts[:-1]]
 
+    @cached_property
     def areas(self) -> np.ndarray:
         """(M,) int64: pixels."""
         return self.sums(np.bitwise_count(self.values))

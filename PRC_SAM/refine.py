@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import numpy as np
 
 from PRC_SAM.ios import Words, intersection_optimisation, laid_over, packed
@@ -30,7 +31,6 @@ from tools.step import Step
 from tools.steps import STEPS
 
 Rule = Literal["ios", "sepl", "vote", "mean_cam"]
-UNITS = np.float32(1 << 24)  # maps are summed as whole multiples of 1 / UNITS: exactly, so that equal means are equal
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,9 @@ class Refinement:
         ids, planes, words = packed(label, masks, classes)
         if not ids:
             return label.copy()
-        if self.rule == "mean_cam":
-            evidence = words.sums(_sums_of_words(words, [maps[c] for c in ids]))
-        else:
-            evidence = words.overlaps(planes)
+        evidence = _sums(words, [maps[c] for c in ids]) if self.rule == "mean_cam" else words.overlaps(planes)
         if self.rule == "sepl":
-            evidence = np.where(2 * evidence > words.areas(), evidence, 0)
+            evidence = np.where(2 * evidence > words.areas, evidence, 0)
         return _small_on_top(label, ids, words, evidence)
 
 
@@ -133,27 +130,32 @@ def refine_patch(
     save_label(output / f"{id}.png", refinement(label, found, classes, class_maps), dataset.colours)
 
 
-def _sums_of_words(words: Words, maps: list[np.ndarray]) -> np.ndarray:
-    """(K,n) int32: the sum of each map (H,W) over the pixels of each word, in 1 / UNITS.
+def _sums(words: Words, maps: list[np.ndarray]) -> np.ndarray:
+    """(K,M) float64: the sum of each map (H,W) over each mask, exact for maps rounded to multiples of 2^-23."""
+    mask, begin, end = _runs(words)
+    sums = np.zeros((len(maps), len(words.areas)))
+    for row, values in zip(sums, maps, strict=True):
+        # one more in each pixel rounds small values to the same multiples, so that float64 sums without rounding
+        total = cv2.integral(values.reshape(1, -1) + np.float32(1), sdepth=cv2.CV_64F)[1]  # cumulative sum
+        row[:] = np.bincount(mask, total.take(end) - total.take(begin), len(row)) - words.areas
+    return sums
 
-    Each run of pixels in a word adds the difference of two values of the map's cumulative sum. The cumulative sum may
-    overflow, but int32 wraps around, so a difference over at most 64 pixels is exact.
-    """
-    cumulative = np.zeros((len(maps), maps[0].size + 1), np.int32)
-    for row, values in zip(cumulative, maps, strict=True):
-        np.cumsum(np.rint(values.ravel() * UNITS).astype(np.int32), out=row[1:])
+
+def _runs(words: Words) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Runs of pixels, each within one word: its mask, its first pixel, and the pixel after its last."""
     pixels = words.values.view(">u8").astype(np.uint64)  # the first pixel in the highest bit
     one = np.uint64(1)
     first, last = pixels & ~(pixels >> one), pixels & ~(pixels << one)  # the first and the last pixel of each run
-    sums, where = np.zeros((len(maps), len(pixels)), np.int32), np.arange(len(pixels))
-    while len(where):  # in each round the last run of every word that has a run left
-        start = 64 * words.places[where]
-        begin, end = start + 63 - _trailing_zeros(first), start + 64 - _trailing_zeros(last)
-        sums[:, where] += cumulative[:, end] - cumulative[:, begin]
+    mask = np.repeat(np.arange(len(words.areas)), np.diff(words.starts))
+    place = 64 * words.places
+    runs = [(mask[:0], place[:0], place[:0])]
+    while len(mask):  # in each round the last run of every word that has a run left
+        runs.append((mask, place + 63 - _trailing_zeros(first), place + 64 - _trailing_zeros(last)))
         first, last = first & (first - one), last & (last - one)
         left = np.flatnonzero(first)
-        where, first, last = where[left], first[left], last[left]
-    return sums
+        mask, place, first, last = mask[left], place[left], first[left], last[left]
+    masks, begins, ends = (np.concatenate(part) for part in zip(*runs, strict=True))
+    return masks, begins, ends
 
 
 def _trailing_zeros(numbers: np.ndarray) -> np.ndarray:
@@ -166,7 +168,7 @@ def _small_on_top(label: np.ndarray, ids: list[int], words: Words, evidence: np.
     written = np.zeros((len(ids), length), np.uint64)
     free = ~np.zeros(length, np.uint64)  # pixels that no smaller mask has taken
     taken = evidence.argmax(axis=0)
-    for mask in np.lexsort((taken, words.areas())):
+    for mask in np.lexsort((taken, words.areas)):
         if evidence[taken[mask], mask] > 0:
             values, places = words.of(mask)
             values = values & free[places]

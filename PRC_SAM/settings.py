@@ -13,7 +13,7 @@ class Settings:
     """SAM's own names and defaults."""
 
     points_per_side: Annotated[int, Field(ge=1, le=1000)] = 32  # points of the prompt grid along each side
-    points_per_batch: Speed[Count] = 0  # points decoded at once; 0: 64
+    points_per_batch: Speed[PositiveCount] = 64  # points decoded at once; halved when the memory is full
     pred_iou_thresh: Share = 0.88  # masks with a lower predicted IoU are dropped
     stability_score_thresh: Share = 0.95  # masks that change more when the mask threshold is shifted are dropped
     stability_score_offset: NonNegative = 1.0  # how far the mask threshold is shifted up and down for that

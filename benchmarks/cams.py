@@ -94,17 +94,16 @@ def ours(
 ) -> None:
     """As infer_classification.py."""
     device = next(model.parameters()).device
-    batches = image_batches(
-        images, sorted(present), min(constants.images_at_once, len(present)), constants.workers, stop
-    )
+    at_once = min(constants.images_at_once, len(present))
+    batches = image_batches(images, sorted(present), constants.scales, at_once, constants.workers, stop)
     with in_background() as submit:
-        for ids, batch in batches:
+        for ids, size, batch in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits, maps = mirrored_cams(model, batch, constants.scales, device)
+                logits, maps = mirrored_cams(model, batch, device)
             scores, arrays = logits.cpu().numpy(), [scale.cpu().numpy() for scale in maps]
             for index, id in enumerate(ids):
                 kept = [scale[index, present[id]] for scale in arrays]
-                submit(save_cams, output / f"{id}.npz", present[id], kept, batch.shape[-2:], scores[index])
+                submit(save_cams, output / f"{id}.npz", present[id], kept, size, scores[index])
 
 
 def write_images(folder: Path, size: int, count: int, constants: Constants) -> None:

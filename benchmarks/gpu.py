@@ -46,7 +46,7 @@ from PRC_SAM.checkpoints import SIZES, build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.sam_forward import encode_images, relative_positions
 from tools.augment import normalise
-from tools.cams import mirrored_scales
+from tools.cams import at_scales, mirrored_scales, stack_scales
 from tools.command import check
 from tools.devices import device_facts, device_name, process_state, set_precision
 from tools.files import write_json, write_whole
@@ -249,9 +249,11 @@ def inference(sizes: Sizes, device: torch.device, name: str, size: int) -> Itera
                 for mirrored in (x, x.flip(-1)):
                     predict(mirrored).cpu()
 
+    scaled = stack_scales([at_scales(image.permute(1, 2, 0).numpy(), SCALES) for image in images])
+
     def ours(bf16: bool) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            for maps in mirrored_scales(predict, images, SCALES, device):
+            for maps in mirrored_scales(predict, scaled, device):
                 maps.cpu()
 
     set_precision("fp32", device)

@@ -1,36 +1,40 @@
-"""IOS side by side with the literal loop over classes and masks: time for one patch, memory and agreement.
+"""IOS against the literal loop over classes and masks, and the other refinement rules against IOS: time for one patch.
 
-The masks are Felzenszwalb regions of a real image when one is named, else random ellipses; the label map is a coarse
-random one. Reading the mask file is timed apart.
+The masks are Felzenszwalb regions of an image if --image names one, otherwise random ellipses. The label map is a
+coarse random map, the class maps are smooth random maps. Mask files are measured too: bytes, writing and reading.
 
   OMP_NUM_THREADS=1 python benchmarks/ios.py
-  OMP_NUM_THREADS=1 python benchmarks/ios.py --image <a 512 px aerial tile>
+  OMP_NUM_THREADS=1 python benchmarks/ios.py --image <an aerial image of at least 512 px> --masks 1000
 """
 
 import sys
 import tempfile
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
+import cv2
 import numpy as np
 from measure import measured
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PRC_SAM.ios import intersection_optimisation
+from PRC_SAM.refine import Refinement, Rule
 from PRC_SAM.regions import felzenszwalb_masks
 from tools.command import check, run
-from tools.labels import load_image
-from tools.masks import load_masks, pack_masks, save_masks
+from tools.masks import Masks, load_masks, pack_masks, save_masks
 
 
 @dataclass(frozen=True)
 class Constants:
     size: int = 512  # pixels along each side
     classes: int = 5
-    masks: int = 100
+    masks: int = 100  # with an image: at most this many, the largest
     tau: float = 0.5
     image: str = ""  # an RGB image of at least `size` pixels whose regions are the masks
     repeats: int = 20
@@ -38,43 +42,54 @@ class Constants:
 
 def main(constants: Constants) -> None:
     rng = np.random.default_rng(0)
-    size = constants.size
+    size, classes = constants.size, range(constants.classes)
     blocks = np.kron(rng.integers(0, constants.classes, (8, 8)), np.ones((-(-size // 8),) * 2))
     label = blocks[:size, :size].astype(np.uint8)
-    dense = regions(constants) if constants.image else ellipses(rng, constants.masks, size)
+    packed = regions(constants) if constants.image else pack_masks(ellipses(rng, constants.masks, size))
+    dense = packed.unpack()
     print(
-        f"{size} px, {constants.classes} classes, {len(dense)} masks of {dense.mean():.1%} of the patch each, tau "
+        f"{size} px, {constants.classes} classes, {len(packed)} masks of {dense.mean():.1%} of the patch each, tau "
         f"{constants.tau}"
     )
-    classes = range(constants.classes)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "masks.npz"
-        save_masks(file, pack_masks(dense))
-        reading = measured(lambda: load_masks(file).bits, 5)[1]
-        print(f"mask file {file.stat().st_size / 1000:.1f} kB, read in {reading * 1e3:.2f} ms")
-        packed = load_masks(file)
-        packed.bits  # noqa: B018 (reads them)
-    expected = literal(label, dense, classes, constants.tau)
-    seconds = {}
-    for name, work, repeats in (
-        ("literal loop", lambda: literal(label, dense, classes, constants.tau), 2),
-        ("masks as bool", lambda: intersection_optimisation(label, dense, classes, constants.tau), constants.repeats),
-        ("masks as bits", lambda: intersection_optimisation(label, packed, classes, constants.tau), constants.repeats),
-    ):
-        seconds[name] = measured(work, repeats)[1]
-        tracemalloc.start()
-        result = work()
-        memory = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+    files(packed)
+    loop, loop_seconds = measured(lambda: literal(label, dense, classes, constants.tau), 1)[:2]
+    print(f"literal loop   {loop_seconds * 1e3:8.2f} ms")
+    maps = {c: cv2.resize(rng.random((32, 32), np.float32), (size, size)) for c in classes}
+    of_ios = 0.0
+    for rule in get_args(Rule):
+        work = partial(Refinement(rule, constants.tau), label, packed, classes, maps)
+        seconds, memory = measured(work, constants.repeats)[1], allocated(work)
+        of_ios = of_ios or seconds
         print(
-            f"{name}  {seconds[name] * 1e3:8.2f} ms, ratio {seconds['literal loop'] / seconds[name]:6.1f}, "
-            f"{memory / 1e6:6.1f} MB beside the input, equal to the loop: {np.array_equal(result, expected)}"
+            f"{rule:14} {seconds * 1e3:8.2f} ms, {seconds / of_ios:4.2f} times IOS, {memory:5.1f} MB beside the input"
         )
+    equal = np.array_equal(intersection_optimisation(label, packed, classes, constants.tau), loop)
+    print(f"IOS is {loop_seconds / of_ios:.0f} times as fast as the loop, equal to it: {equal}")
     growth(rng, constants)
 
 
+def files(packed: Masks) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "masks.npz"
+        writing = measured(lambda: save_masks(file, packed), 5)[1]
+        reading = measured(lambda: load_masks(file, packed.size), 5)[1]
+        print(
+            f"mask file {file.stat().st_size / 1000:.1f} kB, written in {writing * 1e3:.1f} ms, read in "
+            f"{reading * 1e3:.1f} ms"
+        )
+
+
+def allocated(work: Callable) -> float:
+    """Peak of the memory that `work` allocates, in MB."""
+    tracemalloc.start()
+    work()
+    memory = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return memory / 1e6
+
+
 def growth(rng: np.random.Generator, constants: Constants) -> None:
-    """Masks as bits over pixels, classes and masks."""
+    """IOS over pixels, classes and masks."""
     for size, classes, count in ((256, 5, 100), (512, 5, 100), (1024, 5, 100), (512, 16, 100), (512, 5, 400)):
         label = np.kron(rng.integers(0, classes, (8, 8)), np.ones((size // 8,) * 2)).astype(np.uint8)
         packed = pack_masks(ellipses(rng, count, size))
@@ -83,7 +98,7 @@ def growth(rng: np.random.Generator, constants: Constants) -> None:
 
 
 def literal(label: np.ndarray, masks: np.ndarray, classes: range, tau: float) -> np.ndarray:
-    """The sequential definition, every mask converted to whole numbers and compared as a whole for each pair."""
+    """The sequential definition: each mask is converted to whole numbers and compared as a whole with each class."""
     result = label.copy()
     for c in classes:
         region = (label == c).astype(np.int64)
@@ -107,11 +122,11 @@ def ellipses(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
     return np.array(masks)
 
 
-def regions(constants: Constants) -> np.ndarray:
-    image = load_image(Path(constants.image))[: constants.size, : constants.size]
+def regions(constants: Constants) -> Masks:
+    image = np.array(Image.open(constants.image).convert("RGB"))[: constants.size, : constants.size]
     check(image.shape[:2] == (constants.size,) * 2, f"{constants.image} is smaller than {constants.size} pixels")
     masks = felzenszwalb_masks(np.ascontiguousarray(image))
-    return masks.chosen(np.argsort(-masks.areas)[: constants.masks]).unpack()
+    return masks.chosen(np.argsort(-masks.areas)[: constants.masks])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.command import run
@@ -28,6 +27,7 @@ from tools.constants import ROOT, constants
 from tools.dataset import Dataset, load_dataset
 from tools.files import write_whole
 from tools.image_labels import read_image_labels
+from tools.pages import page_template
 from tools.steps import command_line
 
 
@@ -50,6 +50,7 @@ def page_data(dataset: Dataset, labels: dict[str, np.ndarray], logits: dict[str,
     command: the one that checks the exported labels.
     """
     ids = dataset.ids("train")
+    values = [logits[id].astype(float).round(2).tolist() if id in logits else None for id in ids]
     written = ["".join(map(str, labels[id].astype(int))) if id in labels else "" for id in ids]
     return {
         "name": dataset.name,
@@ -59,8 +60,8 @@ def page_data(dataset: Dataset, labels: dict[str, np.ndarray], logits: dict[str,
         "stride": dataset.stride,
         "ids": ids,
         "labels": written,
-        "version": digest("\n".join(written)),  # tells the page whether image_labels.csv has changed
-        "logits": logits and [logits[id].astype(float).round(2).tolist() if id in logits else None for id in ids],
+        "version": digest("\n".join(written)),  # by which the page recognises a changed image_labels.csv
+        "logits": values if logits else None,
         "command": command,
     }
 
@@ -77,16 +78,10 @@ def main(constants: Constants) -> None:
         cams = experiment_folder(constants.root, constants.dataset, constants.review) / "cams"
         require(cams, constants, experiment=constants.review)
         logits = read_logits(cams, ids, dataset.num_classes)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters["digest"] = digest
     data = page_data(dataset, labels, logits, command_line("datasetsprocess/process.py", constants))
-    page = environment.get_template("label_page.html.j2").render(title=dataset.title, data=data)
+    page = page_template(Path(__file__).with_name("label_page.html.j2"), digest=digest).render(
+        title=dataset.title, data=data
+    )
     path = dataset.folder / "train" / "label_images.html"
     with write_whole(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -1,10 +1,12 @@
 """ImageNet backbones from torchvision, cut into three stages, output stride 16 (method sections 1 and 5)."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 
 Name = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"]
@@ -46,6 +48,19 @@ class Backbone(nn.Module):
         low = self.low(x)
         mid = self.mid(low)
         return low, mid, self.high(mid)
+
+
+def fold_batchnorm(model: nn.Module) -> None:
+    """Fold each BatchNorm into the convolution before it, in place; results stay equal within rounding.
+
+    For inference: `model` must be in evaluation mode. In torchvision's networks a BatchNorm is registered directly
+    after its convolution, in a Sequential as well as in a block, and is called directly after it.
+    """
+    for parent in list(model.modules()):
+        for (name, convolution), (norm_name, norm) in pairwise(list(parent.named_children())):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(convolution, norm))
+                setattr(parent, norm_name, nn.Identity())
 
 
 def _load_file(model: nn.Module, path: Path, name: str) -> None:

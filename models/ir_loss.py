@@ -20,11 +20,9 @@ def image_reconstruction_loss(cam: Tensor, image: Tensor, label: Tensor, tiles: 
     black, so the loss rewards complete maps. Computed in float32 or better. Raises `ValueError` as `check_tiles`.
     """
     side = check_tiles(tiles, cam.shape[-2:])
-    precision = torch.promote_types(cam.dtype, torch.float32)
+    maps = relative_maps(cam, label)
+    precision = maps.dtype
     with torch.autocast(cam.device.type, enabled=False):
-        positive = F.relu(cam.to(precision))
-        maps = F.relu(positive - EPSILON) / (positive.amax((2, 3), keepdim=True) + EPSILON)
-        maps = maps * label.to(precision)[:, :, None, None]
         target = F.interpolate(image.detach().to(precision), cam.shape[-2:], mode="bilinear", align_corners=False)
         target = F.normalize(target, dim=1)
         error = torch.zeros((), device=target.device, dtype=precision)
@@ -33,6 +31,18 @@ def image_reconstruction_loss(cam: Tensor, image: Tensor, label: Tensor, tiles: 
             for map_tile, target_tile in tiles_of_row:
                 error = error + _tile_error(map_tile.flatten(2), target_tile.flatten(2))
         return error / target.numel()
+
+
+def relative_maps(cam: Tensor, label: Tensor) -> Tensor:
+    """Class maps (B,K,h,w) and labels (B,K) 0/1 -> shares of each map's maximum, 0 to 1, 0 where the label is 0.
+
+    The S of method section 1; in float32 or better.
+    """
+    precision = torch.promote_types(cam.dtype, torch.float32)
+    with torch.autocast(cam.device.type, enabled=False):
+        positive = F.relu(cam.to(precision))
+        maps = F.relu(positive - EPSILON) / (positive.amax((2, 3), keepdim=True) + EPSILON)
+        return maps * label.to(precision)[:, :, None, None]
 
 
 def check_tiles(tiles: int, size: Sequence[int]) -> int:

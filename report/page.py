@@ -12,15 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from report.label_folders import LabelFolder
 from report.patch_pictures import ERRORS, Sample, SamplesFile, pack, panels
-from report.score_tables import Row, Scored, ScoresFile, Summary, Texts, lines, made, per_class, percent, shares, table
+from report.score_tables import Texts, lines, per_class, shares, table
+from report.summary import Row, Scored, ScoresFile, Summary, made, percent
 from tools.command import UserError
 from tools.dataset import Dataset, load_dataset
 from tools.files import Model, read_json, write_whole
 from tools.logs import read_log
+from tools.pages import page_template
 from tools.pictures import sample_ids
 from tools.runs import Run
 from tools.scores import ConfusionMatrix
@@ -36,10 +36,10 @@ Missing = TypeVar("Missing")
 
 
 def renew(constants: Any) -> None:
-    """Draw scores/report.html anew from what is on disk, after a step. No pixel label is opened.
+    """Draw scores/report.html again from what is on disk, after a step. No pixel label is opened.
 
     Scores and samples of the last evaluate_miou.py stay while the folders that they were made from are unchanged; after
-    that the scores are marked as older, and the samples are drawn anew without the truth. Any fault is one line on
+    that the scores are marked as older, and the samples are drawn again without the truth. Any fault is one line on
     stderr: a page must never cost the hours of a training.
     """
     try:
@@ -69,14 +69,13 @@ def read_experiment(constants: Any, dataset: Dataset) -> Summary:
             runs |= {name: run} if run else {}
     runs = dict(sorted(runs.items(), key=lambda item: item[1].started))
     labels = {dataset.image_labels_hash(split) for split in SPLITS if dataset.image_labels_file(split).exists()}
-    outdated = {name for name in runs if is_outdated(name, runs, labels)}
-    return Summary(constants, dataset, folder, runs, outdated, broken)
+    return Summary(constants, dataset, folder, runs, outdated_runs(runs, labels), broken)
 
 
 def _read_back(file: Path, model: type[Model], missing: Missing, broken: list[str]) -> Model | Missing:
     """The content of a JSON file; `missing` where there is none, or where it is damaged, which goes to `broken`."""
     try:
-        return read_json(file, model, "run its step again")
+        return read_json(file, model, "run its step again with --overwrite")
     except FileNotFoundError:
         return missing
     except UserError as error:
@@ -84,18 +83,21 @@ def _read_back(file: Path, model: type[Model], missing: Missing, broken: list[st
         return missing
 
 
-def is_outdated(name: str, runs: dict[str, Run], labels: set[str]) -> bool:
-    """Whether an input of the step `name`, at any distance, has changed since; `labels`: hashes of image_labels.csv."""
-    present = {run.started: other for other, run in runs.items()} | dict.fromkeys(labels, "image_labels")
-    for source, started in runs[name].inputs.items() if name in runs else ():
-        if runs[name].constants.get(source):
-            continue  # the input of another experiment, which this constant names
-        if started in present:
-            if is_outdated(present[started], runs, labels):
-                return True
-        elif source == "image_labels" or any(other.startswith(source) for other in runs):
-            return True
-    return False
+def outdated_runs(runs: dict[str, Run], labels: set[str]) -> set[str]:
+    """The runs with an input that has changed since, at any distance.
+
+    `runs` in the order of their start, so that inputs come first; `labels`: the hashes of image_labels.csv.
+    """
+    present = {run.started: name for name, run in runs.items()} | dict.fromkeys(labels, "image_labels")
+    found: set[str] = set()
+    for name, run in runs.items():
+        for source, started in run.inputs.items():
+            if run.constants.get(source):
+                continue  # the input of another experiment, which this constant names
+            known = source == "image_labels" or any(other.startswith(source) for other in runs)
+            if present.get(started) in found or (known and started not in present):
+                found.add(name)
+    return found
 
 
 def _is_stale(stage: Scored, summary: Summary) -> bool:
@@ -193,7 +195,7 @@ def cards(summary: Summary) -> list[dict[str, Any]]:
         elif not run.finished:
             notes.append("not finished: the same command continues it")
         elif name in summary.outdated:
-            notes.append("made from an earlier run: --overwrite makes it anew")
+            notes.append("made from an earlier run: --overwrite makes it again")
         found.append(_card(f"{step.number}", step.title, own.get(name), notes, run))
         shown.append(own.get(name))
     others = [row for row in summary.rows if not any(row is each for each in shown)]
@@ -212,15 +214,6 @@ def _card(number: str, title: str, row: Row | None, notes: list[str], run: Run |
 def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
     """Write <experiment>/scores/report.html; samples beyond `MOST_BYTES` are left out, the last ones first."""
     dataset = summary.dataset
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters["percent"] = percent
-    environment.filters["duration"] = duration
     finished = [STEPS[name] for name in STEPS if name in summary.runs and summary.runs[name].finished]
     following = next_step(finished[-1]) if finished else STEPS["classifier"]
     content = {
@@ -245,7 +238,7 @@ def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
             "errors": {str(colour): name for name, colour in ERRORS.items()},
         },
     }
-    template = environment.get_template("page.html.j2")
+    template = page_template(Path(__file__).with_name("page.html.j2"), percent=percent, duration=duration)
     size, kept = len(template.render(content, samples=[], left_out=0).encode()), 0
     for sample in samples:
         size += sum(len(panel.source) + len(panel.title) + len(sample.id) + 300 for panel in sample.panels)

@@ -18,7 +18,7 @@ import train_classification
 import train_segmentation
 from PRC_SAM.refine import Refinement
 from report.page import renew
-from report.score_tables import constant_map
+from report.summary import constant_map
 from tables.oracles import on_true_background, refined
 from tools.command import check
 from tools.constants import flat
@@ -109,7 +109,7 @@ class Runner:
     def segmentation(self, experiment: str) -> None:
         """Steps 5 to 7."""
         self.step(train_segmentation, experiment, self.constants.segmentation)
-        self.step(inference_segmentation, experiment)
+        self.step(inference_segmentation, experiment, keep_probabilities=self.constants.table == "refinement")
         self.step(generate_refined_seg, experiment)
 
     def supervised(self) -> str:
@@ -153,25 +153,18 @@ class Runner:
     def refined(self, experiment: str, stage: str, rules: Sequence[Refinement]) -> dict[str, list[float]]:
         """mIoU of pseudo_labels or segmentation after each rule: name in `MASKS` -> a value for each rule.
 
-        For the rule mean_cam on the segmentation, step 6 runs again, in an experiment of its own, and keeps its
-        probabilities.
+        The rule mean_cam reads the CAMs of the experiment, or the probabilities that step 6 kept.
         """
         folder = self.folder(experiment) / stage
-        maps, split = folder.with_name("cams"), "train"
-        if stage == "segmentation":
-            split = "test"
-            if any(rule.rule == "mean_cam" for rule in rules):
-                kept = f"{experiment}-probabilities"
-                self.step(inference_segmentation, kept, segmenter=experiment, keep_probabilities=True)
-                folder = self.folder(kept) / stage
-            maps = folder
+        by_maps = any(rule.rule == "mean_cam" for rule in rules)
+        split, maps = ("test", folder) if stage == "segmentation" else ("train", folder.with_name("cams"))
         found = refined(
             self.dataset,
             folder,
             split,
             rules,
             from_image=split == "train" or self.constants.protocol == "released",
-            maps=maps if any(rule.rule == "mean_cam" for rule in rules) else None,
+            maps=maps if by_maps else None,
             workers=self.constants.workers,
         )
         return {masks: [self.headline(matrix) for matrix in matrices] for masks, matrices in found.items()}

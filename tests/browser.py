@@ -92,7 +92,7 @@ class Page:
     """One tab."""
 
     def __init__(self, browser: Browser, path: Path, size: tuple[int, int], before: str, dark: bool):
-        self.browser = browser
+        self.browser, self.path = browser, path
         target = browser.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):

@@ -158,5 +158,5 @@ def test_bad_patches(patches):
     with pytest.raises(UserError, match="holds the class id 4, but there are 4 classes"):
         patches()[0, 1]
     (folder / "images" / "c.png").write_bytes((folder / "images" / "c.png").read_bytes()[:600])
-    with pytest.raises(UserError, match=r"c\.png cannot be read as an image"):
+    with pytest.raises(UserError, match=r"c\.png cannot be read as a PNG image"):
         patches()[0, 2]

@@ -69,7 +69,7 @@ def hostile_npz(target, names=("classes", "size", "bits")) -> bytes:
     return file.getvalue()
 
 
-SIZE, LARGE_ID, BROKEN = png(np.zeros((64, 60))), png(np.full((64, 64), 9)), "cannot be read as an image"
+SIZE, LARGE_ID, BROKEN = png(np.zeros((64, 60))), png(np.full((64, 64), 9)), "cannot be read as a PNG image"
 FAULTS = [  # step, file, its content, sentence
     *(("get_se_map", f"{TRAIN}/images/train_2.png", content, BROKEN) for content in (b"", giant())),
     *(("process", f"{TRAIN}/images/train_2.png", content, BROKEN) for content in (b"", giant())),

@@ -11,9 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
+from models.backbone import Backbone
+from models.classifier import Classifier
 from tests.references import bilinear
 from tools.augment import normalise
 from tools.cams import (
+    at_scales,
+    for_inference,
     fuse_scales,
     image_batches,
     in_background,
@@ -22,6 +26,7 @@ from tools.cams import (
     mirrored_cams,
     mirrored_scales,
     save_cams,
+    stack_scales,
 )
 from tools.command import UserError
 
@@ -87,11 +92,27 @@ def equivariant(x):
     return torch.stack([pooled.sum(1), pooled[:, 0].relu()], 1)
 
 
+def photographs(seed, count, height, width):
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def test_each_scale_is_pillow_s_bicubic():
+    """Bit for bit, of an image with odd sides; half of a side is rounded to the even number, as by NumPy."""
+    image = photographs(0, 1, 33, 47)[0]
+    found = at_scales(image, (0.5, 1.0, 1.5, 2.0))
+    for scale, (height, width) in zip(found, ((16, 24), (33, 47), (50, 70), (66, 94)), strict=True):
+        expected = np.asarray(Image.fromarray(image).resize((width, height), resample=3))  # 3: bicubic
+        assert scale.dtype == torch.uint8 and np.array_equal(scale.numpy().transpose(1, 2, 0), expected)
+    assert [tuple(scale.shape) for scale in at_scales(image, (0.01, 1 / 3))] == [(3, 1, 1), (3, 11, 16)]
+
+
 def test_mirrors_are_mirrored_back():
-    images = torch.randint(0, 256, (3, 3, 64, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = mirrored_scales(equivariant, images, (0.5, 1.0, 1.5, 2.0), torch.device("cpu"))
+    photos = photographs(0, 3, 64, 48)
+    images = stack_scales([at_scales(photo, (0.5, 1.0, 1.5, 2.0)) for photo in photos])
+    found = mirrored_scales(equivariant, images, torch.device("cpu"))
     assert [tuple(maps.shape) for maps in found] == [(3, 2, 2, 2), (3, 2, 4, 3), (3, 2, 6, 5), (3, 2, 8, 6)]
-    assert torch.allclose(found[1], 2 * equivariant(normalise(images)), atol=1e-5)
+    plain = normalise(torch.from_numpy(photos).permute(0, 3, 1, 2))
+    assert torch.allclose(found[1], 2 * equivariant(plain), atol=1e-5)
     for maps in found:  # the scene is the same at every scale; the first map is linear in it
         assert maps[:, 0].mean((1, 2)).numpy() == pytest.approx(found[1][:, 0].mean((1, 2)).numpy(), abs=0.1)
 
@@ -106,7 +127,7 @@ def test_images_and_mirrors_keep_their_places():
         maps[..., 0] = (x[:, :1, :, 0] > 0).float()
         return maps.bfloat16()
 
-    (found,) = mirrored_scales(left, images, [1.0], torch.device("cpu"))
+    (found,) = mirrored_scales(left, [images], torch.device("cpu"))
     assert found.dtype == torch.float32 and not found.requires_grad
     assert (found[0, 0, :, 0] == 1).all() and found[0].sum() == 32
     assert (found[1, 0, :, -1] == 1).all() and found[1].sum() == 32
@@ -120,12 +141,13 @@ def test_logits_are_the_mean_over_scales_and_mirrors(tmp_path):
         logits = torch.stack([x[..., 0].mean((1, 2)), torch.full((len(x),), float(x.shape[-1]))], 1)
         return logits.bfloat16().float(), -x[:, :2]
 
-    logits, maps = mirrored_cams(classifier, torch.from_numpy(pixels), (1.0,), torch.device("cpu"))
+    logits, maps = mirrored_cams(classifier, [torch.from_numpy(pixels)], torch.device("cpu"))
     mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
     columns = (pixels[..., [0, -1]].transpose(0, 2, 3, 1) / 255 - mean) / std
     assert logits.shape == (3, 2) and np.abs(logits[:, 0].numpy() - columns.mean((1, 2, 3))).max() < 0.02
     assert (maps[0] >= 0).all() and maps[0].shape == (3, 2, 32, 48)
-    logits, _ = mirrored_cams(classifier, torch.from_numpy(pixels), (0.5, 1.0, 1.5), torch.device("cpu"))
+    images = [torch.zeros(3, 3, 32, width, dtype=torch.uint8) for width in (24, 48, 72)]
+    logits, _ = mirrored_cams(classifier, images, torch.device("cpu"))
     assert logits[:, 1].tolist() == [48.0] * 3
     save_cams(tmp_path / "a.npz", np.array([1]), [np.ones((1, 2, 3))], (32, 48), logits[2].numpy())
     assert load_logits(tmp_path / "a.npz").tolist() == logits[2].tolist()
@@ -150,14 +172,20 @@ def images(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_group_equal_sizes_and_report_bad_files(images, workers):
     bad = []
-    batches = list(image_batches(images, list("abcdefgx"), 2, workers, bad.append))
-    assert [ids for ids, _ in batches] == [["a", "c"], ["d", "e"], ["g"]]
-    assert [tuple(batch.shape) for _, batch in batches] == [(2, 3, 20, 20), (2, 3, 20, 24), (2, 3, 20, 20)]
-    for ids, batch in batches:
-        for id, image in zip(ids, batch[: len(ids)], strict=True):
-            assert np.array_equal(image.numpy().transpose(1, 2, 0), np.array(Image.open(images / f"{id}.png")))
+    batches = list(image_batches(images, list("abcdefgx"), (1.0, 0.75), 2, workers, bad.append))
+    assert [(ids, size) for ids, size, _ in batches] == [
+        (["a", "c"], (20, 20)),
+        (["d", "e"], (20, 24)),
+        (["g"], (20, 20)),
+    ]
+    for ids, (height, width), (whole, smaller) in batches:
+        assert whole.shape == (2, 3, height, width) and smaller.shape == (2, 3, 15, width * 3 // 4)
+        for id, image, small in zip(ids, whole, smaller, strict=False):
+            expected = np.array(Image.open(images / f"{id}.png"))
+            assert np.array_equal(image.numpy().transpose(1, 2, 0), expected)
+            assert all(torch.equal(*pair) for pair in zip(at_scales(expected, [1, 0.75]), (image, small), strict=True))
     assert len(bad) == 3
-    for sentence, name, what in zip(bad, "bfx", ("cannot be read", "mode L, not 8-bit RGB", "is missing"), strict=True):
+    for sentence, name, what in zip(bad, "bfx", ("cannot be read", "mode L and 8 bits", "is missing"), strict=True):
         assert f"{name}.png" in sentence and what in sentence
 
 
@@ -173,8 +201,8 @@ def test_results_do_not_depend_on_what_else_is_left_to_do(tmp_path):
 
     def results(ids):
         found = {}
-        for batch, images in image_batches(tmp_path, ids, 4, 0, pytest.fail):
-            maps = mirrored_scales(predict, images, (0.5, 1.0), torch.device("cpu"))
+        for batch, _, images in image_batches(tmp_path, ids, (0.5, 1.0), 4, 0, pytest.fail):
+            maps = mirrored_scales(predict, images, torch.device("cpu"))
             found |= {id: [scale[index] for scale in maps] for index, id in enumerate(batch)}
         return found
 
@@ -185,7 +213,21 @@ def test_results_do_not_depend_on_what_else_is_left_to_do(tmp_path):
 
 
 def test_no_images_make_no_batches(tmp_path):
-    assert list(image_batches(tmp_path, [], 4, 0, lambda sentence: None)) == []
+    assert list(image_batches(tmp_path, [], [1.0], 4, 0, pytest.fail)) == []
+
+
+def test_a_model_for_inference_gives_equal_results():
+    """Folded, channels_last, and every weight one whose bf16 copy autocast keeps."""
+    torch.manual_seed(0)
+    model = Classifier(Backbone("mobilenet_v2", "none"), 3, gamma=0.0)  # no threshold for rounding to cross
+    images = [torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)]
+    model.train()(normalise(images[0]))  # statistics that differ from 0 and 1
+    expected = mirrored_cams(model.eval(), images, torch.device("cpu"))[1][0]
+    found = mirrored_cams(for_inference(model, torch.device("cpu")), images, torch.device("cpu"))[1][0]
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters()) and not found.requires_grad
+    assert model.backbone.high[0].conv[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert (found - expected).abs().max() < 1e-3 * expected.max()
 
 
 def test_work_in_the_background_goes_on_beside_the_caller():

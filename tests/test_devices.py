@@ -5,6 +5,7 @@ values. An operation on tensors of different devices fails as on a GPU. Backward
 matrices cannot be run so.
 """
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_classification
 import train_segmentation
@@ -20,14 +23,23 @@ from models.backbone import Backbone
 from models.classifier import Classifier
 from models.crf import _message, _softmax, exact_filter, gaussian_filter
 from models.deeplab import DeepLabV3Plus
+from models.ir_loss import image_reconstruction_loss
+from models.prc import PixelRelationshipConstraint
 from PRC_SAM.checkpoints import build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from tools import augment, devices
 from tools.cams import mirrored_scales
 from tools.command import UserError, _explain
+from tools.constants import Place
+from tools.folders import StepFolder
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.mark.skipif("PRC_TEST_DEVICE" in os.environ, reason="these tests were asked to use a GPU")
+def test_tests_and_the_programs_that_they_start_see_no_gpu():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
 
 
 @pytest.fixture
@@ -186,6 +198,19 @@ def test_facts_for_the_account(monkeypatch):
     assert line == "device: NVIDIA H100 (cuda:0, 80 GiB); precision: bf16; 2 processes"
 
 
+def test_a_run_continues_on_another_device_in_its_precision(tmp_path):
+    def run(precision):
+        with StepFolder(tmp_path / "segmenter", Place()).open(".pt", settings={"precision": precision}):
+            pass
+
+    run("bf16")
+    with pytest.raises(
+        UserError, match=r"bf16 there, fp32 now\): --precision bf16 continues it, --overwrite"
+    ):
+        run("fp32")
+    run("bf16")
+
+
 # On a GPU that is not there
 
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -239,6 +264,19 @@ def kind(precision):
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+class Types(TorchDispatchMode):
+    """`seen` holds the types of all results that are computed inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        self.seen |= {found.dtype for found in tree_leaves(result) if isinstance(found, torch.Tensor)}
+        return result
+
+
 @PRECISIONS
 def test_classifier_and_its_losses(fake_gpu, precision):
     model = moved(Classifier(Backbone("resnet18", "none"), 3))
@@ -248,8 +286,19 @@ def test_classifier_and_its_losses(fake_gpu, precision):
         losses = train_classification.compute_loss(model, images, labels, 0.1, 4)
     check([logits], kind(precision))
     check([maps, *losses.values()])
-    with autocast(precision):  # thresholds must not depend on rounding to bf16
-        check([model.prc.affinity(torch.empty(2, 512, 4, 4, device=GPU, dtype=kind(precision)), images)])
+
+
+def test_prc_and_ir_compute_in_fp32_under_autocast(fake_gpu):
+    """The threshold on the affinity must not depend on rounding to bf16."""
+    prc, images = moved(PixelRelationshipConstraint(8)), torch.empty(2, 3, 64, 64, device=GPU)
+    features, labels = torch.empty(2, 8, 4, 4, device=GPU), torch.ones(2, 3, device=GPU)
+    with autocast("bf16"), Types() as types:
+        maps = prc(features[:, :3], features, images)
+        loss = image_reconstruction_loss(maps, images, labels)
+        assert torch.bfloat16 not in types.seen
+        features @ features
+        assert torch.bfloat16 in types.seen  # as any other product here
+    check([maps, loss])
 
 
 @PRECISIONS
@@ -265,11 +314,11 @@ def test_segmenter_and_its_loss(fake_gpu, precision):
 def test_multi_scale_inference(fake_gpu, precision):
     classifier = moved(Classifier(Backbone("resnet18", "none"), 3))
     segmenter = moved(DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16))
-    images, scales = torch.empty(2, 3, 48, 64, dtype=torch.uint8), (0.5, 1.0, 1.5)
+    images = [torch.empty(2, 3, *size, dtype=torch.uint8) for size in ((24, 32), (48, 64), (72, 96))]
     with autocast(precision):
-        maps = mirrored_scales(lambda x: classifier(x)[1].relu(), images, scales, GPU)
-        raw = mirrored_scales(lambda x: classifier.classifier(classifier.backbone(x)[2]), images, scales, GPU)
-        logits = mirrored_scales(segmenter, images, scales, GPU)
+        maps = mirrored_scales(lambda x: classifier(x)[1].relu(), images, GPU)
+        raw = mirrored_scales(lambda x: classifier.classifier(classifier.backbone(x)[2]), images, GPU)
+        logits = mirrored_scales(segmenter, images, GPU)
     check([*maps, *raw, *logits])
     assert [tuple(scale.shape) for scale in logits] == [(2, 3, 24, 32), (2, 3, 48, 64), (2, 3, 72, 96)]
 
@@ -279,6 +328,8 @@ def test_sam(fake_gpu, precision):
     sam = moved(build_sam(**SAM))
     generator = MaskGenerator(sam, Settings(points_per_side=4), precision, batch=2)
     size, (crop,) = generator.prepare(np.zeros((96, 70, 3), np.uint8))
+    seen = []
+    sam.image_encoder.neck[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.inference_mode():
         embeddings = list(generator._encode([crop.pixels] * 3))
         tokens = generator._tokens(crop)
@@ -288,7 +339,7 @@ def test_sam(fake_gpu, precision):
         full = (rows @ logits @ columns.T).flatten(0, 1)
         stability = generator._stability(full)
         masks = full > sam.mask_threshold
-    check([*embeddings, tokens, scores, mask_tokens, pixels, logits, full, stability])
+    check([*seen, *embeddings, tokens, scores, mask_tokens, pixels, logits, full, stability])
     assert len(embeddings) == 3 and embeddings[0].shape == (32, 8, 8) and full.shape == (48, 96, 70)
     check([pack_bits(masks)], torch.uint8)
     check([count_pixels(masks), outer_boxes(masks)], torch.int64)

@@ -10,8 +10,10 @@ import pytest
 
 import evaluate_miou
 from report import score_tables
+from report.summary import Scored, Summary
 from tests.experiments import CLASSES, COLOURS, EVIL, STAGES, make_experiment, scores_of
 from tools.cams import load_cams, save_cams
+from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.labels import load_label, save_label
 
@@ -25,6 +27,12 @@ def made(tmp_path_factory):
 def root(made, tmp_path):
     """A copy that a test may spoil."""
     return shutil.copytree(made, tmp_path / "root")
+
+
+def evaluate(root, **constants):
+    """Step 8 in this process, which has torch loaded already."""
+    given = {"dataset": "tiny", "experiment": "run", "root": root, "workers": 0} | constants
+    evaluate_miou.main(evaluate_miou.Constants(**given))
 
 
 def iou_of(root, folder, split, ids="abcde", left_out=(3,)):
@@ -91,12 +99,13 @@ def test_the_most_frequent_class_and_the_shares_stand_beside_the_scores(evaluate
     assert "No better than" not in result.stdout
 
 
-def test_a_map_of_one_class_is_called_no_better_than_that(root, run_script):
+def test_a_map_of_one_class_is_called_no_better_than_that(root, capsys):
     for id in "abcde":
         save_label(root / f"experiments/tiny/run/refined_segmentation/{id}.png", np.zeros((32, 32), np.uint8), COLOURS)
-    result = run_script("evaluate_miou.py", "--dataset", "tiny", "--experiment", "run", "--root", root, "--workers", 0)
-    assert "No better than one class everywhere: refined segmentation, test split, has mIoU" in result.stdout
-    assert result.stdout.count("No better than") == 1
+    evaluate(root)
+    printed = capsys.readouterr().out
+    assert "No better than one class everywhere: refined segmentation, test split, has mIoU" in printed
+    assert printed.count("No better than") == 1
 
 
 def test_report_opens_on_the_last_result_and_shows_two_classes(evaluated):
@@ -170,27 +179,11 @@ def test_several_processes_give_the_same_counts(made, monkeypatch):
     assert np.array_equal(*counts) and counts[0].sum() == 2 * 5 * 30 * 32
 
 
-def test_chosen_stages_released_protocol_and_no_train_truth(root, run_script):
+def test_chosen_stages_released_protocol_and_no_train_truth(root, capsys):
     shutil.rmtree(root / "datasets/tiny/train/labels")
-    result = run_script(
-        "evaluate_miou.py",
-        "--dataset",
-        "tiny",
-        "--experiment",
-        "run",
-        "--root",
-        root,
-        "--workers",
-        0,
-        "--stages",
-        "segmentation",
-        "pseudo_labels",
-        "--protocol",
-        "released",
-        "--samples",
-        0,
-    )
-    assert "so the train split is not scored" in result.stdout and "Released protocol" in result.stdout
+    evaluate(root, stages=["segmentation", "pseudo_labels"], protocol="released", samples=0)
+    printed = capsys.readouterr().out
+    assert "so the train split is not scored" in printed and "Released protocol" in printed
     rows = scores_of(root)["stages"]
     assert [f"{row['experiment']}/{row['stage']}" for row in rows] == ["run/segmentation", "supervised/segmentation"]
     truth, label = (
@@ -202,23 +195,23 @@ def test_chosen_stages_released_protocol_and_no_train_truth(root, run_script):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("constants", "words"),
     [
-        (["--experiment", "other"], "experiments of this data set are empty, run, supervised"),
-        (["--experiment", "other"], "other/cams is missing: run step 2, python infer_classification.py --dataset tiny"),
-        (["--experiment", "empty"], "empty/cams is missing: run step 2, python infer_classification.py --dataset tiny"),
-        (["--experiment", "run", "--stages", "classifier"], 'stages holds "classifier"'),
-        (["--experiment", "run", "--stages", "cams_test"], "run/cams_test is missing: run step 2"),
-        (["--experiment", "run", "--stages", "cams_test"], "--split test"),
-        (["--experiment", "../run"], 'experiment is "../run"'),
-        (["--samples", 21], "samples is 21, but it must be at most 20"),
-        (["--workers", -1], "workers is -1, but it must be at least 0"),
+        ({"experiment": "other"}, "the experiments of this data set are empty, run, supervised"),
+        ({"experiment": "other"}, "other/cams is missing: run step 2, python infer_classification.py --dataset tiny"),
+        ({"experiment": "empty"}, "empty/cams is missing: run step 2, python infer_classification.py --dataset tiny"),
+        ({"stages": ["classifier"]}, 'stages holds "classifier"'),
+        ({"stages": ["cams_test"]}, "run/cams_test is missing: run step 2, .* --split test"),
+        ({"experiment": "../run"}, 'experiment is "../run"'),
+        ({"samples": 21}, "samples is 21, but it must be at most 20"),
+        ({"workers": -1}, "workers is -1, but it must be at least 0"),
     ],
 )
-def test_error_messages(made, run_script, arguments, words):
+def test_error_messages(made, constants, words):
     (made / "experiments" / "tiny" / "empty").mkdir(exist_ok=True)
-    result = run_script("evaluate_miou.py", "--dataset", "tiny", "--root", made, *arguments, fails=True)
-    assert words in result.stderr.replace("\n", " ") and len(result.stderr.strip().splitlines()) == 1
+    with pytest.raises(UserError, match=words) as raised:
+        evaluate(made, **constants)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -226,24 +219,26 @@ def test_error_messages(made, run_script, arguments, words):
     [b"", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"started": 1}'],
     ids=["empty", "list", "utf-8", "deep", "keys"],
 )
-def test_a_damaged_account_is_one_sentence(root, run_script, content):
+def test_a_damaged_account_is_one_sentence(root, content):
     file = root / "experiments/tiny/run/segmentation/run.json"
     file.write_bytes(content)
-    result = run_script("evaluate_miou.py", "--dataset", "tiny", "--experiment", "run", "--root", root, fails=True)
-    assert f"{file} is damaged" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    with pytest.raises(UserError) as raised:
+        evaluate(root)
+    assert str(raised.value).startswith(f"{file} is damaged") and "\n" not in str(raised.value)
 
 
-def test_no_truth_at_all(root, run_script):
+def test_no_truth_at_all(root):
     for split in ("train", "test"):
         shutil.rmtree(root / "datasets" / "tiny" / split / "labels")
-    result = run_script("evaluate_miou.py", "--dataset", "tiny", "--experiment", "run", "--root", root, fails=True)
-    assert "train/labels is missing: scores need label maps of the truth; without them" in result.stderr
+    with pytest.raises(UserError, match="train/labels is missing: scores need label maps of the truth; without them"):
+        evaluate(root)
 
 
-def test_cams_of_other_classes_are_reported(root, run_script):
-    save_cams(root / "experiments/tiny/run/cams/a.npz", np.array([0, 7]), [np.ones((2, 2, 2))], (32, 32), np.zeros(4))
-    result = run_script("evaluate_miou.py", "--dataset", "tiny", "--experiment", "run", "--root", root, fails=True)
-    assert "cams/a.npz cannot be read" in result.stderr and "whole numbers from 0 to 3" in result.stderr
+def test_cams_of_other_classes_are_reported(root):
+    file, maps = root / "experiments/tiny/run/cams/a.npz", [np.ones((2, 2, 2))]
+    save_cams(file, np.array([0, 7]), maps, (32, 32), np.zeros(4))
+    with pytest.raises(UserError, match=r"cams/a\.npz cannot be read .* whole numbers from 0 to 3"):
+        evaluate(root)
 
 
 def test_the_papers_figures_stand_at_the_last_stage_and_the_bound(made):
@@ -252,7 +247,7 @@ def test_the_papers_figures_stand_at_the_last_stage_and_the_bound(made):
     )
     counts = np.eye(4, 5, dtype=int).tolist()
     stages = [
-        score_tables.Scored(
+        Scored(
             experiment=experiment,
             stage=stage,
             title=stage,
@@ -270,8 +265,7 @@ def test_the_papers_figures_stand_at_the_last_stage_and_the_bound(made):
             ("supervised", "segmentation", "test"),
         )
     ]
-    summary = score_tables.Summary(None, dataset, made / "run", {}, set(), [], stages=stages)
-    titles, rows = score_tables.table(summary)
+    titles, rows = score_tables.table(Summary(None, dataset, made / "run", {}, set(), [], stages=stages))
     first = titles.index("paper: mIoU")
     assert [cells[first : first + 2] for cells in rows] == [
         ["not published"] * 2,

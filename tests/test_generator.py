@@ -93,7 +93,7 @@ IMAGES = ((96, 96, 0), (64, 90, 1), (75, 61, 2))
     [
         ({}, None),
         (UNFILTERED, 3 * 108),  # images x 36 points of three masks each
-        ({"min_mask_region_area": 40}, None),
+        ({"min_mask_region_area": 40, "crop_nms_thresh": 0.4}, None),  # the larger threshold of the two counts
         ({"crop_n_layers": 1, "crop_n_points_downscale_factor": 2}, None),
         ({"crop_n_layers": 1, "min_mask_region_area": 20, "crop_nms_thresh": 0.5}, None),
         ({"stability_score_offset": 1000.0, "stability_score_thresh": 0.01}, 0),  # no logit is as high

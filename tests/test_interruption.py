@@ -1,6 +1,6 @@
 """Ctrl-C, SIGTERM and kill -9: a stopped step says how to continue, leaves nobody behind, and continues exactly."""
 
-import errno
+import fcntl
 import os
 import random
 import signal
@@ -20,25 +20,22 @@ from tools.folders import StepFolder
 
 @contextmanager
 def stalled(file: Path):
-    """A file whose readers wait for ever. Yields a function that tells whether somebody has come to read it."""
-    content, ends = file.read_bytes(), []
-    file.unlink()
-    os.mkfifo(file)
+    """A file that nobody else can open for 45 seconds. Yields a function that tells whether somebody has tried to.
 
-    def read() -> bool:
-        try:
-            ends.append(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
-        except OSError as error:
-            assert error.errno == errno.ENXIO  # nobody has opened it
-        return bool(ends)
-
+    The lease on the file makes the kernel stop whoever opens it, and send SIGIO to this process.
+    """
+    tries, descriptor = [], os.open(file, os.O_RDWR)
+    before = signal.signal(signal.SIGIO, lambda *_: tries.append(None))
     try:
-        yield read
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except OSError as error:
+        pytest.skip(f"this file system gives no leases ({error})")
+    try:
+        yield lambda: bool(tries)
     finally:
-        for end in ends:
-            os.close(end)
-        file.unlink()
-        file.write_bytes(content)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        os.close(descriptor)
+        signal.signal(signal.SIGIO, before)
 
 
 def ends_well(process, number) -> bool:

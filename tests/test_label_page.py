@@ -74,6 +74,14 @@ def kept(page):
     return dict(page.js("page.ids.map((id, index) => [id, labels[index]])"))
 
 
+def reload(page):
+    """Reload as soon as another tab sees the work: the browser takes a moment to store what a page writes."""
+    other = page.browser.open(page.path)
+    other.until(f"JSON.stringify(labels) === {json.dumps(page.js('JSON.stringify(labels)'))}")
+    other.call("Page.close")
+    page.reload()
+
+
 def show(page, value):
     """Choose a filter."""
     page.js(f"element('filter').value = '{value}'; element('filter').dispatchEvent(new Event('change'));")
@@ -111,7 +119,7 @@ def test_twelve_patches_by_keyboard_and_mouse(plots, browser):
     expected = dict(zip(GRID, labels, strict=True))
     assert kept(page) == expected
     assert page.js("document.querySelector('#left').textContent") == "all 12 labelled"
-    page.reload()
+    reload(page)
     assert kept(page) == expected
     page.click("#export")
     exported = page.downloaded("image_labels.csv")
@@ -238,6 +246,7 @@ def test_work_that_was_kept_is_joined_with_a_page_that_was_written_again(plots, 
     """Other labels in the csv, another order of the classes, a patch that has gone and one that is new."""
     page = plots.open(browser)
     page.press("1", "ArrowRight", "2", "ArrowRight", "4")
+    reload(page)
     plots.label({GRID[0]: "0010", GRID[1]: "0100", GRID[3]: "0010"})
     (plots.train / "images" / f"{GRID[2]}.png").rename(plots.train / "images" / "new.png")
     lines = DESCRIPTION.splitlines()
@@ -413,7 +422,7 @@ def test_ten_thousand_patches(plots, browser):
     page.press("a", modifiers=CONTROL)
     page.press("2")
     assert page.js("labels.filter(label => label[1] === '1').length") == 10_015
-    page.reload()
+    reload(page)
     assert page.js("labels.filter(label => label[1] === '1').length") == 10_015
     assert page.complaints() == []
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from models.backbone import NAMES, Backbone
+from models.backbone import NAMES, Backbone, _load_file, fold_batchnorm
 from models.classifier import Classifier
 from models.deeplab import AtrousSpatialPyramidPooling, ChannelAttention, DeepLabV3Plus, SpatialAttention
 from tools.training import parameter_groups
@@ -97,6 +97,24 @@ def test_the_real_weights_load(shared_data):
     assert all(features.isfinite().all() for features in backbone(torch.randn(1, 3, 64, 64)))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])  # every kind of block
+def test_folded_batchnorm_changes_nothing_but_rounding(name):
+    torch.manual_seed(0)
+    backbone = Backbone(name, "none")
+    with torch.no_grad():
+        for norm in norms(backbone):  # statistics, scales and shifts that a mistake cannot leave without effect
+            norm.running_mean.normal_(0, 0.3), norm.running_var.uniform_(0.5, 2)
+            norm.weight.uniform_(0.5, 1.5), norm.bias.normal_(0, 0.3)
+    x = torch.randn(2, 3, 64, 48)
+    with torch.inference_mode():
+        expected = backbone.eval().double()(x.double())
+        fold_batchnorm(backbone.float())
+        found = backbone(x)
+    assert not norms(backbone)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() < 1e-4 * other.abs().max()
+
+
 class Hostile:
     """Its pickle would write a file on loading."""
 
@@ -144,7 +162,7 @@ def test_no_bytes_end_in_a_traceback(content, tmp_path_factory):
     for prefix in (b"", b"\x80\x02"):  # the second is how a pickle starts
         file.write_bytes(prefix + content)
         with pytest.raises(ValueError, match=r"cannot be read|does not fit"):
-            Backbone("resnet18", str(file))
+            _load_file(nn.Linear(2, 2), file, "resnet18")
 
 
 @pytest.mark.parametrize("train_all", [False, True])
@@ -332,3 +350,12 @@ def test_parameter_groups(kind):
     assert bool(frozen) == (kind == "classifier") and all(
         name.startswith(("backbone.low", "backbone.mid")) for name in frozen
     )
+
+
+def test_the_classifier_starts_kaiming_normal():
+    """One output of many inputs, and no bias: torch's default would be 2.45 times smaller, and uniform."""
+    torch.manual_seed(0)
+    weight = Classifier(Backbone("resnet18", "none"), 20).classifier.weight.detach().double()
+    expected = (2 / 512) ** 0.5
+    assert float(weight.std()) == pytest.approx(expected, rel=6 / (2 * weight.numel()) ** 0.5)
+    assert float(weight.abs().max()) > 2 * expected  # a uniform distribution ends at 1.73 standard deviations

@@ -43,7 +43,6 @@ patch_size = 64
 [scenes]
 train = ["1"]
 test = ["2"]
-[paper]
 """
 
 
@@ -112,6 +111,8 @@ def test_every_command_of_the_readme(raw_scenes):
             continue
         name = script.rpartition("/")[2].removesuffix(".py")
         parse(script, arguments)
+        if "fields" in arguments:  # a person's own data: tests/test_own_data.py runs these
+            continue
         if name in HEAVY or name in ran or not arguments:
             continue
         ran.add(name)
@@ -127,7 +128,7 @@ def test_every_command_of_the_readme(raw_scenes):
 def test_commands_are_understood_and_links_lead_somewhere(page):
     text = page.read_text()
     for script, *arguments in commands(text):
-        if script != "make" and "..." not in arguments:
+        if script != "make" and arguments and "..." not in arguments:
             parse(script, [{"N": "1"}.get(word, word) for word in arguments])
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), link
@@ -150,5 +151,5 @@ def test_help_tells_of_every_constant(script, capsys):
     assert ended.value.code == 0 and "--dataset" in capsys.readouterr().out
     fields = re.findall(r"^    (\w+): .*", inspect.getsource(module.Constants), re.M)
     lines = re.findall(r"^    \w+: .*[^ ]  # .+", inspect.getsource(module.Constants), re.M)
-    assert len(fields) == len(lines) > 3, sorted(set(fields) - {line.split(":")[0].strip() for line in lines})
+    assert len(fields) == len(lines) > 1, sorted(set(fields) - {line.split(":")[0].strip() for line in lines})
     assert module.__doc__ and "Writes" in module.__doc__

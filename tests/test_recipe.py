@@ -11,7 +11,9 @@ import train_classification
 import train_segmentation
 from tests.steps import Recipe
 from tools.command import UserError
-from tools.training import EpochBatches, check_recipe
+from tools.devices import make_accelerator
+from tools.progress import Progress
+from tools.training import EpochBatches, Training, check_recipe
 
 
 @given(size=st.integers(1, 60), batch=st.integers(1, 12), seed=st.integers(0, 9), epoch=st.integers(0, 5))
@@ -97,3 +99,64 @@ def test_a_batch_that_is_all_ignore_costs_nothing():
     assert float(train_segmentation.compute_loss(model, x, labels)["loss"].detach()) == pytest.approx(
         expected, rel=1e-6
     )
+
+
+class Samples(torch.utils.data.Dataset):
+    """Ten samples in float64, read by (epoch, index): images of one pixel, 3 channels, and targets of two numbers."""
+
+    def __init__(self):
+        random = np.random.default_rng(0)
+        self.x, self.y = random.normal(size=(10, 3)), random.normal(size=(10, 2))
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, key):
+        return torch.from_numpy(self.x[key[1]])[:, None, None], torch.from_numpy(self.y[key[1]])
+
+
+def reference_steps(parameters, samples, batches, steps, recipe):
+    """SGD of two linear layers, the second one new, on the mean squared error: the released optimiser in float64.
+
+    It receives the weight decay in place of the momentum; Nesterov; biases without decay.
+    """
+    lr, momentum, decay = recipe
+    first, first_bias, second, second_bias = parameters
+    velocities = [np.zeros_like(value) for value in parameters]
+    for step, batch in enumerate(batches):
+        x, y = samples.x[batch], samples.y[batch]
+        hidden = x @ first.T + first_bias
+        error = 2 * (hidden @ second.T + second_bias - y) / y.size
+        back = error @ second
+        gradients = back.T @ x, back.sum(0), error.T @ hidden, error.sum(0)
+        rates = [lr * factor * (1 - step / steps) ** 0.9 for factor in (1, 2, 10, 20)]
+        for value, gradient, velocity, rate in zip(parameters, gradients, velocities, rates, strict=True):
+            decayed = gradient + decay * value if value.ndim == 2 else gradient
+            velocity[...] = momentum * velocity + decayed
+            value -= rate * (decayed + momentum * velocity)
+
+
+@pytest.mark.parametrize(
+    ("step", "recipe"),
+    [(train_classification, (0.1, 1e-4, 1e-4)), (train_segmentation, (0.007, 4e-5, 4e-5))],
+    ids=["step 1", "step 5"],
+)
+def test_five_optimiser_steps_equal_those_of_the_release(step, recipe):
+    """With the defaults of each step."""
+    torch.manual_seed(0)
+    backbone, head, samples = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), Samples()
+    model = nn.Sequential(backbone, head, nn.Flatten()).double()
+    expected = [value.detach().numpy().copy().reshape(value.shape[:2]) for value in model.parameters()]
+
+    def compute_loss(module, images, targets):
+        return {"loss": nn.functional.mse_loss(module(images), targets)}
+
+    constants = step.Constants(epochs=2, batch_size=2, workers=0)
+    training = Training(model, [backbone], samples, compute_loss, constants, make_accelerator("fp32"))
+    training.prepare()
+    batches = [[index for _, index in batch] for batch in EpochBatches(10, 2, 0)]
+    training.train_one_epoch(Progress(10, "training", "batch", shown=False))
+    reference_steps(expected, samples, batches, 10, recipe)
+    assert len(batches) == 5
+    for value, other in zip(model.parameters(), expected, strict=True):
+        np.testing.assert_allclose(value.detach().numpy().reshape(value.shape[:2]), other, rtol=1e-9, atol=1e-12)

@@ -95,15 +95,16 @@ def test_ios_is_one_of_the_rules(case, tau):
     np.testing.assert_array_equal(Refinement("ios", tau)(label, masks, classes), literal(label, masks, classes, tau))
 
 
-def test_means_are_exact_where_the_cumulative_sum_overflows():
-    """A map of ones: the sum over 2^18 pixels is 2^42 units, and one unit more decides."""
-    ones = np.ones((512, 512), np.float32)
-    other = ones.copy()
-    other[300, 17] = np.nextafter(np.float32(1), np.float32(0))  # 1 - 2^-24
+def test_means_are_exact():
+    """Sums over 2^18 pixels of 1 / 3, and one pixel that is larger by the smallest step decides."""
+    plain = np.full((512, 512), 1 / 3, np.float32)
+    larger = plain.copy()
+    larger[300, 17] += 2.0**-23
     label, masks = np.full((512, 512), 3, np.uint8), np.ones((1, 512, 512), bool)
-    assert (Refinement("mean_cam")(label, masks, [0, 1], {0: other, 1: ones}) == 1).all()
-    assert (Refinement("mean_cam")(label, masks, [0, 1], {0: ones, 1: other}) == 0).all()
-    assert (Refinement("mean_cam")(label, masks, [0, 1], {0: other, 1: other}) == 0).all()
+    masks[0, 0, :70] = False
+    for first, second, taken in ((plain, larger, 1), (larger, plain, 0), (larger, larger, 0)):
+        found = Refinement("mean_cam")(label, masks, [0, 1], {0: first, 1: second})
+        assert (found[masks[0]] == taken).all() and (found[~masks[0]] == 3).all()
 
 
 def test_more_than_half_is_more_than_half():

@@ -19,6 +19,8 @@ from tests.conftest import ROOT
 from tests.experiments import CLASSES, EVIL, STAGES, account, make_experiment
 from tests.steps import STEPS, experiment, step
 from tools.cams import save_cams
+from tools.command import run
+from tools.constants import Place
 from tools.dataset import load_dataset
 from tools.image_labels import write_image_labels
 from tools.labels import load_label
@@ -235,7 +237,8 @@ def test_what_an_older_step_fed_is_older_too():
     }
 
     def outdated(runs, labels="hash"):
-        return [name for name in runs if report.is_outdated(name, runs, {labels, "of the other split"})]
+        found = report.outdated_runs(runs, {labels, "of the other split"})
+        return [name for name in runs if name in found]
 
     assert outdated(runs) == []
     assert outdated(runs | {"classifier": run_of("9")}) == ["cams", "pseudo_labels", "refined_pseudo_labels"]
@@ -243,6 +246,7 @@ def test_what_an_older_step_fed_is_older_too():
     assert outdated(runs, "other") == ["classifier", "cams", "pseudo_labels", "refined_pseudo_labels"]
     elsewhere = run_of("2", {"classifier": "other"}, classifier="7")
     assert outdated(runs | {"cams": elsewhere}) == []
+    assert outdated({"one": run_of("1", other="2"), "other": run_of("2", one="1")}) == []  # a ring, which no step makes
 
 
 def test_a_page_that_cannot_be_renewed_costs_one_line(root, capsys):
@@ -253,6 +257,15 @@ def test_a_page_that_cannot_be_renewed_costs_one_line(root, capsys):
     assert re.fullmatch(line, capsys.readouterr().err)
     renew(root, "no/such")
     assert re.fullmatch(line, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_main_process_alone_renews(monkeypatch, rank):
+    calls = []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(sys, "argv", ["step.py"])
+    run(lambda _: calls.append("step"), Place, "", then=lambda _: calls.append("report"))
+    assert calls == ["step", "report"][: 2 - rank]
 
 
 NESTED = b"[" * 100_000

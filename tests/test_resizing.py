@@ -1,9 +1,12 @@
 """Images and labels are resized by Pillow, bicubic and nearest, as in the released code: equal to the last bit."""
 
 import numpy as np
+import torch
 from PIL import Image
 
 from tools.augment import MEAN, STD, TrainingPatches
+from tools.cams import image_batches, mirrored_scales
+from tools.command import stop
 from tools.labels import IGNORE, save_label
 
 
@@ -37,3 +40,23 @@ def test_training_patches(tmp_path):
         found = bytes_of(found[:, *window])
         assert any(np.array_equal(found, a) and np.array_equal(ids[window], b) for a, b in pairs), (height, width)
     assert len(sizes) > 10 and any(width % 2 for _, width in sizes)
+
+
+def test_scales_of_inference(tmp_path):
+    """Steps 2 and 6 see each image at each scale as Pillow makes it; sides are rounded, half up to even."""
+    rng = np.random.default_rng(1)
+    images = {id: rng.integers(0, 256, (37, 50, 3)).astype(np.uint8) for id in "ab"}
+    for id, image in images.items():
+        Image.fromarray(image).save(tmp_path / f"{id}.png")
+    scales, sizes = (0.5, 1.0, 1.5, 2.0), ((18, 25), (37, 50), (56, 75), (74, 100))
+    ((ids, size, found),) = image_batches(tmp_path, ["a", "b"], scales, 2, 0, stop)
+    assert ids == ["a", "b"] and size == (37, 50)
+    seen = []
+    mirrored_scales(lambda x: seen.append(x) or x[:, :1], found, torch.device("cpu"))
+    for (height, width), batch in zip(sizes, seen, strict=True):
+        expected = [
+            np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+            for image in images.values()
+        ]
+        expected += [pixels[:, ::-1] for pixels in expected]  # both images, then both mirror images
+        np.testing.assert_array_equal([bytes_of(pixels) for pixels in batch.numpy()], expected)

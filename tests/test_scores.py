@@ -48,6 +48,8 @@ def by_loops(truth, prediction, left_out, protocol):
             found["recall"][k] = hit / (hit + missed)
     for mean, name in (("miou", "iou"), ("mean_f1", "f1")):
         defined = [value for value in found[name] if not math.isnan(value)]
+        if name == "f1" and protocol == "released":
+            defined = [value for value in defined if value > 0]
         found[mean] = sum(defined) / len(defined) if defined else math.nan
     n = len(counted)
     found["overall_accuracy"] = observed = sum(t == p for t, p in counted) / n if n else math.nan
@@ -103,6 +105,16 @@ def test_the_released_protocol_flatters():
     assert matrix.scores([3])["miou"] == 0.5  # predicted clutter is an error, true clutter does not count
     assert matrix.scores([3], "released")["miou"] == 1.0
     assert matrix.scores()["iou"][3] == 1 / 6
+
+
+def test_the_released_mean_f1_leaves_out_classes_without_a_hit():
+    """Class 1 is predicted but absent from the truth; class 2 is in the truth but never predicted: both have no hit."""
+    matrix = matrix_of((np.array([0, 0, 0, 2], np.uint8), np.array([0, 0, 1, 0], np.uint8)))
+    f1 = 2 * 2 / (2 * 2 + 1 + 1)
+    assert matrix.scores()["mean_f1"] == pytest.approx(f1 / 3)
+    assert matrix.scores(protocol="released")["mean_f1"] == pytest.approx(f1)
+    assert matrix.scores()["miou"] == matrix.scores(protocol="released")["miou"] == pytest.approx((2 / 4) / 3)
+    assert math.isnan(matrix_of(np.array([[0], [1]], np.uint8)).scores(protocol="released")["mean_f1"])
 
 
 def test_counts_beyond_32_bits_and_beyond_float32():

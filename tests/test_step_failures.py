@@ -64,7 +64,7 @@ def test_missing_masks_are_named(copy):
         ("train_classification", {"gamma": 1.0}, "gamma is 1.0, but it must be at most 0.999"),
         ("train_classification", {"iterations": -1}, "iterations is -1"),
         ("train_classification", {"tiles": 3}, "tiles is 3, but it must be a square"),
-        ("train_classification", {"tiles": 25}, "tiles is 25, but class maps of 4 x 4 cells"),
+        ("train_classification", {"tiles": 25}, "tiles is 25, but class maps of 4 x 4 cannot have 5 x 5 tiles"),
         ("train_classification", {"ir_weight": -0.1}, "ir_weight is -0.1"),
         ("train_classification", {"epochs": 0}, "epochs is 0, but it must be at least 1"),
         (
@@ -138,13 +138,13 @@ def test_a_damaged_image_among_good_ones(finished, copy, run_script):
     result = run_script(*arguments, fails=True)
     assert result.returncode == 1
     assert "error: 1 files could not be done; all others are finished." in result.stderr
-    assert "train_3.png cannot be read as an image" in result.stderr
+    assert "train_3.png cannot be read as a PNG image" in result.stderr
     cams = experiment(copy) / "cams"
     assert {path.stem for path in cams.glob("*.npz")} == {*TRAIN} - {"train_3"} and not account(cams)["finished"]
     shutil.rmtree(experiment(copy) / "pseudo_labels")
     with refused("cams is not finished: run step 2"):
         step("make_pseudo_labels", copy)
-    with refused(r"train_3\.png cannot be read as an image"):  # a training cannot do without it
+    with refused(r"train_3\.png cannot be read as a PNG image"):  # a training cannot do without it
         step("train_classification", copy, experiment="other")
     image.write_bytes(content)
     times = {path: path.stat().st_mtime_ns for path in cams.glob("*.npz")}
@@ -161,14 +161,14 @@ def test_a_damaged_image_among_good_ones(finished, copy, run_script):
             "experiments/tiny/prc/cams/train_2.npz",
             r"train_2\.npz cannot be read as class activation maps",
         ),
-        ("make_pseudo_labels", "datasets/tiny/train/images/train_2.png", r"train_2\.png cannot be read as an image"),
+        ("make_pseudo_labels", "datasets/tiny/train/images/train_2.png", r"train_2\.png cannot be read as a PNG image"),
         ("generate_refined_pseudo", "experiments/tiny/prc/pseudo_labels/train_2.png", r"train_2\.png cannot be read"),
         (
             "generate_refined_pseudo",
             "datasets/tiny/train/sam_masks/train_2.npz",
             r"train_2\.npz is not a readable mask file",
         ),
-        ("inference_segmentation", "datasets/tiny/test/images/test_2.png", r"test_2\.png cannot be read as an image"),
+        ("inference_segmentation", "datasets/tiny/test/images/test_2.png", r"test_2\.png cannot be read as a PNG"),
         ("generate_refined_seg", "datasets/tiny/test/sam_masks/test_2.npz", r"test_2\.npz is not a readable mask file"),
     ],
 )
@@ -295,7 +295,7 @@ def test_two_processes_share_the_images(finished, copy):
     }
     result = subprocess.run([*map(str, command)], **run)
     cams = experiment(copy) / "cams"
-    assert result.returncode != 0 and "train_3.png cannot be read as an image" in result.stderr
+    assert result.returncode != 0 and "train_3.png cannot be read as a PNG image" in result.stderr
     assert not account(cams)["finished"] and account(cams)["files"] == 9 and account(cams)["processes"] == 2
     image.write_bytes(content)
     result = subprocess.run([*map(str, command)], **run)

@@ -4,10 +4,11 @@ import csv
 
 import numpy as np
 import pytest
+import tyro
 
 from make_pseudo_labels import thresholded_background
-from reproduce_tables import Constants, check_constants, rows_of
-from tables.oracles import perfect_regions
+from reproduce_tables import Constants, check_constants, main, rows_of
+from tables.oracles import MASKS
 from tables.runner import Row
 from tables.table import show
 from tests.steps import TRAIN, step
@@ -28,14 +29,19 @@ TRAINING = [
 ]
 
 
+def table(root, *arguments) -> None:
+    """reproduce_tables.py in this process, which has torch loaded already."""
+    words = map(str, ["--dataset", "tiny", "--root", root, *TRAINING, *arguments])
+    main(tyro.cli(Constants, args=list(words)))
+
+
 def read(file) -> dict[tuple[str, str], list[float]]:
     with open(file, newline="") as lines:
         return {(row[0], row[1]): [float(value) for value in row[2:]] for row in list(csv.reader(lines))[1:]}
 
 
 def test_tables_of_tiny_data(copy, run_script):
-    common = ["--dataset", "tiny", "--root", copy, *TRAINING]
-    first = run_script("reproduce_tables.py", "--table", "ablation", *common)
+    first = run_script("reproduce_tables.py", "--table", "ablation", "--dataset", "tiny", "--root", copy, *TRAINING)
     folder = copy / "experiments" / "tiny"
     ablation = read(folder / "tables" / "ablation.csv")
     assert {row for row, _ in ablation} >= {"CAM", "+ PRC", "+ IR", "+ PRC + IR"}
@@ -48,27 +54,26 @@ def test_tables_of_tiny_data(copy, run_script):
 
     model = folder / "tables-seed0" / "classifier" / "model.pt"
     written = model.stat().st_mtime_ns
-    run_script("reproduce_tables.py", "--table", "tau", "--taus", 0.1, 0.9, *common)
+    table(copy, "--table", "tau", "--taus", 0.1, 0.9)
     assert model.stat().st_mtime_ns == written  # the row of the ablation serves this table too
     tau = read(folder / "tables" / "tau.csv")
     # tau 0.9 is what steps 4 and 7 used
-    assert tau["tau 0.9", "pseudo-labels refined"] == ablation["+ PRC + IR", "+ IOS"]
-    assert tau["tau 0.9", "segmentation refined"] == ablation["+ PRC + IR", "segmentation + IOS"]
-    perfect = "+ PRC + IR, IOS by perfect regions (USES THE TRUTH)"
-    assert tau["tau 0.9", "pseudo-labels by perfect regions (USES THE TRUTH)"] == ablation[perfect, "+ IOS"]
-    assert tau["tau 0.9", "segmentation by perfect regions (USES THE TRUTH)"] == ablation[perfect, "segmentation + IOS"]
+    assert tau["tau 0.9", f"pseudo-labels, {MASKS[0]}"] == ablation["+ PRC + IR", "+ IOS"]
+    assert tau["tau 0.9", f"segmentation, {MASKS[0]}"] == ablation["+ PRC + IR", "segmentation + IOS"]
+    perfect = f"+ PRC + IR, IOS by {MASKS[1]}"
+    assert tau["tau 0.9", f"pseudo-labels, {MASKS[1]}"] == ablation[perfect, "+ IOS"]
+    assert tau["tau 0.9", f"segmentation, {MASKS[1]}"] == ablation[perfect, "segmentation + IOS"]
 
 
-def test_refinement_rules_equal_the_steps(copy, run_script):
+def test_refinement_rules_equal_the_steps(copy, capsys):
     """Every rule on both stages, with the masks of step 9 and with perfect regions; steps 4 and 7 give the same."""
-    common = ["--dataset", "tiny", "--root", copy, *TRAINING]
-    printed = run_script("reproduce_tables.py", "--table", "refinement", *common).stdout
-    folder = copy / "experiments" / "tiny"
-    table = read(folder / "tables" / "refinement.csv")
-    assert len(table) == 5 * 4 and {row for row, _ in table} == {"not refined", "ios", "sepl", "vote", "mean_cam"}
+    table(copy, "--table", "refinement")
+    printed, folder = capsys.readouterr().out, copy / "experiments" / "tiny"
+    values = read(folder / "tables" / "refinement.csv")
+    assert len(values) == 5 * 4 and {row for row, _ in values} == {"not refined", "ios", "sepl", "vote", "mean_cam"}
     assert "tau of IOS: 0.9 on pseudo-labels, 0.9 on segmentation" in printed and "everywhere has" in printed
     runs = [("pseudo-labels", "generate_refined_pseudo", "tables-seed0", "train")]
-    runs += [("segmentation", "generate_refined_seg", "tables-seed0-probabilities", "test")]
+    runs += [("segmentation", "generate_refined_seg", "tables-seed0", "test")]
     for stage, script, experiment, split in runs:
         refined = folder / experiment / f"refined_{stage.replace('-', '_')}"
         for rule in ("ios", "mean_cam"):
@@ -76,17 +81,15 @@ def test_refinement_rules_equal_the_steps(copy, run_script):
             matrix = ConfusionMatrix(3)
             for file in (copy / "datasets" / "tiny" / split / "labels").glob("*.png"):
                 matrix.update(load_label(file, 3), load_label(refined / file.name, 3))
-            (value,) = table[rule, f"{stage} refined"]
+            (value,) = values[rule, f"{stage}, {MASKS[0]}"]
             assert value == pytest.approx(100 * matrix.scores()["miou"], abs=1e-3), (stage, rule)
 
 
-def test_background_rows_and_their_oracle(copy, run_script):
+def test_background_rows_and_their_oracle(copy):
     """Where there is a background class: the extension's row, and the classes told apart on the true background."""
     toml = copy / "datasets" / "tiny" / "dataset.toml"
     toml.write_text(toml.read_text() + '\n[rules]\nbackground = "ground"\n')
-    run_script(
-        "reproduce_tables.py", "--dataset", "tiny", "--root", copy, *TRAINING, "--table", "ablation", "--no-segment"
-    )
+    table(copy, "--table", "ablation", "--no-segment")
     folder = copy / "experiments" / "tiny"
     ablation = read(folder / "tables" / "ablation.csv")
     assert not any(column.startswith("segmentation") for _, column in ablation)
@@ -152,27 +155,21 @@ def test_constants_are_checked_before_the_first_row(tmp_path, make_tiny_dataset,
         check_constants(Constants(**{"classification": NO_WEIGHTS} | constants), dataset)
 
 
-def test_the_two_protocols_stand_beside_each_other(copy, run_script):
+def test_the_two_protocols_stand_beside_each_other(copy, capsys):
     """The released one chooses the epoch by the maps, so "+ PRC" needs a training of its own there."""
-    common = ["--dataset", "tiny", "--root", copy, *TRAINING, "--table", "lambda", "--ir-weights", 0.0]
+    common = ["--table", "lambda", "--ir-weights", 0.0]
     for protocol in ("clean", "released"):
-        table = run_script("reproduce_tables.py", *common, "--protocol", protocol).stdout
-        assert f"Protocol: {protocol}." in table and "epochs 1, batch_size 4" in table
+        table(copy, *common, "--protocol", protocol)
+        printed = capsys.readouterr().out
+        assert f"Protocol: {protocol}." in printed and "epochs 1, batch_size 4" in printed
     folder = copy / "experiments" / "tiny"
     assert (folder / "tables" / "lambda.csv").exists() and (folder / "tables-released" / "lambda.csv").exists()
     assert not (folder / "tables-ir_weight0-seed0" / "classifier").exists()
     assert (folder / "tables-released-ir_weight0-seed0" / "classifier" / "model.pt").exists()
-    other = run_script("reproduce_tables.py", *common, "--classification.lr", 0.001, fails=True)
-    assert "choose another --experiment" in other.stderr
-    run_script("reproduce_tables.py", *common, "--classification.lr", 0.001, "--experiment", "slow")
+    with pytest.raises(UserError, match="choose another --experiment"):
+        table(copy, *common, "--classification.lr", 0.001)
+    table(copy, *common, "--classification.lr", 0.001, "--experiment", "slow")
     assert (folder / "slow" / "lambda.md").exists()
-
-
-def test_perfect_regions_are_the_components_of_each_class():
-    truth = np.array([[0, 0, 1], [1, 0, 1], [1, 255, 255]], np.uint8)
-    found = {tuple(map(tuple, np.argwhere(mask))) for mask in perfect_regions(truth, 3).unpack()}
-    assert found == {((0, 0), (0, 1), (1, 1)), ((0, 2), (1, 2)), ((1, 0), (2, 0))}
-    assert len(perfect_regions(np.full((2, 2), 255, np.uint8), 3)) == 0
 
 
 def test_spread_is_the_standard_deviation_over_seeds():

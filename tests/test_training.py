@@ -284,7 +284,7 @@ def test_a_damaged_image_ends_with_its_name(training, images, tmp_path):
         constants = Recipe(workers=workers, batch_size=11)
         labels = {f"{index:02}": np.ones(2, bool) for index in range(11)}
         patches, model = TrainingPatches(sorted(labels), tmp_path, labels, 2, 16, 0), Net()
-        with pytest.raises(UserError, match=r"05\.png cannot be read as an image"):
+        with pytest.raises(UserError, match=r"05\.png cannot be read as a PNG image"):
             train(
                 Training(model, [model.features], patches, compute_loss, constants, make_accelerator("fp32")),
                 tmp_path / f"run{workers}",

@@ -1,4 +1,4 @@
-"""Class activation maps: made at several scales, stored small, fused at image size."""
+"""Inference at several scales with mirror images; class activation maps stored small and fused at image size."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -6,62 +6,91 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from tools.augment import normalise, to_tensor
+from models.backbone import fold_batchnorm
+from tools.augment import normalise, resize, to_tensor
 from tools.command import UserError, check
 from tools.files import write_whole
 from tools.labels import load_image
 
+Model = TypeVar("Model", bound=nn.Module)
 OUTPUT_STRIDE = 16
 MOST_BYTES = 1 << 28  # that a file of unknown image size may unpack to
 
 
-class _Images(torch.utils.data.Dataset):
-    """Items: id, image or None, and the error of a bad file as a sentence: it must not end the whole run."""
+def for_inference(model: Model, device: torch.device) -> Model:
+    """`model` ready for `mirrored_scales`: in evaluation mode, BatchNorm folded, on `device`, weights channels_last."""
+    fold_batchnorm(model.eval())
+    model.requires_grad_(True)  # autocast keeps its casts of such weights only
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def __init__(self, folder: Path, ids: Sequence[str]):
-        self.folder, self.ids = folder, ids
+
+def at_scales(image: np.ndarray, scales: Sequence[float]) -> list[Tensor]:
+    """Image (H,W,3) uint8 -> for each scale (3,h,w) uint8, resized by Pillow's bicubic filter (method section 2)."""
+    sizes = [[max(1, round(length * scale)) for length in image.shape[:2]] for scale in scales]
+    return [to_tensor(resize(image, (height, width), Image.Resampling.BICUBIC)) for height, width in sizes]
+
+
+def stack_scales(images: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Images of equal size, each as `at_scales` gives it -> for each scale (B,3,h,w) uint8."""
+    return [torch.stack(scale) for scale in zip(*images, strict=True)]
+
+
+class _Images(torch.utils.data.Dataset):
+    """Items: id, size (H,W), the image at each scale, and the error of a bad file, which must not end the whole run."""
+
+    def __init__(self, folder: Path, ids: Sequence[str], scales: Sequence[float]):
+        self.folder, self.ids, self.scales = folder, ids, scales
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> tuple[str, Tensor | None, str]:
+    def __getitem__(self, index: int) -> tuple[str, tuple[int, ...], list[Tensor], str]:
         id = self.ids[index]
         try:
-            return id, to_tensor(load_image(self.folder / f"{id}.png")), ""
+            image = load_image(self.folder / f"{id}.png")
         except UserError as error:
-            return id, None, str(error)
+            return id, (), [], str(error)
+        return id, image.shape[:2], at_scales(image, self.scales), ""
 
 
 def image_batches(
-    folder: Path, ids: Sequence[str], images_at_once: int, workers: int, bad: Callable[[str], None]
-) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield (ids, images (B,3,H,W) uint8) of neighbours of equal size. Calls `bad` with the error of a bad file.
+    folder: Path,
+    ids: Sequence[str],
+    scales: Sequence[float],
+    images_at_once: int,
+    workers: int,
+    bad: Callable[[str], None],
+) -> Iterator[tuple[list[str], tuple[int, ...], list[Tensor]]]:
+    """Yield (ids, size (H,W), for each scale images (B,3,h,w) uint8) of neighbours of equal size.
 
-    B is always `images_at_once`; images after the last id only fill the batch. Floating-point sums depend on the size
-    of a batch, and an image must get the same result in any batch and with any number of processes.
+    The worker processes read and resize the images. `bad` is called with the error of a bad file. B is always
+    `images_at_once`; images after the last id only fill the batch. Floating-point sums depend on the size of a batch,
+    and an image must get the same result in any batch and with any number of processes.
     """
-    group: list[tuple[str, Tensor]] = []
+    group: list[tuple[str, tuple[int, ...], list[Tensor]]] = []
 
-    def batch() -> tuple[list[str], Tensor]:
-        images = [image for _, image in group]
-        return [id for id, _ in group], torch.stack(images + images[:1] * (images_at_once - len(images)))
+    def batch() -> tuple[list[str], tuple[int, ...], list[Tensor]]:
+        images = [image for _, _, image in group]
+        filled = images + images[:1] * (images_at_once - len(images))
+        return [id for id, _, _ in group], group[0][1], stack_scales(filled)
 
-    for id, image, sentence in DataLoader(_Images(folder, ids), batch_size=None, num_workers=workers):
-        if image is None:
-            bad(sentence)
+    for id, size, image, error in DataLoader(_Images(folder, ids, scales), batch_size=None, num_workers=workers):
+        if error:
+            bad(error)
             continue
-        if group and (len(group) == images_at_once or group[0][1].shape != image.shape):
+        if group and (len(group) == images_at_once or group[0][1] != tuple(size)):
             yield batch()
             group = []
-        group.append((id, image))
+        group.append((id, tuple(size), image))
     if group:
         yield batch()
 
@@ -89,21 +118,18 @@ def in_background(threads: int = 2) -> Iterator[Callable[..., None]]:
 
 @torch.no_grad()  # autocast keeps the weights it has cast for all scales, but not in inference_mode
 def mirrored_scales(
-    predict: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float], device: torch.device
+    predict: Callable[[Tensor], Tensor], images: Sequence[Tensor], device: torch.device
 ) -> list[Tensor]:
     """For each scale, `predict` of the images plus the mirrored-back `predict` of their mirror images.
 
-    images (B,3,H,W) uint8 -> for each scale (B,K,h,w) float32. `predict` maps normalised (2B,3,H',W'), images and
-    mirror images in one batch, to (2B,K,h',w').
+    images: for each scale (B,3,h,w) uint8 -> for each scale (B,K,h',w') float32. `predict` maps normalised (2B,3,h,w),
+    images and mirror images in one batch, to (2B,K,h',w').
     """
-    if device.type == "cuda":
-        images = images.pin_memory()  # a copy from other memory would wait until the GPU has finished its queue
-    images = images.to(device, non_blocking=True)
     found = []
-    for scale in scales:
-        size = [max(1, round(length * scale)) for length in images.shape[-2:]]
-        scaled = images if scale == 1 else resize(images, size, InterpolationMode.BICUBIC, antialias=True)
-        x = normalise(scaled)
+    for scale in images:
+        if device.type == "cuda":
+            scale = scale.pin_memory()  # a copy from other memory would wait until the GPU has finished its queue
+        x = normalise(scale.to(device, non_blocking=True))
         x = torch.cat([x, x.flip(-1)]).contiguous(memory_format=torch.channels_last)
         plain, mirror = predict(x).float().chunk(2)
         found.append(plain + mirror.flip(-1))
@@ -111,14 +137,11 @@ def mirrored_scales(
 
 
 def mirrored_cams(
-    classifier: Callable[[Tensor], tuple[Tensor, Tensor]],
-    images: Tensor,
-    scales: Sequence[float],
-    device: torch.device,
+    classifier: Callable[[Tensor], tuple[Tensor, Tensor]], images: Sequence[Tensor], device: torch.device
 ) -> tuple[Tensor, list[Tensor]]:
-    """Logits (B,K) float32, the mean over all scales and mirrors; positive class maps as `mirrored_scales` gives them.
+    """Logits (B,K) float32, the mean over scales and mirror images; positive class maps as by `mirrored_scales`.
 
-    `classifier` maps normalised (2B,3,H',W') to logits (2B,K) and class maps (2B,K,h',w').
+    `classifier` maps normalised (2B,3,h,w) to logits (2B,K) and class maps (2B,K,h',w').
     """
     logits = []
 
@@ -127,7 +150,7 @@ def mirrored_cams(
         logits.append(scores.float().unflatten(0, (2, -1)))
         return maps.relu()
 
-    maps = mirrored_scales(positive_maps, images, scales, device)
+    maps = mirrored_scales(positive_maps, images, device)
     return torch.cat(logits).mean(0), maps
 
 

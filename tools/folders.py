@@ -156,20 +156,19 @@ class StepFolder:
     def _refuse_other_settings(self, before: Run) -> None:
         skip = speed_constants(self.constants)
         old, new = before.constants, self.run.constants
-        other = [
-            f"{name}: {old.get(name)} there, {new.get(name)} now"
-            for name in sorted((old.keys() | new.keys()) - skip)
-            if old.get(name) != new.get(name)
-        ]
+        differing = [name for name in sorted((old.keys() | new.keys()) - skip) if old.get(name) != new.get(name)]
+        other = [f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing]
         other += [
             f"made from another run of {name}"
             for name, started in before.inputs.items()
             if self.run.inputs.get(name) != started
         ]
         elsewhere = ", or choose another --experiment" if "experiment" in new else ""
+        # "auto" depends on the device, but every device can compute in fp32 and in bf16
+        same = f"--precision {old['precision']} continues it, " if differing == ["precision"] else ""
         check(
             not other,
-            f"{self.path} was made with other settings ({'; '.join(other)}): --overwrite replaces it{elsewhere}",
+            f"{self.path} was made with other settings ({'; '.join(other)}): {same}--overwrite replaces it{elsewhere}",
         )
 
     def _lock(self) -> None:

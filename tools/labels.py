@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from tools.command import UserError, check
 from tools.files import write_whole
@@ -115,12 +115,16 @@ def _png(path: Path, remedy: str) -> Iterator[tuple[Image.Image, int]]:
     No other format, whatever the file's name: for an EPS, Pillow would start Ghostscript.
     """
     check(path.exists(), f"{path} is missing: {remedy}")
-    check(path.is_file(), f"{path} is not a regular file: {remedy}")  # reading a named pipe would wait for ever
+    check(path.is_file(), f"{path} is not a regular file: {remedy}")  # reading a named pipe would wait without end
     try:
         with path.open("rb") as file:
             header = file.read(25)  # its last byte holds the bits
             file.seek(0)
             with Image.open(file, formats=("PNG",)) as image:
                 yield image, header[-1]
+    except UnidentifiedImageError:  # its text names an object of Python
+        raise UserError(
+            f"{path} cannot be read as a PNG image (it is empty, damaged or of another format): {remedy}"
+        ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}): {remedy}") from None

@@ -51,14 +51,15 @@ class Parts:
                 file=sys.stderr,
             )
 
-    def predict(self, predict: Callable[[Tensor], Sequence[Tensor]], images: Tensor) -> list[Tensor]:
-        """`predict`, which maps images (B,...) to tensors (B,...), called with as many images as the memory holds."""
+    def predict(self, predict: Callable[[list[Tensor]], Sequence[Tensor]], images: Sequence[Tensor]) -> list[Tensor]:
+        """`predict`, which maps images (B,...) at each scale to tensors (B,...), called with as many as fit at once."""
 
         def work(size: int) -> list[Tensor]:
-            found = [predict(part) for part in images.split(size)]
+            parts = zip(*(scale.split(size) for scale in images), strict=True)
+            found = [predict(list(part)) for part in parts]
             return [torch.cat(tensors) for tensors in zip(*found, strict=True)]
 
-        return self(work, len(images))
+        return self(work, len(images[0]))
 
 
 class MicroBatches:

@@ -36,7 +36,9 @@ class Progress(tqdm):
         rate = state["rate"] or (self.n - self.initial) / max(state["elapsed"], 1e-9)
         left = tqdm.format_interval((state["total"] - self.n) / max(rate, 1e-9))
         extra = f", {self.extra}" if self.extra else ""
-        print(f"{self.desc}: {self.n}/{self.total}, {rate:.3g} {self.unit}s a second, {left} left{extra}", file=self.fp)
+        units = f"{self.unit}es" if self.unit.endswith("ch") else f"{self.unit}s"
+        what = self.desc.removesuffix(": ")  # tqdm adds the colon when the text is set again
+        print(f"{what}: {self.n}/{self.total}, {rate:.3g} {units} a second, {left} left{extra}", file=self.fp)
         self.fp.flush()
         return True
 

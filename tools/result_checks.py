@@ -47,7 +47,7 @@ def check_classifier(rows: Sequence[dict[str, Any]], present: dict[str, float]) 
     ]
     if blind:
         found.append(
-            f"the classifier hardly tells patches with and without these classes apart, by average precision: "
+            f"the classifier hardly separates patches with these classes from patches without, by average precision: "
             f"{', '.join(blind)}; their maps will be worthless: train for more epochs, give more patches, or check "
             "their labels"
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.special import expit
 
 from tools.cams import load_logits
 from tools.command import check
@@ -52,7 +53,7 @@ def read_logits(cams: Path, ids: Iterable[str], num_classes: int) -> dict[str, n
 def doubt(labels: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """How much the classifier contradicts each label; above 0 it does. labels bool and logits of one shape.
 
-    It is the logit where the label lacks the class, and minus the logit where the label has it. This ranks as the
+    It is the logit where the label is without the class, and minus the logit where the label has it. This ranks as the
     distance between label and probability does, but does not saturate.
     """
     return np.where(labels, -logits, logits)
@@ -79,7 +80,7 @@ def review(dataset: Dataset, cams: Path, most: int = 20) -> Review:
     against = doubt(labels, logits)
     order = np.argsort(-against, axis=None, kind="stable")[:most]
     doubts = [
-        Doubt(ids[row], dataset.classes[k], bool(labels[row, k]), float(1 / (1 + np.exp(-logits[row, k]))))
+        Doubt(ids[row], dataset.classes[k], bool(labels[row, k]), float(expit(logits[row, k])))
         for row, k in zip(*np.unravel_index(order, against.shape), strict=True)
         if against[row, k] > 0
     ]

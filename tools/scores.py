@@ -68,8 +68,11 @@ class ConfusionMatrix:
         of 0, and the means include it.
 
         Pixels whose truth is a class of `left_out` are not counted, and the scores of that class are NaN. A pixel of
-        another class that is predicted as a left-out class is an error. With `protocol="released"` this pixel is not
-        counted, which raises the scores.
+        another class that is predicted as a left-out class is an error.
+
+        `protocol="released"` differs in two points, both of which raise the scores: pixels predicted as a left-out
+        class are not counted, and `mean_f1` is the mean over the classes with a hit. The released code also leaves out
+        class 16, which does not exist among iSAID's ids 0 to 15 and so changes nothing.
         """
         if protocol not in PROTOCOLS:
             raise ValueError(f'protocol is "{protocol}", but it must be one of {", ".join(PROTOCOLS)}')
@@ -93,7 +96,7 @@ class ConfusionMatrix:
             "recall": _ratio(hit, support),
             "support": support,
             "miou": _mean(iou),
-            "mean_f1": _mean(f1),
+            "mean_f1": _mean(np.where(hit > 0, f1, np.nan) if protocol == "released" else f1),
             "overall_accuracy": accuracy,
             "kappa": float(_ratio(accuracy - chance, 1 - chance)),
         }

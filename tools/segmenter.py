@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from models.backbone import Backbone
 from models.deeplab import DeepLabV3Plus
-from tools.cams import OUTPUT_STRIDE, mirrored_scales
+from tools.cams import OUTPUT_STRIDE, for_inference, mirrored_scales
 from tools.command import check
 from tools.dataset import Dataset
 from tools.memory import Parts
@@ -31,21 +31,21 @@ class Segmenter:
         model = DeepLabV3Plus(Backbone(trained["backbone"], "none"), dataset.num_classes, trained["width"])
         load_checkpoint(folder / "model.pt", model)
         self.accelerator, self.parts = accelerator, Parts()
-        self.model = model.to(accelerator.device).to(memory_format=torch.channels_last).eval()
+        self.model = for_inference(model, accelerator.device)
 
-    @torch.no_grad()  # autocast keeps the weights it has cast for all scales, but not in inference_mode
-    def __call__(self, images: Tensor, scales: Sequence[float]) -> Tensor:
-        """(B,3,H,W) uint8 -> logits (B,K,H,W), summed over all scales and mirror images (method section 6).
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Images at each scale, (B,3,h,w) uint8 -> logits (B,K,H,W), H,W = size.
 
-        Computed in halves of the batch where the device's memory is full.
+        Summed over all scales and mirror images (method section 6); in halves of the batch where the memory is full.
         """
 
-        def predict(some: Tensor) -> list[Tensor]:
+        def predict(some: list[Tensor]) -> list[Tensor]:
             with self.accelerator.autocast():
-                logits = mirrored_scales(self.model, some, scales, self.accelerator.device)
+                logits = mirrored_scales(self.model, some, self.accelerator.device)
                 total = torch.zeros((), device=self.accelerator.device)
                 for scale in logits:
-                    total = total + F.interpolate(scale, some.shape[-2:], mode="bilinear", align_corners=False)
+                    total = total + F.interpolate(scale, tuple(size), mode="bilinear", align_corners=False)
                 return [total]
 
         return self.parts.predict(predict, images)[0]

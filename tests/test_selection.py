@@ -1,0 +1,122 @@
+"""The released protocol's choice of the epoch, a second time in NumPy: maps, classes, sizes, dropped images, mean."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from tools.dataset import load_dataset
+from tools.image_labels import write_image_labels
+from tools.labels import save_label
+from tools.selection import cam_miou, segmentation_miou
+
+CPU = torch.device("cpu")
+MEAN, STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+DESCRIPTION = """
+patch_size = 16
+classes = [
+  {name = "a", colour = [1, 1, 1]},
+  {name = "b", colour = [2, 2, 2]},
+  {name = "c", colour = [3, 3, 3]},
+  {name = "never", colour = [4, 4, 4]},
+]
+"""
+
+
+class Pixels(nn.Module):
+    """Maps of each 4 x 4 pixels, or of each pixel: the colours, which become negative, and their difference."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.pool = nn.AvgPool2d(cell)
+
+    def forward(self, x):
+        assert not self.training
+        maps = self.pool(x)
+        maps = torch.cat([maps, maps[:, :1] - 5], 1)  # the fourth class is never the highest
+        return (None, maps) if self.pool.kernel_size > 1 else maps
+
+
+def colours(image, cell):
+    """What `Pixels` gives for an image (H,W,3), in float64: (4,h,w)."""
+    x = (image / 255 - MEAN) / STD
+    h, w = image.shape[0] // cell, image.shape[1] // cell
+    x = x[: h * cell, : w * cell].reshape(h, cell, w, cell, 3).mean((1, 3)).transpose(2, 0, 1)
+    return np.concatenate([x, x[:1] - 5])
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A data set of 8 train patches of 20 x 24 pixels, and the recipe of a batch of 3: the last two are dropped."""
+    random, folder = np.random.default_rng(0), tmp_path / "datasets" / "fields"
+    labels = {}
+    (folder / "train" / "images").mkdir(parents=True)
+    (folder / "dataset.toml").write_text(DESCRIPTION)
+    for index, id in enumerate("abcdefgh"):
+        image = random.integers(0, 256, (5, 6, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+        truth = random.integers(0, 3, (20, 24)).astype(np.uint8)
+        truth[random.random(truth.shape) < 0.1] = 255
+        Image.fromarray(image).save(folder / "train" / "images" / f"{id}.png")
+        save_label(folder / "train" / "labels" / f"{id}.png", truth, np.arange(12, dtype=np.uint8).reshape(4, 3))
+        labels[id] = np.array([index % 2 == 0, True, index % 3 == 0, False])
+    dataset = load_dataset("fields", tmp_path)
+    write_image_labels(dataset.image_labels_file("train"), dataset.classes, labels)
+    return dataset, labels, SimpleNamespace(batch_size=3, workers=0)
+
+
+def read(dataset, id):
+    images, truths = dataset.images("train"), dataset.labels("train")
+    return tuple(np.asarray(Image.open(folder / f"{id}.png")) for folder in (images, truths))
+
+
+def mean_iou(pairs):
+    """Of all four classes: one that is in neither truth nor prediction counts as 0."""
+    truth, prediction = (np.concatenate([array.ravel() for array in arrays]) for arrays in zip(*pairs, strict=True))
+    counted = truth != 255
+    ious = []
+    for k in range(4):
+        union = ((truth == k) | (prediction == k)) & counted
+        ious.append(((truth == k) & (prediction == k)).sum() / union.sum() if union.any() else 0)
+    return np.mean(ious)
+
+
+def test_step_1(made):
+    dataset, labels, recipe = made
+    pairs = []
+    for id in "abcdef":
+        image, truth = read(dataset, id)
+        maps = np.maximum(colours(image, 4), 0)
+        maps = np.maximum(maps - 1e-5, 0) / (maps.max((1, 2), keepdims=True) + 1e-5)
+        classes = np.flatnonzero(labels[id])
+        small = np.asarray(Image.fromarray(truth).resize((6, 5), Image.Resampling.NEAREST))
+        pairs.append((small, classes[maps[classes].argmax(0)]))
+    expected = mean_iou(pairs)
+    assert cam_miou(Pixels(4).train(), dataset, recipe, CPU) == pytest.approx(expected, abs=1e-9)
+    assert 0.1 < expected < 0.6
+    assert {int(k) for _, prediction in pairs for k in np.unique(prediction)} == {0, 1, 2}
+
+
+def test_step_5(made):
+    dataset, _, recipe = made
+    pairs = []
+    for id in "abcdef":
+        image, truth = read(dataset, id)
+        pairs.append((truth[:16, :16], colours(image[:16, :16], 1).argmax(0)))
+    expected = mean_iou(pairs)
+    assert segmentation_miou(Pixels(1).train(), dataset, recipe, CPU) == pytest.approx(expected, abs=1e-9)
+    assert 0.1 < expected < 0.6
+
+
+@pytest.mark.parametrize(("measure", "cell"), [(cam_miou, 4), (segmentation_miou, 1)])
+def test_no_gradient_is_kept_and_what_is_dropped_does_not_count(made, measure, cell):
+    dataset, _, recipe = made
+    before = measure(Pixels(cell), dataset, recipe, CPU)
+    for id in "gh":
+        (dataset.labels("train") / f"{id}.png").unlink()
+    assert measure(Pixels(cell), dataset, recipe, CPU) == before
+    recipe.batch_size = 4  # now the last two count, and their labels are read
+    with pytest.raises(Exception, match=r"g\.png is missing"):
+        measure(Pixels(cell), dataset, recipe, CPU)
