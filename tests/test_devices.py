@@ -204,9 +204,7 @@ def test_a_run_continues_on_another_device_in_its_precision(tmp_path):
             pass
 
     run("bf16")
-    with pytest.raises(
-        UserError, match=r"bf16 there, fp32 now\): --precision bf16 continues it, --overwrite"
-    ):
+    with pytest.raises(UserError, match=r"bf16 there, fp32 now\): --precision bf16 continues it, --overwrite"):
         run("fp32")
     run("bf16")
 
