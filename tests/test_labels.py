@@ -95,7 +95,7 @@ def test_images(tmp_path):
     assert np.array_equal(found, pixels) and found.dtype == np.uint8
     for mode, bits in (("L", 8), ("RGBA", 8), ("P", 1), ("1", 1), ("I;16", 16)):
         Image.new(mode, (5, 5)).save(path)
-        with refused(rf"a\.png has {bits} bits and mode {mode}, not 8-bit RGB: convert"):
+        with refused(rf"a\.png has mode {mode} and {bits} bits, but RGB of 8 bits is expected: convert"):
             load_image(path)
     with refused(r"none\.png is missing"):
         load_image(tmp_path / "none.png")
@@ -107,7 +107,7 @@ def test_labels_of_another_kind(tmp_path):
     path = tmp_path / "a.png"
     for mode, bits in (("RGB", 8), ("RGBA", 8), ("I;16", 16), ("1", 1), ("LA", 8)):
         Image.new(mode, (5, 5)).save(path)
-        with refused(rf"a\.png has {bits} bits and mode {mode}, not a map of class ids: make it with"):
+        with refused(rf"a\.png has mode {mode} and {bits} bits, so it is no map of class ids: make it with"):
             load_label(path, 4)
     Image.fromarray(np.array([[0, 3, 255]], np.uint8)).save(path)  # plain grey serves as well
     assert load_label(path, 4).tolist() == [[0, 3, 255]]
@@ -148,7 +148,7 @@ def test_a_cut_file_is_refused_at_every_length(good, tmp_path):
     content, file = (good / "image.png").read_bytes(), tmp_path / "cut.png"
     for length in range(0, len(content) - 20, 97):  # the last bytes carry no pixel
         file.write_bytes(content[:length])
-        with refused(r"cut\.png cannot be read as an image"):
+        with refused(r"cut\.png cannot be read as a PNG image"):
             load_image(file)
 
 
@@ -168,7 +168,7 @@ def test_an_image_of_giant_size_is_refused_before_it_is_unpacked(tmp_path, width
     file = tmp_path / "giant.png"
     for kind, load in ((2, load_image), (0, lambda path: load_label(path, 4))):
         file.write_bytes(png(width, height, 8, kind, bytes(10_000)))
-        with refused(r"giant\.png (cannot be read as an image|has)"):
+        with refused(r"giant\.png (cannot be read as a PNG image|has)"):
             load(file)
 
 
@@ -176,12 +176,12 @@ def test_an_image_of_giant_size_is_refused_before_it_is_unpacked(tmp_path, width
 def test_other_depths_are_refused_and_not_scaled_to_8_bits(tmp_path, bits):
     file = tmp_path / "a.png"
     file.write_bytes(png(8, 1, bits, 0, b"\0" + b"\x1b" * bits))
-    with refused(rf"a\.png has {bits} bits and mode .*, not a map of class ids"):
+    with refused(rf"a\.png has mode .* and {bits} bits, so it is no map of class ids"):
         load_label(file, 250)
     file.write_bytes(png(1, 1, 16, 2, b"\0" + bytes(6)))
     with Image.open(file) as image:
         assert image.mode == "RGB"  # so the mode does not show it
-    with refused(r"a\.png has 16 bits and mode RGB, not 8-bit RGB"):
+    with refused(r"a\.png has mode RGB and 16 bits, but RGB of 8 bits"):
         load_image(file)
 
 
@@ -200,7 +200,7 @@ def test_no_other_format_is_opened_under_the_name_of_a_png(tmp_path, monkeypatch
     for format in ("EPS", "JPEG", "TIFF", "GIF"):
         Image.fromarray(np.zeros((5, 5, 3), np.uint8)).save(file, format=format)
         for load in (load_image, lambda path: load_label(path, 4)):
-            with refused(r"a\.png cannot be read as an image"):
+            with refused(r"a\.png cannot be read as a PNG image"):
                 load(file)
 
 

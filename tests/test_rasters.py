@@ -204,6 +204,9 @@ def test_grey_and_palette(tmp_path):
             assert raster.kind == "palette" and list(map(tuple, raster.palette[:4].tolist())) == colours
         with refused(rf"{name} is a palette image.*gdal_translate -expand rgb"):
             Raster(tmp_path / name)
+    write_tif(tmp_path / "wide.tif", grey.astype(np.uint16), dict(enumerate(colours)), photometric="palette")
+    with refused("wide.tif has 1 channel of 16 bits"):
+        Raster(tmp_path / "wide.tif", ("palette",))
     for name in ("g.png", "g.tif"):
         np.testing.assert_array_equal(whole(tmp_path / name, ("grey",)), np.dstack([grey] * 3))
         with refused(rf"{name} has 1 channel of 8 bits, but three .*--grey repeat"):

@@ -211,6 +211,9 @@ def test_a_png_keeps_its_world_file_and_may_be_small(root, capsys):
         assert image.getpalette()[:9] == TINY_COLOURS.ravel().tolist()
     printed = capsys.readouterr().out
     assert "ground " in printed and " m2" not in printed  # a world file does not say in what unit it counts
+    path.with_suffix(".pgw").unlink()
+    segment(root, path, nodata=0, overwrite=True)
+    assert not (folder / "small.pgw").exists()
 
 
 def test_a_jpg_gives_a_png_and_a_jp2_a_tif(root):
@@ -309,7 +312,10 @@ def test_a_damaged_account_is_refused_alone(root):
 
 
 def test_a_scene_that_is_replaced_by_another_format_leaves_one_result(root):
-    folder = segment(root, scene_of(root, "a.png"))
+    png = scene_of(root, "a.png")
+    png.with_suffix(".pgw").write_text("0.5\n0\n0\n-0.5\n500000\n5400000\n")
+    folder = segment(root, png)
+    assert (folder / "a.pgw").exists()
     with pytest.raises(UserError, match=r"a\.tif was made otherwise \(made from .*a\.png\)"):
         segment(root, scene_of(root, "a.tif"))
     assert (folder / "a.png").exists()

@@ -73,7 +73,7 @@ def load_label(path: Path, num_classes: int) -> np.ndarray:
     with _png(path, "run the step that makes it again, or copy it there") as (image, bits):
         check(
             image.mode == "P" or (image.mode == "L" and bits == 8),
-            f"{path} has {bits} bits and mode {image.mode}, not a map of class ids: make it with the scripts in "
+            f"{path} has mode {image.mode} and {bits} bits, so it is no map of class ids: make it with the scripts in "
             "datasetsprocess, which turn colours into ids, or save the ids as a palette PNG or a grey PNG of 8 bits",
         )
         ids = np.array(image)
@@ -103,7 +103,8 @@ def load_image(path: Path) -> np.ndarray:
     with _png(path, "cut the scenes again, or copy it there") as (image, bits):
         check(
             image.mode == "RGB" and bits == 8,
-            f"{path} has {bits} bits and mode {image.mode}, not 8-bit RGB: convert it as docs/own_data.md says",
+            f"{path} has mode {image.mode} and {bits} bits, but RGB of 8 bits is expected: convert it as "
+            "docs/own_data.md says",
         )
         return np.array(image)
 
@@ -127,4 +128,4 @@ def _png(path: Path, remedy: str) -> Iterator[tuple[Image.Image, int]]:
             f"{path} cannot be read as a PNG image (it is empty, damaged or of another format): {remedy}"
         ) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}): {remedy}") from None
+        raise UserError(f"{path} cannot be read as a PNG image ({error}): {remedy}") from None
