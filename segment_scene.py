@@ -164,12 +164,12 @@ def segment(
     stride = max(1, round(dataset.patch_size * (1 - constants.overlap)))
     windows = Windows(dataset.patch_size, stride, constants.images_at_once)
     with Raster(scene, kinds, constants.nodata) as raster:
-        file.unlink(missing_ok=True)  # an interrupted run must not leave a new result with an old account
+        # An interrupted run must not leave a new result with an old account or world file
+        for path in (file, *(target.with_suffix(suffix) for suffix in {".tif", ".png", ".pgw"} - {target.suffix})):
+            path.unlink(missing_ok=True)
         strips = label_strips(predict, raster, dataset.num_classes, windows)
         pixels = write_result(raster, target, strips, dataset)
         account = account.model_copy(update={"pixels": pixels, "square_metres": raster.square_metres})
-    for other in {".tif", ".png"} - {target.suffix}:  # of a scene of this name that was replaced
-        target.with_suffix(other).unlink(missing_ok=True)
     write_json(file, account.model_dump())
     print(f"made: {target}, {time.monotonic() - start:.0f} s")
     print(f"look at: {folder / 'overview' / f'{name}.png'}")
@@ -236,9 +236,9 @@ def _watched(
 
 
 def areas(pixels: dict[str, int], square_metres: float | None) -> list[str]:
-    """ "<class> 12.3 %, 4,567 m²" for each class: its share of the scene without nodata."""
+    """ "<class> 12.3 %, 4,567 m2" for each class: its share of the scene without nodata."""
     total = max(sum(pixels.values()), 1)
-    metres = [f", {count * square_metres:,.0f} m²" if square_metres else "" for count in pixels.values()]
+    metres = [f", {count * square_metres:,.0f} m2" if square_metres else "" for count in pixels.values()]
     return [f"{name} {count / total:.1%}{area}" for (name, count), area in zip(pixels.items(), metres, strict=True)]
 
 

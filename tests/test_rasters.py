@@ -95,10 +95,10 @@ def test_rows_are_decoded_once_from_top_to_bottom(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured by Linux's /proc")
-@pytest.mark.parametrize("rows", [16, 15_000])
+@pytest.mark.parametrize("rows", [16, 10_000])
 def test_memory_is_that_of_a_few_rows(tmp_path, rows):
-    """A scene of 90 MB, in many strips or in one: the process that reads it grows by less than two thirds of it."""
-    path = write_tif(tmp_path / "a.tif", np.zeros((15_000, 2000, 3), np.uint8), compress="lzw", blockysize=rows)
+    """A scene of 60 MB, in many strips or in one: the process that reads it grows by two thirds of it at most."""
+    path = write_tif(tmp_path / "a.tif", np.zeros((10_000, 2000, 3), np.uint8), compress="lzw", blockysize=rows)
     program = """if True:
         import sys
         from pathlib import Path
@@ -109,12 +109,12 @@ def test_memory_is_that_of_a_few_rows(tmp_path, rows):
 
         before = memory("VmRSS")
         with Raster(Path(sys.argv[1])) as raster:
-            for y in range(0, 14_900, 192):
+            for y in range(0, 9_900, 192):
                 raster.read(y, 0, 100, 100)
         print(memory("VmHWM") - before)
     """
     grown = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(grown.stdout) * 1024 < 60e6
+    assert int(grown.stdout) * 1024 < 42e6
 
 
 # channels and nodata -----------------------------------------------------------------------------------------------
@@ -204,6 +204,9 @@ def test_grey_and_palette(tmp_path):
             assert raster.kind == "palette" and list(map(tuple, raster.palette[:4].tolist())) == colours
         with refused(rf"{name} is a palette image.*gdal_translate -expand rgb"):
             Raster(tmp_path / name)
+    write_tif(tmp_path / "wide.tif", grey.astype(np.uint16), dict(enumerate(colours)), photometric="palette")
+    with refused("wide.tif has 1 channel of 16 bits"):
+        Raster(tmp_path / "wide.tif", ("palette",))
     for name in ("g.png", "g.tif"):
         np.testing.assert_array_equal(whole(tmp_path / name, ("grey",)), np.dstack([grey] * 3))
         with refused(rf"{name} has 1 channel of 8 bits, but three .*--grey repeat"):
@@ -281,7 +284,7 @@ def test_a_cut_file_is_refused_at_every_length(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("layout", [{"compress": "lzw", "blockysize": 4}, {"compress": "none"}])
-def test_a_short_tiff_with_its_header_in_front(tmp_path, layout):
+def test_short_tiff_with_its_header_in_front(tmp_path, layout):
     path = write_tif(tmp_path / "scene.tif", noise(64, 64), **layout)
     path.write_bytes(path.read_bytes()[:-500])
     with refused("scene.tif cannot be read as an image"):
@@ -289,7 +292,7 @@ def test_a_short_tiff_with_its_header_in_front(tmp_path, layout):
 
 
 @pytest.mark.parametrize("side", [100_000, 23_171])
-def test_a_gigantic_header_is_refused(tmp_path, side):
+def test_gigantic_header_is_refused(tmp_path, side):
     assert side**2 > MAX_PIXELS
     path = write_tif(tmp_path / "bomb.tif", np.zeros((8, 8, 3), np.uint8))
     content = bytearray(path.read_bytes())

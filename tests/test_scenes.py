@@ -196,7 +196,7 @@ def test_a_geotiff_keeps_its_place(root, capsys):
     printed = capsys.readouterr().out
     for k, name in enumerate(("ground", "roof", "tree")):
         pixels = int((ids == k).sum())
-        assert f"{name} {pixels / (90 * 150 - 20 * 30):.1%}, {pixels / 4:,.0f} m²" in printed
+        assert f"{name} {pixels / (90 * 150 - 20 * 30):.1%}, {pixels / 4:,.0f} m2" in printed
     assert f"made: {folder / 'scene.tif'}, " in printed and f"look at: {folder / 'overview' / 'scene.png'}" in printed
 
 
@@ -210,7 +210,10 @@ def test_a_png_keeps_its_world_file_and_may_be_small(root, capsys):
     with Image.open(folder / "small.png") as image:
         assert image.getpalette()[:9] == TINY_COLOURS.ravel().tolist()
     printed = capsys.readouterr().out
-    assert "ground " in printed and "m²" not in printed  # a world file does not say in what unit it counts
+    assert "ground " in printed and " m2" not in printed  # a world file does not say in what unit it counts
+    path.with_suffix(".pgw").unlink()
+    segment(root, path, nodata=0, overwrite=True)
+    assert not (folder / "small.pgw").exists()
 
 
 def test_a_jpg_gives_a_png_and_a_jp2_a_tif(root):
@@ -230,7 +233,7 @@ def test_a_scene_of_one_window_is_segmented_like_a_patch(root):
 def test_the_areas_of_the_classes():
     pixels = {"road": 1, "roof": 2, "tree": 5}
     assert segment_scene.areas(pixels, None) == ["road 12.5%", "roof 25.0%", "tree 62.5%"]
-    assert segment_scene.areas(pixels, 1000.0)[2] == "tree 62.5%, 5,000 m²"
+    assert segment_scene.areas(pixels, 1000.0)[2] == "tree 62.5%, 5,000 m2"
     assert segment_scene.areas({"road": 0}, None) == ["road 0.0%"]  # a scene of nodata
 
 
@@ -309,7 +312,10 @@ def test_a_damaged_account_is_refused_alone(root):
 
 
 def test_a_scene_that_is_replaced_by_another_format_leaves_one_result(root):
-    folder = segment(root, scene_of(root, "a.png"))
+    png = scene_of(root, "a.png")
+    png.with_suffix(".pgw").write_text("0.5\n0\n0\n-0.5\n500000\n5400000\n")
+    folder = segment(root, png)
+    assert (folder / "a.pgw").exists()
     with pytest.raises(UserError, match=r"a\.tif was made otherwise \(made from .*a\.png\)"):
         segment(root, scene_of(root, "a.tif"))
     assert (folder / "a.png").exists()

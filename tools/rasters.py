@@ -112,19 +112,21 @@ class Raster:
     @property
     def place(self) -> dict[str, Any]:
         """The georeference as arguments of `write_label_tiff`; empty where the file has none."""
-        points, system = self._file.gcps
-        if points:
-            return {"gcps": points, "crs": system}
-        return {} if self._file.transform.is_identity else {"transform": self._file.transform, "crs": self._file.crs}
+        with self._decoding():
+            points, system = self._file.gcps
+            if points:
+                return {"gcps": points, "crs": system}
+            transform = self._file.transform
+            return {} if transform.is_identity else {"transform": transform, "crs": self._file.crs}
 
     @property
     def square_metres(self) -> float | None:
         """The area of a pixel, where the georeference has an equal scale everywhere; else None."""
-        system = self._file.crs
+        transform, system = self.place.get("transform"), self.place.get("crs")
         # Mercator's scale grows towards the poles: at 50 degrees, areas appear 2.4 times too large
-        if not self.place.get("transform") or not system or not system.is_projected or '["Mercator' in system.to_wkt():
+        if not transform or not system or not system.is_projected or '["Mercator' in system.to_wkt():
             return None
-        return abs(self._file.transform.determinant) * system.linear_units_factor[1] ** 2
+        return abs(transform.determinant) * system.linear_units_factor[1] ** 2
 
     def _examine(self) -> None:
         """Check size and channels before any pixel is read; sets what is known of them."""
@@ -140,10 +142,12 @@ class Raster:
         self._alpha, self._colours = alpha, file.count - alpha
         self.kind = {1: "grey", 3: "rgb"}.get(self._colours, "other")
         if file.colorinterp[0] == ColorInterp.palette:
-            self.kind, self.palette = "palette", np.zeros((256, 3), np.uint8)
+            self.kind = "palette"
+        self._check_channels()
+        if self.kind == "palette":
+            self.palette = np.zeros((256, 3), np.uint8)
             for index, colour in file.colormap(1).items():
                 self.palette[index] = colour[:3]
-        self._check_channels()
         sidecar = path.with_name(path.name + ".msk")  # may be of any format, so GDAL must not open it
         looked_for = "holes" in self.kinds and not alpha and not sidecar.exists() and file.driver != "JPEG"
         self._masked = looked_for and file.mask_flag_enums[0] == [MaskFlags.per_dataset]
