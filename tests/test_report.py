@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from report import page as report
 from report.patch_pictures import Sample, choose, pack
+from report.summary import Scored
 from tests.conftest import ROOT
 from tests.experiments import CLASSES, EVIL, STAGES, account, make_experiment
 from tests.steps import STEPS, experiment, step
@@ -400,6 +402,35 @@ def test_a_hostile_data_set(tmp_path, capfd):
     page = page_of(root)
     assert evil not in page and "<img src=x" not in page and "<b>&'" not in page and len(page) < 5_000_000
     assert len(samples_of(page, "train")) == 3 and capfd.readouterr() == ("", "")
+
+
+def test_many_classes_make_no_confusion_matrix(tmp_path):
+    """250 classes, each pixel count above 0: two tables of 250 x 251 cells would make the page too large."""
+    root = make_experiment(tmp_path)
+    toml = root / "datasets" / "tiny" / "dataset.toml"
+    more = ", ".join(f"{{name = 'c{k}', colour = [9, 9, {k}]}}" for k in range(4, 250))
+    toml.write_text(toml.read_text().replace("]\nleft_out", f", {more}]\nleft_out"))
+    summary = report.read_experiment(
+        SimpleNamespace(dataset="tiny", experiment="run", root=root), load_dataset("tiny", root)
+    )
+    counts = np.random.default_rng(0).integers(1, 10**6, (250, 251)).tolist()
+    stages = [
+        Scored(
+            experiment="run",
+            stage=stage,
+            title=stage,
+            split=split,
+            images=1,
+            partial=False,
+            made=("", 0),
+            is_bound=False,
+            confusion=counts,
+        )
+        for stage, split in STAGES.items()
+    ]
+    report.write_report(replace(summary, stages=stages), [])
+    page = page_of(root)
+    assert len(page) < 5_000_000 and "Share of pixels" in page and '<table class="confusion">' not in page
 
 
 def test_every_step_renews_the_page(copy, capfd):
