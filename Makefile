@@ -3,7 +3,7 @@
 # make test      the tests; make test-numerics those that compute, as on another processor; make test-long the slow ones
 # make test-gpu  the tests that need a GPU; make gpu these tests and every benchmark of a GPU, at most 8 minutes
 # make lint      style and types; make bench the benchmarks
-# VENV=<folder> uses an environment that exists, and installs into it only what it lacks
+# VENV=<folder> uses an environment that exists, and installs into it only what is missing
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
@@ -22,7 +22,7 @@ SEGMENTER = $(SMALL) --no-freeze-norm --width 64 --epochs 7 --batch-size 8 --lr 
 define INSTALL
 @test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 @$(RUN) -m pip install --quiet --no-index --requirement $< 2> /dev/null || { \
-echo "installing what $(VENV) lacks; torch and the rest take about 6 GB and a few minutes" && \
+echo "installing what is missing in $(VENV); torch and the rest take about 6 GB and a few minutes" && \
 $(RUN) -m pip install --quiet --requirement $< --constraint constraints.txt; }
 @touch $@
 endef

@@ -3,7 +3,7 @@
 Reads  experiments/<dataset>/<experiment>/{cams,pseudo_labels,...}/ and datasets/<dataset>/{train,test}/labels
 Writes experiments/<dataset>/<experiment>/scores/: scores.json and scores.csv (fractions from 0 to 1), scores.md (the
        tables, in per cent), confusion_<split>.png, contact_sheet_<split>.png, report.html and samples.json (its
-       pictures). All are written anew each time; no other result rests on them
+       pictures). All are written again each time; no other result depends on them
 
     python evaluate_miou.py --dataset vaihingen
 """
@@ -21,7 +21,8 @@ from pydantic import Field
 from report.label_folders import LabelFolder, load_prediction
 from report.page import read_experiment, write_report
 from report.patch_pictures import SamplesFile, draw_split
-from report.score_tables import markdown, scored, write_scores
+from report.score_tables import markdown, write_scores
+from report.summary import scored
 from tools.command import UserError, check, run
 from tools.constants import Place, constants
 from tools.dataset import Dataset, load_dataset
@@ -43,7 +44,7 @@ class Constants(Place):
     stages: tuple[str, ...] = ()  # folders to score, such as segmentation; empty: every one that exists
     supervised: str = "supervised"  # experiment of the fully supervised run, the bound; used where it exists
     protocol: Literal["clean", "released"] = "clean"  # released: pixels predicted as a left-out class are dropped
-    samples: Annotated[int, Field(ge=0, le=20)] = 2  # best, median and worst patches in the report: of each, and split
+    samples: Annotated[int, Field(ge=0, le=20)] = 2  # patches in the report: so many best, median and worst ones
 
 
 PATCHES_A_PROCESS = 100  # for fewer patches, starting a process takes longer than scoring them here
@@ -145,12 +146,12 @@ def main(constants: Constants) -> None:
     summary = read_experiment(constants, dataset)
     summary = replace(summary, protocol=constants.protocol, stages=stages, failures=failures)
     remove_leftovers(output)
-    write_scores(output, summary)
     samples = {
         split: draw_split(dataset, output, ready, constants.experiment, constants.samples, failures)
         for split, part in splits.items()
         if (ready := [folder for folder in part if folder.per_image])
     }
+    write_scores(output, summary)  # after the pictures, which may add failures
     write_json(output / "samples.json", SamplesFile(samples).model_dump())
     write_report(summary, [sample for split in SPLITS for sample in samples.get(split, [])])
     print(markdown(summary))

@@ -21,7 +21,7 @@ from tools.steps import STEPS
 class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    protocol: Literal["clean", "released"] = "clean"  # writes classes of the prediction | released: of the test truth
+    protocol: Literal["clean", "released"] = "clean"  # writes the predicted classes | released: those in the truth
     split: Literal["train", "test"] = "test"  # test | train (to measure only)
     rule: Rule = "ios"  # ios (the paper's) | sepl | vote | mean_cam, see PRC_SAM/refine.py
     tau: Share | None = None  # ios: minimum overlap, area(P and S) / min(area P, area S); None: the data set's

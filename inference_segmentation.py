@@ -32,7 +32,6 @@ class Constants(Machine):
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "test"  # test | train (to measure only; goes to segmentation_train)
     scales: Scales = (0.5, 1.0, 1.5, 2.0)  # each with its mirror image
-    segmenter: str = ""  # the experiment whose segmenter is used; empty: this one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as in step 5
     images_at_once: Speed[PositiveCount] = 8  # patches of one batch; lower it when the GPU's memory is short
     keep_probabilities: Speed[bool] = False  # also write <id>.npz: class probabilities, for rule mean_cam of step 7

@@ -44,8 +44,8 @@ class Constants(Machine):
 def thresholded_background(classes: np.ndarray, maps: np.ndarray, background: int) -> np.ndarray:
     """An extension: the background's map becomes constant, at Otsu's threshold of the strongest other map.
 
-    The paper uses the background's own CAM. A classifier sees the background in nearly every image and so has little
-    reason to locate it; Otsu's threshold uses no label either.
+    The paper uses the background's own CAM. The background is in nearly every image, so a classifier hardly learns to
+    locate it. Otsu's threshold uses no label either.
     """
     others = classes != background
     if others.all() or not others.any():

@@ -1,7 +1,7 @@
 """Label maps of whole large images by a trained segmenter: overlapping windows, their logits blended.
 
-Each scene has its own account. A scene whose result was made otherwise is refused alone; --overwrite replaces the
-results of the scenes that are named, and no others.
+Each scene has a record of how it was made. Where that differs now, only this scene is refused; --overwrite segments the
+named scenes again, and no others.
 
 Reads  segmenter/ and the scenes: tif, png, jpg or jp2
 Writes experiments/<dataset>/<experiment>/scenes/<name>.tif (for png and jpg <name>.png): class ids, 255 for nodata
@@ -64,7 +64,7 @@ class Constants:
     images_at_once: Speed[PositiveCount] = 8  # windows of one batch; lower it when the GPU's memory is short
     device: Speed[Device] = "auto"  # auto | cpu | cuda | cuda:1 | mps
     root: Speed[Path] = ROOT  # the folder that holds datasets/ and experiments/
-    overwrite: Speed[bool] = False  # replace results of the named scenes that were made otherwise
+    overwrite: Speed[bool] = False  # segment the named scenes again, and replace their results
 
 
 class Account(BaseModel):

@@ -58,7 +58,7 @@ class Constants(Machine):
     tiles: PositiveCount = 4  # IR: parts with class colours of their own: 1, 4, 9, ...
     epochs: PositiveCount = 20  # passes over the train split
     batch_size: PositiveCount = 8  # over all processes together
-    micro_batch: Count = 0  # patches computed at once; 0: the whole batch. Smaller ones change BatchNorm's statistics
+    micro_batch: Count = 0  # patches computed at once; 0: all, halved when the memory is full. Changes BatchNorm
     lr: Positive = 0.1  # of pretrained weights; their biases x2, new weights x10, new biases x20
     momentum: Momentum = 1e-4  # what the released optimiser receives (0.9 was intended)
     weight_decay: NonNegative = 1e-4  # on weights only

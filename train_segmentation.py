@@ -76,7 +76,7 @@ def compute_loss(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, 
 
 
 def labelled_pixels(labels: Tensor) -> Tensor:
-    """What the loss is a mean over: parts of a batch are weighted with it."""
+    """The number of labelled pixels, which weights the micro-batches of a batch."""
     return (labels != IGNORE).sum()
 
 

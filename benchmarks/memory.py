@@ -27,6 +27,7 @@ from training import batch_of, model_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_segmentation
+from models.deeplab import DeepLabV3Plus
 from tools.devices import make_accelerator
 from tools.memory import MicroBatches
 
@@ -77,6 +78,8 @@ def peak_of(training: str, size: int, precision: str, parts: int, constants: Con
     accelerator = make_accelerator(precision, "cpu")
     with FakeTensorMode():
         model, _, compute_loss, _ = model_of(training, settings)
+        if isinstance(model, DeepLabV3Plus):
+            model.freeze_norm = True  # step 5's default; the benchmark of its speed has no statistics to freeze
         model.train()
         images, targets = batch_of(training, size, settings)
         optimiser = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)

@@ -176,9 +176,9 @@ def draw_roads(canvas: Canvas, cuts, half_width: float, pavement: float) -> list
     return lines
 
 
-def draw_building(canvas: Canvas, centre, angle: float, half, height: float, pitch: float, material) -> None:
-    """Rectangular building, half = (along the ridge, across); pitch 0: flat roof with a parapet and machines on it."""
-    rng, (a, b) = canvas.rng, half
+def draw_building(canvas: Canvas, centre, angle: float, half, height: float, roof: tuple) -> None:
+    """Building; half = (along the ridge, across), roof = (pitch, material); pitch 0: flat, with machines."""
+    rng, (a, b), (pitch, material) = canvas.rng, half, roof
     window, along, across = canvas.frame(centre, angle, np.hypot(a, b))
     mask = (np.abs(along) <= a) & (np.abs(across) <= b)
     canvas.paint(window, mask, BUILDING, material, height + pitch * (b - np.abs(across)), fade=0.2)

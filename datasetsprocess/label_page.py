@@ -60,7 +60,7 @@ def page_data(dataset: Dataset, labels: dict[str, np.ndarray], logits: dict[str,
         "stride": dataset.stride,
         "ids": ids,
         "labels": written,
-        "version": digest("\n".join(written)),  # tells the page whether image_labels.csv has changed
+        "version": digest("\n".join(written)),  # by which the page recognises a changed image_labels.csv
         "logits": values if logits else None,
         "command": command,
     }

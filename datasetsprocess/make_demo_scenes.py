@@ -100,7 +100,7 @@ def town(canvas: Canvas, box) -> None:
             centre, angle = canvas.place(middle if along_u else middle[::-1], 0 if along_u else np.pi / 2)
             flat = rng.random() < 0.3
             roof = (0, FLAT_ROOFS) if flat else (0.7, [usual, usual, *PITCHED_ROOFS[2:]])
-            draw_building(canvas, centre, angle, (length / 2, depth / 2), rng.uniform(26, 38), *roof)
+            draw_building(canvas, centre, angle, (length / 2, depth / 2), rng.uniform(26, 38), roof)
 
 
 def suburb(canvas: Canvas, box) -> None:
@@ -127,10 +127,10 @@ def suburb(canvas: Canvas, box) -> None:
                 draw_car(canvas, drive, angle)
         centre, angle = canvas.place(middle + rng.uniform(-8, 8, 2), canvas.choose([0, np.pi / 2]))
         half = rng.uniform(17, 28), rng.uniform(14, 20)
-        draw_building(canvas, centre, angle, half, rng.uniform(14, 22), 0.8, PITCHED_ROOFS)
+        draw_building(canvas, centre, angle, half, rng.uniform(14, 22), (0.8, PITCHED_ROOFS))
         if rng.random() < 0.3:  # a shed in a corner
             centre, angle = canvas.place(middle + rng.choice([-1, 1], 2) * (0.36 * w, 0.34 * h))
-            draw_building(canvas, centre, angle, rng.uniform(6, 10, 2), 9, 0, "roof gravel")
+            draw_building(canvas, centre, angle, rng.uniform(6, 10, 2), 9, (0, "roof gravel"))
         edge = garden & ~canvas.inside(inset(plot, rng.uniform(12, 26)))
         draw_grove(canvas, edge, 22, radii=(5, 14), share=leafiness)
 
@@ -148,7 +148,8 @@ def industry(canvas: Canvas, box) -> None:
         if use == "hall":
             centre, angle = canvas.place(((u0 + u1) / 2, (v0 + v1) / 2))
             pitch = canvas.choose([0, 0, 0.12])
-            draw_building(canvas, centre, angle, ((u1 - u0) / 2, (v1 - v0) / 2), rng.uniform(24, 36), pitch, FLAT_ROOFS)
+            half = (u1 - u0) / 2, (v1 - v0) / 2
+            draw_building(canvas, centre, angle, half, rng.uniform(24, 36), (pitch, FLAT_ROOFS))
         elif use == "car park":
             draw_car_park(canvas, lot, canvas.choose([0, 0.2, 0.6]))  # empty ones too: markings must not imply cars
         else:

@@ -14,7 +14,7 @@ from tools.labels import IGNORE, ColourDecoder, colour_keys
 from tools.rasters import Raster
 
 BAND = 256  # rows decoded at a time
-MANY = 50  # nobody chooses more colours by hand
+MANY = 50  # more colours than a person chooses by hand
 
 Unknown = dict[Any, int]  # colour (r,g,b) or number that is no class -> its pixels
 Decode = Callable[[np.ndarray, Unknown], np.ndarray]

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from report.label_folders import LabelFolder
 from report.patch_pictures import ERRORS, Sample, SamplesFile, pack, panels
-from report.score_tables import Row, Scored, ScoresFile, Summary, Texts, lines, made, per_class, percent, shares, table
+from report.score_tables import Texts, lines, per_class, shares, table
+from report.summary import Row, Scored, ScoresFile, Summary, made, percent
 from tools.command import UserError
 from tools.dataset import Dataset, load_dataset
 from tools.files import Model, read_json, write_whole
@@ -35,10 +36,10 @@ Missing = TypeVar("Missing")
 
 
 def renew(constants: Any) -> None:
-    """Draw scores/report.html anew from what is on disk, after a step. No pixel label is opened.
+    """Draw scores/report.html again from what is on disk, after a step. No pixel label is opened.
 
     Scores and samples of the last evaluate_miou.py stay while the folders that they were made from are unchanged; after
-    that the scores are marked as older, and the samples are drawn anew without the truth. Any fault is one line on
+    that the scores are marked as older, and the samples are drawn again without the truth. Any fault is one line on
     stderr: a page must never cost the hours of a training.
     """
     try:
@@ -194,7 +195,7 @@ def cards(summary: Summary) -> list[dict[str, Any]]:
         elif not run.finished:
             notes.append("not finished: the same command continues it")
         elif name in summary.outdated:
-            notes.append("made from an earlier run: --overwrite makes it anew")
+            notes.append("made from an earlier run: --overwrite makes it again")
         found.append(_card(f"{step.number}", step.title, own.get(name), notes, run))
         shown.append(own.get(name))
     others = [row for row in summary.rows if not any(row is each for each in shown)]

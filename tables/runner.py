@@ -18,7 +18,7 @@ import train_classification
 import train_segmentation
 from PRC_SAM.refine import Refinement
 from report.page import renew
-from report.score_tables import constant_map
+from report.summary import constant_map
 from tables.oracles import on_true_background, refined
 from tools.command import check
 from tools.constants import flat

@@ -459,7 +459,7 @@ def test_all_slips_of_a_csv_are_told_at_once(read):
         read("\n".join(["id,road,roof,tree", *lines]))
     told = str(caught.value).split("\n  ")
     assert len(told) == 11 and told[1] == "line 4: b has no class: give it at least one, or remove the image"
-    assert told[2].startswith("line 5: expected an id and 3 values") and told[-1] == "and 12 more lines"
+    assert told[2].startswith("line 5: expected an id and 3 values") and told[-1] == "and 12 more"
 
 
 def test_a_missing_csv(tmp_path):

@@ -5,6 +5,7 @@ values. An operation on tensors of different devices fails as on a GPU. Backward
 matrices cannot be run so.
 """
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,6 +35,11 @@ from tools.constants import Place
 from tools.folders import StepFolder
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.mark.skipif("PRC_TEST_DEVICE" in os.environ, reason="these tests were asked to use a GPU")
+def test_tests_and_the_programs_that_they_start_see_no_gpu():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
 
 
 @pytest.fixture
@@ -198,9 +204,7 @@ def test_a_run_continues_on_another_device_in_its_precision(tmp_path):
             pass
 
     run("bf16")
-    with pytest.raises(
-        UserError, match=r"bf16 there, fp32 now\): --precision bf16 continues it, --overwrite replaces it"
-    ):
+    with pytest.raises(UserError, match=r"bf16 there, fp32 now\): --precision bf16 continues it, --overwrite"):
         run("fp32")
     run("bf16")
 

@@ -10,6 +10,7 @@ import pytest
 
 import evaluate_miou
 from report import score_tables
+from report.summary import Scored, Summary
 from tests.experiments import CLASSES, COLOURS, EVIL, STAGES, make_experiment, scores_of
 from tools.cams import load_cams, save_cams
 from tools.command import UserError
@@ -246,7 +247,7 @@ def test_the_papers_figures_stand_at_the_last_stage_and_the_bound(made):
     )
     counts = np.eye(4, 5, dtype=int).tolist()
     stages = [
-        score_tables.Scored(
+        Scored(
             experiment=experiment,
             stage=stage,
             title=stage,
@@ -264,8 +265,7 @@ def test_the_papers_figures_stand_at_the_last_stage_and_the_bound(made):
             ("supervised", "segmentation", "test"),
         )
     ]
-    summary = score_tables.Summary(None, dataset, made / "run", {}, set(), [], stages=stages)
-    titles, rows = score_tables.table(summary)
+    titles, rows = score_tables.table(Summary(None, dataset, made / "run", {}, set(), [], stages=stages))
     first = titles.index("paper: mIoU")
     assert [cells[first : first + 2] for cells in rows] == [
         ["not published"] * 2,

@@ -19,6 +19,8 @@ from tests.conftest import ROOT
 from tests.experiments import CLASSES, EVIL, STAGES, account, make_experiment
 from tests.steps import STEPS, experiment, step
 from tools.cams import save_cams
+from tools.command import run
+from tools.constants import Place
 from tools.dataset import load_dataset
 from tools.image_labels import write_image_labels
 from tools.labels import load_label
@@ -255,6 +257,15 @@ def test_a_page_that_cannot_be_renewed_costs_one_line(root, capsys):
     assert re.fullmatch(line, capsys.readouterr().err)
     renew(root, "no/such")
     assert re.fullmatch(line, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_main_process_alone_renews(monkeypatch, rank):
+    calls = []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(sys, "argv", ["step.py"])
+    run(lambda _: calls.append("step"), Place, "", then=lambda _: calls.append("report"))
+    assert calls == ["step", "report"][: 2 - rank]
 
 
 NESTED = b"[" * 100_000

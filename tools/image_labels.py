@@ -10,6 +10,7 @@ import numpy as np
 
 from tools.command import UserError
 from tools.files import write_whole
+from tools.folders import and_more
 
 SHOWN = 10  # faulty lines of a csv that one message lists
 
@@ -60,8 +61,7 @@ def read_image_labels(
             continue
         faults.append(f"line {number}: {fault}")
     if faults:
-        more = f"\n  and {len(faults) - SHOWN} more lines" if len(faults) > SHOWN else ""
-        raise UserError(f"{path}, " + "\n  ".join(faults[:SHOWN]) + more)
+        raise UserError(f"{path}, {and_more(faults, SHOWN)}")
     missing = wanted - labels.keys()
     if missing and not unfinished:
         raise UserError(

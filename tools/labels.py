@@ -116,7 +116,7 @@ def _png(path: Path, remedy: str) -> Iterator[tuple[Image.Image, int]]:
     No other format, whatever the file's name: for an EPS, Pillow would start Ghostscript.
     """
     check(path.exists(), f"{path} is missing: {remedy}")
-    check(path.is_file(), f"{path} is not a regular file: {remedy}")  # reading a named pipe would wait for ever
+    check(path.is_file(), f"{path} is not a regular file: {remedy}")  # reading a named pipe would wait without end
     try:
         with path.open("rb") as file:
             header = file.read(25)  # its last byte holds the bits

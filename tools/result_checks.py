@@ -1,4 +1,4 @@
-"""Simple facts that show a worthless result, although the step that made it succeeded: one sentence for each."""
+"""Warnings, one sentence each, about worthless results of steps that ended without an error."""
 
 import math
 from collections.abc import Sequence
@@ -36,8 +36,8 @@ def check_classifier(rows: Sequence[dict[str, Any]], present: dict[str, float]) 
     if rows and rows[-1].get("classification", 0) >= math.log(2):
         found.append(
             f"the classification loss ended at {rows[-1]['classification']:.2f}, and guessing gives {math.log(2):.2f}: "
-            "the class activation maps will be worthless; use a lower lr, with --weights none also --momentum 0.9, or "
-            f"more epochs ({ADVICE})"
+            "the class activation maps will be worthless; lower lr or train for more epochs; with --weights none also "
+            f"set --momentum 0.9 ({ADVICE})"
         )
     precision = rows[-1].get("average_precision", {}) if rows else {}
     blind = [
@@ -47,7 +47,7 @@ def check_classifier(rows: Sequence[dict[str, Any]], present: dict[str, float]) 
     ]
     if blind:
         found.append(
-            f"the classifier hardly tells patches with and without these classes apart, by average precision: "
+            f"the classifier hardly separates patches with these classes from patches without, by average precision: "
             f"{', '.join(blind)}; their maps will be worthless: train for more epochs, give more patches, or check "
             "their labels"
         )

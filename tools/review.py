@@ -53,7 +53,7 @@ def read_logits(cams: Path, ids: Iterable[str], num_classes: int) -> dict[str, n
 def doubt(labels: np.ndarray, logits: np.ndarray) -> np.ndarray:
     """How much the classifier contradicts each label; above 0 it does. labels bool and logits of one shape.
 
-    It is the logit where the label lacks the class, and minus the logit where the label has it. This ranks as the
+    It is the logit where the label is without the class, and minus the logit where the label has it. This ranks as the
     distance between label and probability does, but does not saturate.
     """
     return np.where(labels, -logits, logits)

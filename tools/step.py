@@ -27,7 +27,7 @@ def experiment_folder(root: Path, dataset: str, experiment: str) -> Path:
     fits = experiment.replace("-", "").replace(".", "").replace("_", "").isalnum()
     check(
         fits,
-        f'experiment is "{experiment}", but its name must hold letters or digits, and otherwise only "_", "-" and "."',
+        f'experiment is "{experiment}", but a name needs letters or digits; only "_", "-" and "." are allowed besides',
     )
     return Path(root) / "experiments" / dataset / experiment
 
@@ -52,7 +52,7 @@ def require(folder: Path, constants: Any, **others: str) -> Run:
 def _near(folder: Path) -> str:
     """The user's other experiments, where the one of `folder` does not exist."""
     experiment = folder.parent
-    if experiment.is_dir() or not experiment.parent.is_dir():
+    if experiment.is_dir() or not experiment.parent.is_dir() or folder.name not in STEPS or folder.name == "sam_masks":
         return ""
     others = sorted(path.name for path in experiment.parent.iterdir() if path.is_dir())
     return f"; the experiments of this data set are {', '.join(others)}" if others else ""
@@ -63,7 +63,7 @@ class Step(StepFolder):
 
     `name` is a folder of tools/steps.py. Attributes: `dataset`; `split`; `experiment`, the folder of the experiment;
     `sources`, name -> folder that is read; `inputs`, name -> its `Run`; `path`, the output folder.
-    A constant with the name of an input (`cams = "other"`) takes it from another experiment. `reads` replaces the
+    A constant with the name of an input (`cams = "other"`) names the experiment to read it from. `reads` replaces the
     inputs of the table. With `image_labels` the step reads the image-level labels: `labels`.
     """
 
@@ -140,16 +140,18 @@ class Step(StepFolder):
             following = next_step(self.info)
             print(f"made: {self.path}, {self.run.files} files, {time.monotonic() - begin:.0f} s")
             print(f"look at: {self.path / 'contact_sheet.png'}")
-            print(f"next: {following.command(self.constants)}" if following else "")
+            if following:
+                print(f"next: {following.command(self.constants)}")
 
     def warn_of_labels(self, folder: Path, remedy: str) -> None:
-        """Warn of label maps <folder>/<id>.png that hardly use a class, or little else than one."""
+        """Warn when the label maps <folder>/<id>.png hardly use a class, or use almost only one."""
         self.join()
         if self.is_main:
             classes, present = self.dataset.classes, {}
             with suppress(UserError):  # a machine that only segments may have no image-level labels
                 present = patch_shares(self.dataset.image_labels("train"), classes)
-            self.warn(check_shares(pixel_shares(folder, self.ids, classes), present, remedy))
+            with suppress(UserError):  # a damaged file is reported elsewhere
+                self.warn(check_shares(pixel_shares(folder, self.ids, classes), present, remedy))
 
     def draw(self, row: Row, titles: Sequence[str], legend: bool = True) -> None:
         """Wait for all processes, then write the contact sheet: `row(id)` of some patches. Bad files are left out."""

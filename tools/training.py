@@ -324,6 +324,8 @@ def train(
         row: dict[str, Any] = {"epoch": training.epoch, "step": training.epoch * steps, **means}
         row["lr"] = training.optimiser.param_groups[0]["lr"]
         row["images_per_second"] = round(steps * training.constants.batch_size / (time.perf_counter() - start), 2)
+        if (size := training.micro_batches.parts.size) != training.constants.micro_batch:
+            row["micro_batch"] = size  # halved because the memory was full: changes step 1's BatchNorm statistics
         if measure:
             row |= measure()
         if select:

@@ -19,7 +19,7 @@ MOST_TEMPORARY = 74  # characters of TMPDIR: processes talk through sockets belo
 
 
 def check_temporary_folder() -> None:
-    """Raise `UserError` where worker processes would wait for each other for ever."""
+    """Raise `UserError` where worker processes would wait for each other without end."""
     folder = tempfile.gettempdir()
     check(
         sys.platform == "win32" or len(os.fsencode(folder)) <= MOST_TEMPORARY,
@@ -91,7 +91,7 @@ def _begin() -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """A worker whose parent was killed would wait for work without end."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
