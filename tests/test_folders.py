@@ -441,3 +441,9 @@ def test_a_read_only_folder(tmp_path):
     (tmp_path / "cams").mkdir(mode=0o500)
     with pytest.raises(PermissionError):
         make(tmp_path / "cams")
+
+
+def test_a_setting_that_is_gone_is_another_setting(tmp_path):
+    make(tmp_path / "cams", settings={"rules": 3})
+    with refused("rules: 3 there, None now"):
+        make(tmp_path / "cams")

@@ -327,3 +327,19 @@ def test_momentum_of_another_shape_is_refused(training):
         torch.save(checkpoint, file)
         with pytest.raises(UserError, match=r"checkpoint\.pt cannot be continued from: train again with --overwrite"):
             training("run", Recipe(epochs=1, momentum=0.9))
+
+
+def test_every_step_is_taken_in_training_mode(training):
+    """The choice of the epoch evaluates the model between two epochs."""
+    modes = []
+
+    def loss(model, *batch):
+        modes.append(model.training)
+        return compute_loss(model, *batch)
+
+    def select(model):
+        model.eval()
+        return 0.5
+
+    training("run", loss=loss, select=select)
+    assert modes == [True] * 6
