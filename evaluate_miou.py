@@ -144,7 +144,10 @@ def main(constants: Constants) -> None:
     failures = [line for part in splits.values() if part for line in score(dataset, part, constants)]
     output, stages = experiment / "scores", [scored(folder) for folder in folders]
     summary = read_experiment(constants, dataset)
-    summary = replace(summary, protocol=constants.protocol, stages=stages, failures=failures)
+    bound = {}
+    if any(folder.is_bound for folder in folders):
+        bound = read_experiment(replace(constants, experiment=constants.supervised), dataset).runs
+    summary = replace(summary, protocol=constants.protocol, stages=stages, failures=failures, bound_runs=bound)
     remove_leftovers(output)
     samples = {
         split: draw_split(dataset, output, ready, constants.experiment, constants.samples, failures)

@@ -65,6 +65,14 @@ def shares(summary: Summary) -> Texts:
     return ["share of pixels", *titles], rows
 
 
+def times(summary: Summary) -> Texts:
+    """How long each step took, without the start of its program, which takes some seconds."""
+    runs = [(name, run) for name, run in summary.runs.items() if run.finished]
+    runs += [(f"{name}, fully supervised", run) for name, run in summary.bound_runs.items() if run.finished]
+    rows = [[name, run.device, f"{run.seconds:.0f}"] for name, run in runs]
+    return ["made", "device", "seconds"], [*rows, ["all", "", f"{sum(run.seconds for _, run in runs):.0f}"]]
+
+
 def lines(summary: Summary) -> list[str]:
     """What stands under the table: protocol, classes in the mean, what the paper gives, seed, backbone, stand-ins."""
     left_out = summary.dataset.left_out_of_mean
@@ -81,7 +89,12 @@ def lines(summary: Summary) -> list[str]:
 def markdown(summary: Summary) -> str:
     """The tables, and the lines that say what they rest on."""
     parts = [f"{summary.dataset.title}, experiment {summary.experiment}"]
-    for texts, (titles, rows) in ((2, table(summary)), (1, per_class(summary)), (1, shares(summary))):
+    for texts, (titles, rows) in (
+        (2, table(summary)),
+        (1, per_class(summary)),
+        (1, shares(summary)),
+        (2, times(summary)),
+    ):
         cells = [[text.replace("|", "\\|") for text in row] for row in [titles, *rows]]
         ruled = [cells[0], ["---" if column < texts else "---:" for column in range(len(titles))], *cells[1:]]
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in ruled))

@@ -89,6 +89,7 @@ class Summary:
     protocol: str = "clean"
     stages: list[Scored] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    bound_runs: dict[str, Run] = field(default_factory=dict)  # of the fully supervised experiment
 
     @property
     def experiment(self) -> str:

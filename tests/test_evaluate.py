@@ -99,6 +99,18 @@ def test_the_most_frequent_class_and_the_shares_stand_beside_the_scores(evaluate
     assert "No better than" not in result.stdout
 
 
+def test_the_seconds_of_each_step_are_shown(root, capsys):
+    for file, seconds in (("run/cams", 12.4), ("run/segmentation", 3.6), ("supervised/segmentation", 5.0)):
+        path = root / "experiments/tiny" / file / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": seconds}))
+    evaluate(root)
+    table = capsys.readouterr().out.partition("| made | device | seconds |")[2]
+    assert "| cams | cpu | 12 |" in table and "| segmentation | cpu | 4 |" in table
+    assert "| segmentation, fully supervised | cpu | 5 |" in table
+    values = [int(line.split("|")[3]) for line in table.splitlines() if line.startswith("| ") and "---" not in line]
+    assert abs(sum(values[:-1]) - values[-1]) <= 2
+
+
 def test_a_map_of_one_class_is_called_no_better_than_that(root, capsys):
     for id in "abcde":
         save_label(root / f"experiments/tiny/run/refined_segmentation/{id}.png", np.zeros((32, 32), np.uint8), COLOURS)
