@@ -41,7 +41,7 @@ from tools.pictures import heat
 from tools.result_checks import check_classifier, patch_shares
 from tools.selection import cam_miou
 from tools.step import Step
-from tools.training import ClassScores, Training, check_recipe, load_backbone, load_checkpoint, train
+from tools.training import ClassScores, Training, advise, check_recipe, load_backbone, load_checkpoint, train
 
 
 @constants
@@ -128,6 +128,8 @@ def main(constants: Constants) -> None:
         notes={"protocol_of_the_steps": "released"} if released else {},
         settings={"precision": precision_of(accelerator)},
     ):
+        if advice := advise(constants, Constants(), len(step.ids)):
+            accelerator.print(advice)
         train(training, step.path, select if released else None, scores.average_precision)
         step.warn(check_classifier(read_log(step.path / "log.jsonl"), patch_shares(labels, dataset.classes)))
         load_checkpoint(step.path / "model.pt", model)

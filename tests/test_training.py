@@ -3,20 +3,25 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+import train_classification
+import train_segmentation
+from tests.conftest import ROOT
 from tests.steps import Recipe
 from tools.augment import TrainingPatches
 from tools.command import UserError
 from tools.devices import make_accelerator
 from tools.folders import StepFolder
-from tools.training import Training, check_recipe, save_checkpoint, train
+from tools.training import FEW_PATCHES, SMALL_DATA, Training, advise, check_recipe, save_checkpoint, train
 
 
 class Net(nn.Module):
@@ -275,6 +280,24 @@ def test_the_best_epoch_survives_a_kill(training):
 def test_fewer_patches_than_a_batch(training):
     with pytest.raises(UserError, match=r"there are 3 training patches, fewer than one batch: lower batch_size \(4\)"):
         training("run", ids=3)
+
+
+def test_other_constants_are_advised_for_few_patches_and_the_papers_rates():
+    paper = Recipe()
+    advice = advise(replace(paper, epochs=9), paper, FEW_PATCHES - 1)
+    assert f"{FEW_PATCHES - 1} train patches are few" in advice and "A few hundred patches" in advice
+    assert all(f"  step {step}: {words}" in advice for step, words in SMALL_DATA.items())
+    assert advise(paper, paper, FEW_PATCHES) == ""
+    for other in ({"lr": 0.01}, {"momentum": 0.5}):
+        assert advise(replace(paper, **other), paper, 10) == ""
+
+
+def test_the_advised_constants_can_be_pasted():
+    scripts = {1: train_classification, 5: train_segmentation}
+    for step, words in SMALL_DATA.items():
+        given = tyro.cli(scripts[step].Constants, args=words.split())
+        assert given.momentum == 0.9 and given.epochs > 1
+        assert words in (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
 
 
 def test_a_damaged_image_ends_with_its_name(training, images, tmp_path):

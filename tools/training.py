@@ -25,6 +25,13 @@ from tools.memory import MicroBatches
 from tools.progress import Progress
 from tools.review import average_precision
 
+FEW_PATCHES = 2000  # fewer give too few steps with the paper's constants
+# step -> constants for few patches; how they were chosen: "A few hundred patches" in docs/own_data.md
+SMALL_DATA = {
+    1: "--train-all --lr 0.003 --momentum 0.9 --epochs 25",
+    5: "--lr 0.003 --momentum 0.9 --epochs 20 --batch-size 8 --width 64",
+}
+
 Losses = dict[str, Tensor]  # "loss", the total, and its parts: scalars
 ComputeLoss = Callable[[nn.Module, Tensor, Tensor], Losses]  # model, images, targets -> losses
 
@@ -83,6 +90,20 @@ def check_recipe(constants: Recipe, patches: int) -> None:
         f"compile is True, but torch.compile needs the C++ compiler {compiler}: install it, or use --no-compile",
     )
     EpochBatches(patches, constants.batch_size, constants.seed)
+
+
+def advise(constants: Recipe, paper: Recipe, patches: int) -> str:
+    """Where few patches meet the rates of `paper`: other constants, to be pasted; otherwise nothing."""
+    if patches >= FEW_PATCHES or (constants.lr, constants.momentum) != (paper.lr, paper.momentum):
+        return ""
+    lines = [f"  step {step}: {words}" for step, words in SMALL_DATA.items()]
+    return "\n".join(
+        [
+            f"note: {patches} train patches are few for the paper's constants, which are made for thousands. Constants "
+            'for fewer ("A few hundred patches" in docs/own_data.md):',
+            *lines,
+        ]
+    )
 
 
 def load_backbone(name: str, weights: str) -> Backbone:
