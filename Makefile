@@ -73,7 +73,7 @@ test-long: $(VENV)/.installed-dev
 test-gpu: $(VENV)/.installed-dev
 	PRC_TEST_DEVICE=cuda $(RUN) -m pytest -m cuda
 
-gpu: $(VENV)/.installed
+gpu: $(VENV)/.installed-dev
 	$(RUN) benchmarks/gpu.py
 
 lint: $(VENV)/.installed-dev

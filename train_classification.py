@@ -99,6 +99,7 @@ def main(constants: Constants) -> None:
     dataset, labels = step.dataset, step.labels
     check_constants(constants, dataset)
     accelerator = make_accelerator(constants.precision, constants.device)
+    step.announce(accelerator, precision_of(accelerator))  # before weights are downloaded
     torch.manual_seed(constants.seed)
     backbone = load_backbone(constants.backbone, constants.weights)
     model = Classifier(
@@ -110,7 +111,7 @@ def main(constants: Constants) -> None:
     scores = ClassScores(dataset.classes, accelerator)
     compute = partial(compute_loss, ir_weight=constants.ir_weight, tiles=constants.tiles, scores=scores)
     pretrained = [] if constants.weights == "none" else [backbone]
-    training = Training(model, pretrained, patches, compute, constants, accelerator)
+    training = Training(model, pretrained, patches, compute, constants, accelerator, seen=scores.seen)
     released = constants.protocol == "released"
     select = partial(cam_miou, dataset=dataset, constants=constants, device=accelerator.device)
 

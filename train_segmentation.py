@@ -102,6 +102,7 @@ def main(constants: Constants) -> None:
     missing = [id for id in ids if not (source / f"{id}.png").exists()]
     check(not missing, f"{source} has no label of {len(missing)} train images: {and_more(missing, 3, ', ')}")
     accelerator = make_accelerator(constants.precision, constants.device)
+    step.announce(accelerator, precision_of(accelerator))  # before weights are downloaded
     torch.manual_seed(constants.seed)
     backbone = load_backbone(constants.backbone, constants.weights)
     model = DeepLabV3Plus(backbone, dataset.num_classes, constants.width, constants.freeze_norm)

@@ -73,6 +73,7 @@ class MaskGenerator:
         self.images_at_once = Parts(batch, "images", "images_at_once")
         self.points_at_once = Parts(self.settings.points_per_batch, "points", "points_per_batch")
         self.decoder = PointDecoder(sam)
+        self.decoder_in_tf32 = precision == "bf16" and sam.device.type == "cuda"
         self.resize = ResizeLongestSide(sam.image_encoder.img_size)
         self.grids = build_all_layer_point_grids(
             self.settings.points_per_side, self.settings.crop_n_layers, self.settings.crop_n_points_downscale_factor
@@ -143,7 +144,7 @@ class MaskGenerator:
     def _decoder_precision(self) -> Iterator[None]:
         """TF32 products on a GPU unless the precision is fp32; in bfloat16 the decoder loses one mask in ten."""
         before = torch.get_float32_matmul_precision()
-        if self.precision == "bf16" and self.sam.device.type == "cuda":
+        if self.decoder_in_tf32:
             torch.set_float32_matmul_precision("high")
         try:
             yield

@@ -56,7 +56,8 @@ class Constants(Machine):
 
 
 def main(constants: Constants) -> None:
-    from tools.devices import device_facts, process_state, start_line  # here: the stand-in's workers need no torch
+    # imported here, because the stand-in's workers need no torch
+    from tools.devices import device_facts, process_state, set_precision, start_line
 
     begin = time.monotonic()
     dataset = load_dataset(constants.dataset, constants.root)
@@ -64,9 +65,13 @@ def main(constants: Constants) -> None:
     for split in splits:
         dataset.ids(split)  # a split without images ends the run before the model is loaded
     state = process_state(constants.device)
-    generate, settings = load_generator(constants, state) if constants.generator == "sam" else (None, {})
-    if state.is_main_process:
-        print(f"step 9, {start_line(state, settings.get('precision', ''), constants.device)}")
+    by_sam = constants.generator == "sam"
+    precision = set_precision(constants.precision, state.device, bf16_on_cpu=False) if by_sam else ""
+    if state.is_main_process:  # before the checkpoint is downloaded
+        print(f"step 9, {start_line(state, precision, constants.device)}", flush=True)
+    generate = load_generator(constants, state, precision) if by_sam else None
+    settings = {"precision": precision} if by_sam else {}
+    facts = device_facts(state.device) | ({"tf32_in_decoder": generate.decoder_in_tf32} if generate else {})
     notes = {} if generate else {"stand_in": "felzenszwalb regions in place of SAM masks"}
     steps, failures = [], []
     for split in splits:
@@ -77,7 +82,7 @@ def main(constants: Constants) -> None:
                 state=state,
                 notes=notes,
                 settings=settings | {"split": split},
-                facts={"hardware": device_facts(state.device)},
+                facts={"hardware": facts},
             ) as step:
                 make_masks(step, constants, dataset, split, generate)
         except UserError as error:  # the other split is made all the same
@@ -90,17 +95,15 @@ def main(constants: Constants) -> None:
         print(f"next: {following.command(constants)}" if following else "")
 
 
-def load_generator(constants: Constants, state: Any) -> tuple[Callable, dict[str, str]]:
-    """SAM on the device of `state`, and what "auto" has become, for run.json. Fetches the checkpoint if asked to."""
+def load_generator(constants: Constants, state: Any, precision: str) -> Any:
+    """A `MaskGenerator` on the device of `state`. Fetches the checkpoint if asked to."""
     from PRC_SAM.checkpoints import find_checkpoint, load_sam
     from PRC_SAM.generator import MaskGenerator
-    from tools.devices import set_precision
 
     with state.main_process_first():  # the first process fetches the checkpoint, the others find it
         file = find_checkpoint(constants.model, constants.checkpoint, constants.root, constants.download)
-    precision = set_precision(constants.precision, state.device, bf16_on_cpu=False)
     sam = load_sam(constants.model, file).to(state.device)
-    return MaskGenerator(sam, constants.sam, precision, constants.images_at_once), {"precision": precision}
+    return MaskGenerator(sam, constants.sam, precision, constants.images_at_once)
 
 
 def make_masks(step: StepFolder, constants: Constants, dataset: Dataset, split: str, generate: Callable | None) -> None:

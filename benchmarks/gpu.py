@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -46,7 +47,7 @@ from PRC_SAM.checkpoints import SIZES, build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.sam_forward import encode_images, relative_positions
 from tools.augment import normalise
-from tools.cams import at_scales, mirrored_scales, stack_scales
+from tools.cams import at_scales, for_inference, mirrored_scales, stack_scales
 from tools.command import check
 from tools.devices import device_facts, device_name, process_state, set_precision
 from tools.files import write_json, write_whole
@@ -59,8 +60,8 @@ SCALES = (0.5, 1.0, 1.5, 2.0)
 @dataclass(frozen=True)
 class Constants:
     output: Path | None = None  # folder of gpu.json and gpu.md; None: docs/ with a GPU, else a temporary folder
-    minutes: float = 8  # after which no further part is measured
-    tests: bool = True  # begin with the tests that need a GPU
+    minutes: float = 0  # after which no further part is measured; 0: 8 with a GPU, 60 without
+    tests: bool = True  # begin with the tests that need a GPU; they may take half of the minutes
 
 
 @dataclass(frozen=True)
@@ -199,17 +200,20 @@ def training(sizes: Sizes, device: torch.device, name: str, size: int, compile: 
     compiled = replace(constants, compile=True)
     ways = [(True, constants), (True, compiled)] if compile else [(False, constants), (True, constants)]
     found: list[tuple[float, float] | None] = []
+    halved = []
     for ours, chosen in ways:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             try:
-                found.append(pool.apply(training_benchmark.measure, (name, ours, size, chosen))[:2])
+                seconds, memory, _, at_once = pool.apply(training_benchmark.measure, (name, ours, size, chosen))
+                found.append((seconds, memory))
+                halved += [f"{'ours' if ours else 'plain'}: {at_once} at once"] if at_once else []
             except RuntimeError as error:
                 if not memory_is_full(error):
                     raise
                 found.append(None)
     what = f"training step, {name} (step {5 if name == 'segmentation' else 1})"
     setting = f"{batch} x {size} px" + (", compiled against not" if compile else "")
-    yield Row(what, setting, "step", found[0], found[1], fits(*found))
+    yield Row(what, setting, "step", found[0], found[1], ", ".join(halved) or fits(*found))
 
 
 def micro_batches(sizes: Sizes, device: torch.device) -> Iterator[Row]:
@@ -258,7 +262,7 @@ def inference(sizes: Sizes, device: torch.device, name: str, size: int) -> Itera
 
     set_precision("fp32", device)
     first = timed(plain, device, sizes, 8 if device.type == "cuda" else 1)
-    model = model.to(memory_format=torch.channels_last)
+    model = for_inference(model, device)
     for precision in ("bf16", "fp32"):
         set_precision(precision, device)
         found = timed(partial(ours, precision == "bf16"), device, sizes, len(images))
@@ -333,30 +337,33 @@ def rows_of(work: Callable[[], Iterator[Row]], end: float) -> Iterator[Row | str
         yield f"its process ended with code {process.exitcode}"
     finally:
         process.join(5)
-        if process.is_alive():
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-            process.kill()
+        end_processes(process.pid)
         process.join()
 
 
+def end_processes(pid: int) -> None:
+    """Kill a process and all processes that it has started."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
 def run_tests(device: torch.device, seconds: float) -> str:
-    """The last line of the tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "tests/test_gpu.py"]
-    try:
-        answer = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=os.environ | {"PRC_TEST_DEVICE": str(device)},
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired:
-        return f"the tests took longer than {seconds:.0f} s"
-    failed = [line for line in answer.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    last = [line for line in answer.stdout.splitlines() if line.strip()][-1:]
-    return "; ".join(failed + last)
+    """The tests of a GPU that failed, and pytest's last line."""
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    environment = os.environ | {"PRC_TEST_DEVICE": str(device)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            end_processes(process.pid)
+            return f"the tests took longer than {seconds:.0f} s"
+    lines = [line for line in output.splitlines() if line.strip()]
+    return "; ".join([line for line in lines[:-1] if line.startswith(("FAILED", "ERROR"))] + lines[-1:])
 
 
 def table(result: dict[str, Any]) -> str:
@@ -387,16 +394,19 @@ def main(constants: Constants) -> None:
     start = time.monotonic()
     device = process_state().device
     sizes = Sizes() if device.type == "cuda" else REDUCED
-    check(constants.minutes > 0, f"minutes is {constants.minutes}, but it must be above 0")
-    end = start + 60 * constants.minutes
+    check(constants.minutes >= 0, f"minutes is {constants.minutes}, but it must be at least 0")
+    end = start + 60 * (constants.minutes or (60 if sizes.reduced else 8))
     output = constants.output or (Path(tempfile.mkdtemp(prefix="gpu")) if sizes.reduced else ROOT / "docs")
-    print(f"{device_name(device)} ({device})" + ("; no GPU: tiny sizes, to try this program" if sizes.reduced else ""))
+    print(
+        f"{device_name(device)} ({device})" + ("; no GPU: tiny sizes, to try this program" if sizes.reduced else ""),
+        flush=True,
+    )
     result: dict[str, Any] = {
         "reduced": sizes.reduced,
         "device": device_facts(device),
         "packages": package_versions(),
         "date": time.strftime("%Y-%m-%d"),
-        "tests": run_tests(device, end - time.monotonic()) if constants.tests else "not run",
+        "tests": run_tests(device, (end - time.monotonic()) / 2) if constants.tests else "not run",
         "rows": [],
         "left_out": {},
         "seconds": 0.0,

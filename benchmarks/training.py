@@ -76,8 +76,8 @@ def model_of(training: str, constants: Constants) -> tuple[nn.Module, nn.Module,
     return model, backbone, train_segmentation.compute_loss, train_segmentation.Constants(weights="none")
 
 
-def time_steps(training: str, ours: bool, size: int, constants: Constants) -> tuple[float, list[float]]:
-    """Seconds a step, the loss of each step."""
+def time_steps(training: str, ours: bool, size: int, constants: Constants) -> tuple[float, list[float], int]:
+    """Seconds a step, the loss of each step, patches computed at once (0: the whole batch)."""
     raw, backbone, compute_loss, recipe = model_of(training, constants)
     accelerator = make_accelerator(constants.precision if ours else "fp32")
     device, losses = accelerator.device, []
@@ -102,14 +102,14 @@ def time_steps(training: str, ours: bool, size: int, constants: Constants) -> tu
 
     step()
     _, seconds, _ = measured(lambda: [step() for _ in range(constants.steps)], 1, device)
-    return seconds / constants.steps, [float(loss) for loss in losses]
+    return seconds / constants.steps, [float(loss) for loss in losses], micro_batches.parts.size
 
 
-def measure(training: str, ours: bool, size: int, constants: Constants) -> tuple[float, float, list[float]]:
-    """Seconds a step, peak memory in MB, the loss of each step."""
+def measure(training: str, ours: bool, size: int, constants: Constants) -> tuple[float, float, list[float], int]:
+    """Seconds a step, peak memory in MB, the loss of each step, patches computed at once (0: the whole batch)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    (seconds, losses), _, memory = measured(lambda: time_steps(training, ours, size, constants), 1, device)
-    return seconds, memory, losses
+    (seconds, losses, at_once), _, memory = measured(lambda: time_steps(training, ours, size, constants), 1, device)
+    return seconds, memory, losses, at_once
 
 
 def load(size: int, constants: Constants, folder: Path) -> dict[str, float]:
@@ -146,8 +146,8 @@ def main(constants: Constants) -> None:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for size in sizes:
             for training, count in zip(("classification", "segmentation"), constants.batch_sizes, strict=True):
-                plain, plain_memory, plain_losses = pool.apply(measure, (training, False, size, constants))
-                ours, memory, losses = pool.apply(measure, (training, True, size, constants))
+                plain, plain_memory, plain_losses, _ = pool.apply(measure, (training, False, size, constants))
+                ours, memory, losses, _ = pool.apply(measure, (training, True, size, constants))
                 rates[training, size] = count / ours
                 apart = max(abs(a - b) / abs(b) for a, b in zip(losses, plain_losses, strict=True))
                 print(

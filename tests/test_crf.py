@@ -209,16 +209,6 @@ def test_lattice_kernel_has_the_width_of_the_gaussian():
     np.testing.assert_allclose(variance.mean(1), 1, atol=0.05)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("mode", MODES)
-def test_the_device_does_not_matter(mode):
-    rng = np.random.default_rng(3)
-    p, image = smooth_maps(rng, 3, 48), rng.integers(100, 130, (48, 48, 3), np.uint8)
-    on_gpu, on_cpu = dense_crf(p, image, CRF(crf_mode=mode), "cuda"), dense_crf(p, image, CRF(crf_mode=mode))
-    assert agreement(on_gpu, on_cpu) >= 0.999
-    np.testing.assert_allclose(on_gpu, on_cpu, atol=1e-2)
-
-
 PROBABILITIES, IMAGE = np.full((2, 4, 5), 0.5), np.zeros((4, 5, 3), np.uint8)
 
 

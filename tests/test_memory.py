@@ -12,6 +12,8 @@ import train_segmentation
 from models.backbone import Backbone
 from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
+from tests.steps import step
+from tools import training
 from tools.devices import make_accelerator
 from tools.labels import IGNORE
 from tools.memory import MicroBatches, Parts, memory_is_full
@@ -103,6 +105,31 @@ def test_a_full_memory_halves_the_micro_batch_and_starts_from_clean_gradients(ca
     assert sizes == [3, 2, 2, 2, 1, 1, 1, 1, 1] and found[2] == 1
     assert_equal(found, expected)
     assert "too small for 3 training images at once: continuing with 2 (micro_batch = 2" in capsys.readouterr().err
+
+
+def test_a_batch_that_is_tried_again_counts_once_in_the_average_precision(
+    tmp_path, make_tiny_dataset, run_script, monkeypatch
+):
+    """The memory is full in the second micro-batch of the second batch; the first micro-batch has been counted."""
+    sizes, patches = [], []
+    reconstruct, average_precision = train_classification.image_reconstruction_loss, training.average_precision
+
+    def small_memory(maps, *rest):
+        sizes.append(len(maps))
+        if len(sizes) == 4:
+            raise FULL[0]
+        return reconstruct(maps, *rest)
+
+    def counting(labels, logits):
+        patches.append(len(labels))
+        return average_precision(labels, logits)
+
+    make_tiny_dataset(tmp_path)
+    run_script("datasetsprocess/process.py", "--dataset", "tiny", "--root", tmp_path)
+    monkeypatch.setattr(train_classification, "image_reconstruction_loss", small_memory)
+    monkeypatch.setattr(training, "average_precision", counting)
+    step("train_classification", tmp_path, micro_batch=3)
+    assert sizes == [3, 2, 3, 2, 2, 2, 1] and set(patches) == {10}
 
 
 def test_other_errors_and_single_images_are_not_tried_again(case):

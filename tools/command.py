@@ -13,7 +13,10 @@ import tyro
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; kill, a scheduler's time limit, a container that is stopped
 _stopped_by: list[int] = []  # the signal that ended this run
-MEMORY = "the memory is full: lower micro_batch (steps 1 and 5; 0 is the whole batch), images_at_once or workers"
+MEMORY = (
+    "the memory is full: lower micro_batch (steps 1 and 5; 0 is the whole batch; step 1 then begins again with "
+    "--overwrite), images_at_once or workers"
+)
 EXPLAINED = {  # part of a message of torch -> what happened and what helps
     "PytorchStreamWriter": "a checkpoint could not be written, most often because the disk is full: free some space",
     "unexpected pos": "a checkpoint could not be written, most often because the disk is full: free some space",

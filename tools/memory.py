@@ -69,9 +69,11 @@ class MicroBatches:
     with which micro-batches are weighted. count(targets) -> what a loss is a mean over: by default the images; for a
     cross-entropy that ignores pixels, the labelled pixels. size: images of a micro-batch; 0: the whole batch.
 
+    seen: a list to which compute_loss appends; what a call appended before the memory was full is removed again.
+
     Losses and gradients equal those of the whole batch within rounding where BatchNorm's statistics are frozen
-    (step 5). In step 1 BatchNorm uses the statistics of each micro-batch, and its running statistics move once for
-    each: `micro_batch` is then a setting that changes results.
+    (step 5); dropout draws other random numbers. In step 1 BatchNorm uses the statistics of each micro-batch, and its
+    running statistics move once for each: `micro_batch` is then a setting that changes results.
 
     A full memory halves the size in a run of one process. Several processes wait for each other's gradients, so that
     one cannot compute its part again: there the error ends the run.
@@ -83,8 +85,10 @@ class MicroBatches:
         compute_loss: Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]],
         size: int = 0,
         count: Callable[[Tensor], Tensor | int] = len,
+        seen: list | None = None,
     ):
         self.accelerator, self.compute_loss, self.count = accelerator, compute_loss, count
+        self.seen: list = [] if seen is None else seen
         self.parts = Parts(size, "training images", "micro_batch")
 
     def __call__(
@@ -92,7 +96,10 @@ class MicroBatches:
     ) -> dict[str, Tensor]:
         """images (B,3,H,W), targets (B,...) -> the batch's losses, detached; its gradients are in the parameters."""
 
+        before = len(self.seen)
+
         def work(size: int) -> dict[str, Tensor]:
+            del self.seen[before:]
             optimiser.zero_grad(set_to_none=True)  # before the forward pass, whose memory the old gradients would take
             return self._passes(model, images, targets, size)
 

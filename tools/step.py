@@ -80,6 +80,7 @@ class Step(StepFolder):
             name: require(folder, constants, experiment=folder.parent.name) for name, folder in self.sources.items()
         }
         self._settings: dict[str, Any] = {}
+        self._announced = False
         self._origins: dict[str, str] = {}
         self._reads = {name: run.started for name, run in self.inputs.items()}
         if image_labels:
@@ -104,6 +105,14 @@ class Step(StepFolder):
         """The patches of the split."""
         return self.dataset.ids(self.split)
 
+    def announce(self, state: ProcessState, precision: str = "") -> None:
+        """Print device and precision, once; `output` does so for a step that has nothing to download before."""
+        from tools.devices import start_line  # imports torch, which workers need not load
+
+        if state.is_main_process and not self._announced:
+            print(f"step {self.info.number}, {start_line(state, precision, self.constants.device)}", flush=True)
+        self._announced = True
+
     @contextmanager
     def output(
         self,
@@ -117,7 +126,7 @@ class Step(StepFolder):
 
         The notes of the inputs are carried on. Without `state` the processes and the device are found here.
         """
-        from tools.devices import device_facts, process_state, start_line  # imports torch, which workers need not load
+        from tools.devices import device_facts, process_state
 
         state = state or process_state(self.constants.device)
         begin = time.monotonic()
@@ -125,8 +134,7 @@ class Step(StepFolder):
         for run in self.inputs.values():
             carried |= run.notes
         settings = self._settings | (settings or {})
-        if state.is_main_process:
-            print(f"step {self.info.number}, {start_line(state, settings.get('precision', ''), self.constants.device)}")
+        self.announce(state, settings.get("precision", ""))
         with self.open(
             suffix,
             state=state,

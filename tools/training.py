@@ -182,7 +182,8 @@ class Training:
     """A model under training: its patches, its loss, its optimiser, and how many epochs it has seen.
 
     The `pretrained` modules learn at the base rate, the other children of `model` at ten times the base rate.
-    compute_loss(model, images, targets) -> {"loss": total, ...parts}; `count(targets)`: what a loss is a mean over.
+    compute_loss(model, images, targets) -> {"loss": total, ...parts}; `count(targets)`: what a loss is a mean over;
+    `seen`: a list to which compute_loss appends, such as `ClassScores.seen`.
     """
 
     def __init__(
@@ -195,9 +196,10 @@ class Training:
         accelerator: Accelerator,
         *,
         count: Callable[[Tensor], Tensor | int] = len,
+        seen: list | None = None,
     ):
         self.constants, self.accelerator = constants, accelerator
-        self.micro_batches = MicroBatches(accelerator, compute_loss, constants.micro_batch, count)
+        self.micro_batches = MicroBatches(accelerator, compute_loss, constants.micro_batch, count, seen)
         self.sampler = EpochBatches(
             len(patches), constants.batch_size, constants.seed, accelerator.process_index, accelerator.num_processes
         )
@@ -286,20 +288,18 @@ class ClassScores:
 
     def __init__(self, classes: tuple[str, ...], accelerator: Accelerator):
         self.classes, self.accelerator = classes, accelerator
-        self.logits: list[Tensor] = []
-        self.labels: list[Tensor] = []
+        self.seen: list[tuple[Tensor, Tensor]] = []
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """A batch: logits (B,K), image-level labels (B,K)."""
-        self.logits.append(logits.detach().float())
-        self.labels.append(labels)
+        self.seen.append((logits.detach().float(), labels))
 
     def average_precision(self) -> dict[str, dict[str, float]]:
         """{"average_precision": {class: value}} of the patches added since the last call, in all processes."""
         logits, labels = (
-            self.accelerator.gather(torch.cat(parts)).cpu().numpy() for parts in (self.logits, self.labels)
+            self.accelerator.gather(torch.cat(parts)).cpu().numpy() for parts in zip(*self.seen, strict=True)
         )
-        self.logits, self.labels = [], []
+        self.seen.clear()
         return {
             "average_precision": {
                 name: round(average_precision(labels[:, k] > 0, logits[:, k]), 4)
