@@ -29,7 +29,7 @@ FEW_PATCHES = 2000  # fewer give too few steps with the paper's constants
 # step -> constants for few patches; how they were chosen: "A few hundred patches" in docs/own_data.md
 SMALL_DATA = {
     1: "--train-all --lr 0.003 --momentum 0.9 --epochs 25",
-    5: "--lr 0.003 --momentum 0.9 --epochs 20 --batch-size 8 --width 64",
+    5: "--lr 0.001 --momentum 0.9 --epochs 30 --batch-size 8 --width 128",
 }
 
 Losses = dict[str, Tensor]  # "loss", the total, and its parts: scalars
