@@ -337,7 +337,8 @@ def rows_of(work: Callable[[], Iterator[Row]], end: float) -> Iterator[Row | str
         yield f"its process ended with code {process.exitcode}"
     finally:
         process.join(5)
-        end_processes(process.pid)
+        if process.pid:
+            end_processes(process.pid)
         process.join()
 
 
