@@ -367,6 +367,17 @@ def run_tests(device: torch.device, seconds: float) -> str:
     return "; ".join([line for line in lines[:-1] if line.startswith(("FAILED", "ERROR"))] + lines[-1:])
 
 
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    seconds = [
+        f"{1000 * pair[0]:.1f} ms a{'n' if row['unit'] == 'image' else ''} {row['unit']}" if pair else "–"
+        for pair in (row["plain"], row["ours"])
+    ]
+    memory = [f"{max(pair[1], 0) / 1000:.2f} GB" if pair else "–" for pair in (row["plain"], row["ours"])]
+    ratio = f"{row['plain'][0] / max(row['ours'][0], 1e-9):.2f}" if row["plain"] and row["ours"] else "–"
+    return "| " + " | ".join([row["what"], row["setting"], *seconds, ratio, *memory, row["note"]]) + " |"
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown for docs/performance.md."""
     facts = result["device"]
@@ -378,14 +389,7 @@ def table(result: dict[str, Any]) -> str:
         "| what | setting | plain way | ours | ratio | memory, plain | memory, ours | |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in result["rows"]:
-        cells = [
-            f"{1000 * pair[0]:.1f} ms a{'n' if row['unit'] == 'image' else ''} {row['unit']}" if pair else "–"
-            for pair in (row["plain"], row["ours"])
-        ]
-        memory = [f"{max(pair[1], 0) / 1000:.2f} GB" if pair else "–" for pair in (row["plain"], row["ours"])]
-        ratio = f"{row['plain'][0] / max(row['ours'][0], 1e-9):.2f}" if row["plain"] and row["ours"] else "–"
-        lines.append("| " + " | ".join([row["what"], row["setting"], *cells, ratio, *memory, row["note"]]) + " |")
+    lines += [line(row) for row in result["rows"]]
     if result["left_out"]:
         lines += ["", "Not measured:", *(f"- {name}: {reason}" for name, reason in result["left_out"].items())]
     return "\n".join(lines).strip() + "\n"
@@ -418,9 +422,10 @@ def main(constants: Constants) -> None:
         for item in rows_of(work, end):
             if isinstance(item, str):
                 result["left_out"][name] = item
+                print(f"{name}: {item}", flush=True)
             else:
                 result["rows"].append(asdict(item))
-            print(f"{name}: {item}", flush=True)
+                print(line(asdict(item)), flush=True)
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
     result["seconds"] = round(time.monotonic() - start, 1)
     output.mkdir(parents=True, exist_ok=True)
