@@ -100,6 +100,8 @@ def main(constants: Constants) -> None:
     check_constants(constants, dataset)
     accelerator = make_accelerator(constants.precision, constants.device)
     step.announce(accelerator, precision_of(accelerator))  # before weights are downloaded
+    if advice := advise(constants, Constants(), len(step.ids)):
+        accelerator.print(advice)
     torch.manual_seed(constants.seed)
     backbone = load_backbone(constants.backbone, constants.weights)
     model = Classifier(
@@ -129,8 +131,6 @@ def main(constants: Constants) -> None:
         notes={"protocol_of_the_steps": "released"} if released else {},
         settings={"precision": precision_of(accelerator)},
     ):
-        if advice := advise(constants, Constants(), len(step.ids)):
-            accelerator.print(advice)
         train(training, step.path, select if released else None, scores.average_precision)
         step.warn(check_classifier(read_log(step.path / "log.jsonl"), patch_shares(labels, dataset.classes)))
         load_checkpoint(step.path / "model.pt", model)

@@ -4,8 +4,8 @@ The page lies beside the images that it shows and opens in any browser. The work
 as image_labels.csv, which process.py checks. An image_labels.csv that already exists is loaded into the page.
 
 With --review the page also shows what the classifier of an experiment says about every patch, and lists first the
-patches where the classifier contradicts the label. A classifier agrees with the labels it was trained on, so use one
-that was trained for few epochs (docs/own_data.md).
+patches where the classifier contradicts the label. A classifier agrees with the labels that it was trained on, wrong
+ones included; docs/own_data.md says how many of them it finds.
 
 Reads   <root>/datasets/<dataset>/train/images/<id>.png and, if it exists, image_labels.csv
         <root>/experiments/<dataset>/<review>/cams/<id>.npz, with --review
