@@ -5,7 +5,6 @@ A splitter in datasetsprocess finds the files of each scene and yields the patch
 counted in strides, or <scene>_p<number> for a random patch; then _v<version> for one of the four versions.
 """
 
-import os
 import re
 import zlib
 from collections import Counter
@@ -21,7 +20,7 @@ from pydantic import BaseModel
 from datasetsprocess.scene_files import Source
 from datasetsprocess.scene_labels import Unknown, describe, read_truth
 from tools.command import UserError, check
-from tools.constants import Count, Place, Speed, constants
+from tools.constants import CORES, Count, Place, Speed, constants
 from tools.dataset import Dataset
 from tools.files import read_json, write_json
 from tools.folders import StepFolder
@@ -39,7 +38,7 @@ class Cutting(Place):
     raw: str = ""  # the folder of unpacked archives or own scenes; empty: <root>/datasets/<dataset>/raw
     unknown_colours: Literal["stop", "ignore"] = "stop"  # truth colours that are no class: stop, or ignore them (255)
     missing_scenes: Speed[Literal["stop", "skip"]] = "stop"  # scenes without image or truth: stop, or skip them
-    workers: Speed[Count] = min(8, os.cpu_count() or 1)  # worker processes of about 200 MB; 0: the main process
+    workers: Speed[Count] = min(8, CORES)  # worker processes of about 200 MB; 0: the main process
 
 
 @dataclass

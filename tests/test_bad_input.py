@@ -138,7 +138,7 @@ def test_a_faulty_file(spoilt, tmp_path, name, file, content, sentence):
             go(name, spoilt, **constants)
         assert path.name.split(".")[0] in str(caught.value) and "Traceback" not in str(caught.value)
         assert not (tmp_path / "ran").exists() and not list(spoilt.parent.rglob("escaped*"))
-        if "files could not be done" in str(caught.value):
+        if "files that failed" in str(caught.value):
             assert account(ours)["files"] == (3 if "test" in file else 9)  # all the others
     finally:
         path.write_bytes(good)

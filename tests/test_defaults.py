@@ -1,11 +1,15 @@
 """The paper's constants and the shipped descriptions, written out a second time: a changed figure must show here."""
 
 import importlib
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from PRC_SAM.checkpoints import OFFICIAL, URL
+from tests.conftest import ROOT
 from tools.augment import MEAN, STD, normalise, to_tensor
 from tools.constants import flat
 from tools.dataset import load_dataset
@@ -78,6 +82,20 @@ DEFAULTS = {  # script -> the constants that decide about its results
 def test_constants_of_the_paper(script):
     found = flat(importlib.import_module(script).Constants())
     assert {name: found[name] for name in DEFAULTS[script]} == DEFAULTS[script]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot restrict a process to some cores")
+def test_no_more_workers_than_cores():
+    """DataLoader warns of more; a job scheduler may give a program fewer cores than the machine has."""
+    program = (
+        "import os; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])\n"
+        "import reproduce_tables, train_segmentation, PRC_SAM.get_se_map as masks\n"
+        "from datasetsprocess.cutting import Cutting\n"
+        "scripts = (reproduce_tables.Constants, train_segmentation.Constants, masks.Constants, Cutting)\n"
+        "print(*(script().workers for script in scripts))"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["1"] * 4
 
 
 @pytest.mark.parametrize(

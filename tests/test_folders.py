@@ -299,7 +299,7 @@ def test_a_damaged_account(tmp_path, content):
 def test_failures_are_reported_after_the_good_files_are_done(tmp_path, workers):
     path, given, ids = tmp_path / "cams", Constants(workers=workers), list("abcde")
     with (
-        refused(r"2 files could not be done; all others are finished.*same command again:") as caught,
+        refused(r"files that failed: 2; all others are finished.*same command again:") as caught,
         opened(path, given) as folder,
     ):
         folder.each(partial(write, folder=path, bad="bd"), folder.pending(ids, ".txt"), "files")
@@ -316,7 +316,7 @@ def test_a_long_list_is_cut():
 
 
 def test_a_long_list_of_failures_is_cut(tmp_path):
-    with refused("50 files could not be done") as caught, opened(tmp_path / "cams") as folder:
+    with refused("files that failed: 50") as caught, opened(tmp_path / "cams") as folder:
         for index in range(50):
             folder.fail(UserError(f"{index} is bad"))
     shown = str(caught.value)

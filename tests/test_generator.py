@@ -278,7 +278,7 @@ def test_script_continues_from_inside_its_folder(demo_images, run_script):
         2,
     )
     refused = run_script(*arguments, fails=True, cwd=ROOT / "PRC_SAM")
-    assert "train1.png cannot be read" in refused.stderr and "1 files could not be done" in refused.stderr
+    assert "train1.png cannot be read" in refused.stderr and "files that failed: 1" in refused.stderr
     masks = images.parent / "sam_masks"
     first = (masks / "train0.npz").stat().st_mtime_ns
     (images / "train1.png").write_bytes(good)

@@ -218,7 +218,7 @@ def test_bad_mask_files_are_listed_at_the_end(small):
     (masks / "q.npz").write_bytes(good[:200])
     constants = generate_refined_pseudo.Constants(dataset="tiny", root=root, workers=0)
     command = f"step 9, python PRC_SAM/get_se_map.py --dataset tiny --root {root} --split train"
-    with pytest.raises(UserError, match="2 files could not be done") as caught:
+    with pytest.raises(UserError, match="files that failed: 2") as caught:
         generate_refined_pseudo.main(constants)
     assert f"p.npz is missing: make it with {command}" in str(caught.value)
     assert "q.npz is not a readable mask file (" in str(caught.value)

@@ -137,7 +137,7 @@ def test_a_damaged_image_among_good_ones(finished, copy, run_script):
     ]
     result = run_script(*arguments, fails=True)
     assert result.returncode == 1
-    assert "error: 1 files could not be done; all others are finished." in result.stderr
+    assert "error: files that failed: 1; all others are finished." in result.stderr
     assert "train_3.png cannot be read as a PNG image" in result.stderr
     cams = experiment(copy) / "cams"
     assert {path.stem for path in cams.glob("*.npz")} == {*TRAIN} - {"train_3"} and not account(cams)["finished"]
@@ -182,7 +182,7 @@ def test_other_damaged_files(finished, copy, script, spoil, sentence):
         *([] if "images" in spoil else [None]),
     ):  # an image that is gone is none of the split's
         (copy / spoil).write_bytes(damage) if damage is not None else (copy / spoil).unlink()
-        with refused("1 files could not be done") as caught:
+        with refused("files that failed: 1") as caught:
             step(script, copy)
         if damage is not None:
             assert caught.match(sentence)

@@ -1,6 +1,7 @@
 """The constants at the top of each script: typed, checked when the script starts, and shown by --help."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 
@@ -10,6 +11,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from tools.command import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+# the cores that this process may use: torch's DataLoader warns of more worker processes
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 T = TypeVar("T")
 _SPEED = object()
@@ -87,7 +90,7 @@ class Place:
 
     root: Speed[Path] = ROOT  # the folder that holds datasets/ and experiments/
     overwrite: Speed[bool] = False  # replace results that were made with other constants
-    workers: Speed[Count] = 4  # worker processes; 0: work in the main process
+    workers: Speed[Count] = min(4, CORES)  # worker processes; 0: work in the main process
 
 
 @constants

@@ -257,8 +257,8 @@ class StepFolder:
         self.state.wait_for_everyone()  # a later step of the same program reads run.json in every process
         check(
             not self.failures,
-            f"{len(self.failures)} files could not be done; all others are finished. Fix or remove them, then run the "
-            f"same command again:\n  {and_more(self.failures)}",
+            f"files that failed: {len(self.failures)}; all others are finished. Fix or remove these files, then run "
+            f"the same command again:\n  {and_more(self.failures)}",
         )
 
     def _write_run(self) -> None:
