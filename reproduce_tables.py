@@ -60,7 +60,7 @@ class Constants:
     classification: train_classification.Constants = train_classification.Constants()  # step 1
     pseudo: make_pseudo_labels.Constants = make_pseudo_labels.Constants()  # step 3
     segmentation: train_segmentation.Constants = train_segmentation.Constants()  # step 5
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU (AMX) compute in it, else fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU compute in it, else fp32
     scales: Scales = (0.5, 1.0, 1.5, 2.0)  # of the inference steps
     images_at_once: PositiveCount = 8  # patches of one batch of the inference steps
     device: Device = "auto"  # auto | cpu | cuda | cuda:1 | mps

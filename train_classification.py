@@ -63,7 +63,7 @@ class Constants(Machine):
     momentum: Momentum = 1e-4  # what the released optimiser receives (0.9 was intended)
     weight_decay: NonNegative = 1e-4  # on weights only
     seed: Seed = 0  # of new weights, augmentation and order
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU (AMX) compute in it, else fp32
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU compute in it, else fp32
     compile: Speed[bool] = False  # torch.compile the model: faster steps after minutes of preparation
 
 
