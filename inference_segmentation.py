@@ -70,7 +70,10 @@ def main(constants: Constants) -> None:
                 for id, label, maps in zip(ids, labels, probabilities, strict=False):
                     submit(save_patch, step.path, id, label, maps, dataset.colours)
                 bar.update(len(ids))
-        step.warn_of_labels(step.path, "compare with the pseudo-labels of step 4, and train step 5 for longer")
+        source = step.inputs["segmenter"].constants.get("labels", "truth")
+        learnt_from = None if source == "truth" else step.experiment / source
+        remedy = "compare with the pseudo-labels of step 4, and train step 5 for longer"
+        step.warn_of_labels(step.path, remedy, learnt_from)
         step.draw_labels({"segmentation": step.path})
 
 

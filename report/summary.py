@@ -15,6 +15,7 @@ from tools.runs import Run
 from tools.scores import ConfusionMatrix
 
 FACTS = {"seed": "seed", "backbone": "backbone", "weights": "weights", "protocol": "protocol of the steps"}
+MISSED = 0.01  # IoU below which a class counts as not found
 Pixels = Annotated[int, Field(ge=0, le=10**15)]
 Row = dict[str, Any]
 
@@ -168,6 +169,13 @@ class Summary:
                     f"No better than one class everywhere: {row['title']}, {split} split, has mIoU {percent(reached)}; "
                     f"calling every pixel {name} gives {percent(least)}."
                 )
+            missed = [
+                f"{self.dataset.classes[k]} ({percent(row['truth_share'][k])} % of the truth)"
+                for k in np.flatnonzero(self.dataset.scored)
+                if row["truth_share"][k] > 0 and row["iou"][k] < MISSED
+            ]
+            if missed:
+                found.append(f"Not found: {row['title']}, {split} split, has an IoU below 1 % for {', '.join(missed)}.")
         found += [f"{name}: {sentence}" for name, run in self.runs.items() for sentence in run.warnings]
         return found + self.broken
 

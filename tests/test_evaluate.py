@@ -96,7 +96,7 @@ def test_the_most_frequent_class_and_the_shares_stand_beside_the_scores(evaluate
     assert constant["miou"] == pytest.approx(counts[k] / sum(counts) / 3) and constant["kappa"] == 0
     title = f"every pixel {CLASSES[k]}, the most frequent class"
     assert f"| {title} | test | {100 * constant['miou']:.2f} |" in result.stdout
-    assert "No better than" not in result.stdout
+    assert "No better than" not in result.stdout and "Not found" not in result.stdout
 
 
 def test_the_seconds_of_each_step_are_shown(root, capsys):
@@ -118,6 +118,10 @@ def test_a_map_of_one_class_is_called_no_better_than_that(root, capsys):
     printed = capsys.readouterr().out
     assert "No better than one class everywhere: refined segmentation, test split, has mIoU" in printed
     assert printed.count("No better than") == 1
+    missed = f"{CLASSES[1]} ({100 * scores_of(root)['stages'][4]['truth_share'][1]:.2f} % of the truth)"
+    sentence = printed.partition("Not found: refined segmentation, test split, has an IoU below 1 % for ")[2]
+    assert sentence.startswith(missed) and CLASSES[0] not in sentence.splitlines()[0]
+    assert CLASSES[3] not in sentence.splitlines()[0]  # clutter does not count
 
 
 def test_report_opens_on_the_last_result_and_shows_two_classes(evaluated):

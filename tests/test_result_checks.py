@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.steps import account, experiment, step
+from tools.dataset import load_dataset
 from tools.labels import save_label
 from tools.result_checks import check_classifier, check_losses, check_shares, patch_shares, pixel_shares
 
@@ -46,9 +47,27 @@ def test_shares_of_label_maps():
     (one,) = check_shares({"road": 0.02, "roof": 0.01, "land": 0.97}, PRESENT, "do this")
     assert "one class, land, covers 97.0% of all pixels: do this" in one
     (absent,) = check_shares({"road": 0.0, "roof": 0.2, "land": 0.8}, PRESENT, "do this")
-    assert "hardly ever found: road (in 40% of the patches, on 0.00% of the pixels): do this" in absent
+    assert "hardly ever found: road (in 40% of the train patches, on 0.00% of the pixels): do this" in absent
     assert check_shares({"road": 0.0, "land": 0.8}, {"road": 0.01}, "") == []  # rare in the patches, too
     assert check_shares({"land": 1.0}, {"land": 1.0}, "") == []  # a data set of one class
+
+
+def test_a_class_that_the_segmenter_lost():
+    """It learnt from labels with 4 % road and finds less than a twentieth of that."""
+    learnt = {"road": 0.04, "roof": 0.26, "land": 0.7}
+    (lost,) = check_shares({"road": 0.0019, "roof": 0.3, "land": 0.69}, PRESENT, "do this", learnt)
+    assert "road (in 40% of the train patches, on 0.19% of the pixels, in the labels of step 5 on 4.00%): do th" in lost
+    assert check_shares({"road": 0.0021, "roof": 0.3, "land": 0.69}, PRESENT, "do this", learnt) == []
+
+
+def test_step_6_compares_with_the_labels_of_step_5(copy, monkeypatch):
+    present = patch_shares(load_dataset("tiny", copy).image_labels("train"), load_dataset("tiny", copy).classes)
+    name = max(present, key=present.__getitem__)
+    shares = {"refined_pseudo_labels": 0.9, "segmentation": 0.04}
+    monkeypatch.setattr("tools.step.pixel_shares", lambda folder, ids, classes: {name: shares[folder.name]})
+    step("inference_segmentation", copy, overwrite=True)
+    (sentence,) = account(experiment(copy) / "segmentation")["warnings"]
+    assert "on 4.00% of the pixels, in the labels of step 5 on 90.00%): compare with the pseudo-labels" in sentence
 
 
 def test_the_shares_are_counted(tmp_path):

@@ -13,6 +13,7 @@ from tools.pictures import sample_ids
 MOST_READ = 400  # label maps that are read to estimate shares
 NEARLY_ALL = 0.95  # of all pixels
 HARDLY_ANY = 0.001  # of the pixels of the patches that have the class
+FADED = 0.05  # of the class's share in the labels that the segmenter learnt from
 SEEN_OFTEN = 0.05  # of the patches
 BETTER_THAN_CHANCE = 1.2  # average precision, divided by the share of patches with the class
 FALLEN = 0.98  # of the first epoch's loss
@@ -54,16 +55,23 @@ def check_classifier(rows: Sequence[dict[str, Any]], present: dict[str, float]) 
     return found
 
 
-def check_shares(shares: dict[str, float], present: dict[str, float], remedy: str) -> list[str]:
-    """Whether label maps use the classes; `shares`: class -> share of pixels, `present`: class -> share of patches."""
-    found = []
+def check_shares(
+    shares: dict[str, float], present: dict[str, float], remedy: str, learnt: dict[str, float] | None = None
+) -> list[str]:
+    """Whether label maps use the classes; `shares`: class -> share of pixels, `present`: class -> share of patches.
+
+    `learnt`: class -> share of pixels in the labels that the segmenter learnt from.
+    """
+    found, learnt = [], learnt or {}
     for name, share in shares.items():
         if share > NEARLY_ALL and len(shares) > 1:
             found.append(f"one class, {name}, covers {share:.1%} of all pixels: {remedy}")
     absent = [
-        f"{name} (in {present[name]:.0%} of the patches, on {share:.2%} of the pixels)"
+        f"{name} (in {present[name]:.0%} of the train patches, on {share:.2%} of the pixels"
+        + (f", in the labels of step 5 on {learnt[name]:.2%})" if name in learnt else ")")
         for name, share in shares.items()
-        if present.get(name, 0) >= SEEN_OFTEN and share < HARDLY_ANY * present[name]
+        if present.get(name, 0) >= SEEN_OFTEN
+        and (share < HARDLY_ANY * present[name] or share < FADED * learnt.get(name, 0))
     ]
     if absent:
         found.append(f"classes that are hardly ever found: {', '.join(absent)}: {remedy}")

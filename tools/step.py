@@ -151,15 +151,20 @@ class Step(StepFolder):
             if following:
                 print(f"next: {following.command(self.constants)}")
 
-    def warn_of_labels(self, folder: Path, remedy: str) -> None:
-        """Warn when the label maps <folder>/<id>.png hardly use a class, or use almost only one."""
+    def warn_of_labels(self, folder: Path, remedy: str, learnt_from: Path | None = None) -> None:
+        """Warn when the label maps <folder>/<id>.png hardly use a class, or use almost only one.
+
+        `learnt_from`: the label maps of the train split from which the segmenter learnt.
+        """
         self.join()
         if self.is_main:
-            classes, present = self.dataset.classes, {}
+            classes, present, learnt = self.dataset.classes, {}, {}
             with suppress(UserError):  # a machine that only segments may have no image-level labels
                 present = patch_shares(self.dataset.image_labels("train"), classes)
             with suppress(UserError):  # a damaged file is reported elsewhere
-                self.warn(check_shares(pixel_shares(folder, self.ids, classes), present, remedy))
+                if learnt_from and learnt_from.is_dir():
+                    learnt = pixel_shares(learnt_from, self.dataset.ids("train"), classes)
+                self.warn(check_shares(pixel_shares(folder, self.ids, classes), present, remedy, learnt))
 
     def draw(self, row: Row, titles: Sequence[str], legend: bool = True) -> None:
         """Wait for all processes, then write the contact sheet: `row(id)` of some patches. Bad files are left out."""
