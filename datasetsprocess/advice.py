@@ -88,8 +88,8 @@ def _on_patches(classes: tuple[str, ...], present: np.ndarray) -> list[str]:
     if rare:
         found.append(
             f"in fewer than {FEWEST_PATCHES} train patches: {', '.join(rare)}. That is too little to learn a class. "
-            "Label more patches, let them overlap (stride), merge the class with a similar one, or list its colour in "
-            "ignore_colours"
+            "Label more patches, let them overlap (stride), merge the class with a similar one, or, if the labels come "
+            "from a truth, list its colour in ignore_colours"
         )
     return found
 
