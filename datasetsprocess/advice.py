@@ -56,15 +56,15 @@ def warnings(dataset: Dataset, labels: dict[str, np.ndarray], pixels: np.ndarray
     at least `NARROW` wide, None where there is no truth.
     """
     present = np.array(list(labels.values()))
-    found = [*_on_patches(dataset.classes, present)]
+    found = _on_patches(dataset, present)
     if pixels is not None:
         found += _on_pixels(dataset, *pixels)
     return found
 
 
-def _on_patches(classes: tuple[str, ...], present: np.ndarray) -> list[str]:
+def _on_patches(dataset: Dataset, present: np.ndarray) -> list[str]:
     """Warnings on which patches have which class: `present` is (N,K) bool."""
-    patches = present.sum(0)
+    classes, patches = dataset.classes, present.sum(0)
     shares = patches / len(present)
     frequent = [f"{name} ({shares[k]:.1%})" for k, name in enumerate(classes) if shares[k] > MOST_PATCHES]
     rare = [f"{name} ({patches[k]})" for k, name in enumerate(classes) if patches[k] < FEWEST_PATCHES]
@@ -80,6 +80,12 @@ def _on_patches(classes: tuple[str, ...], present: np.ndarray) -> list[str]:
             "to locate a class that nearly every patch shows. Cut smaller patches (patch_size), or use images of a "
             "finer resolution, so that more patches are without the class"
         )
+        rest = [name for k, name in enumerate(classes) if shares[k] > MOST_PATCHES and _is_background(dataset, k)]
+        if rest:
+            found[-1] += (
+                f'. For the background, compare --background threshold in step 3 (it needs background = "{rest[0]}" in '
+                "[rules] of dataset.toml)"
+            )
     if together:
         found.append(
             f"nearly always together: {', '.join(together)}. The labels do not tell which pixels belong to which. "
@@ -92,6 +98,14 @@ def _on_patches(classes: tuple[str, ...], present: np.ndarray) -> list[str]:
             "from a truth, list its colour in ignore_colours"
         )
     return found
+
+
+def _is_background(dataset: Dataset, k: int) -> bool:
+    return k == dataset.background or (dataset.background is None and _is_rest(dataset.classes[k]))
+
+
+def _is_rest(name: str) -> bool:
+    return name.lower().replace("_", " ") in REST
 
 
 def _on_pixels(dataset: Dataset, pixels: np.ndarray, wide: np.ndarray) -> list[str]:
@@ -109,7 +123,7 @@ def _on_pixels(dataset: Dataset, pixels: np.ndarray, wide: np.ndarray) -> list[s
             "images of a finer resolution, merge the class with a similar wider one, or expect a low IoU"
         )
     for name, colour, share in zip(dataset.classes, dataset.colours.tolist(), pixels / pixels.sum(), strict=True):
-        if name.lower().replace("_", " ") in REST and share < REST_PIXELS:
+        if _is_rest(name) and share < REST_PIXELS:
             found.append(
                 f"{name} covers {share:.2%} of the pixels, and its name says that it is no class to learn. Remove it "
                 f"from classes, write ignore_colours = [{colour}], and cut the scenes again with --overwrite"

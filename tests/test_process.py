@@ -206,6 +206,21 @@ def test_a_class_in_too_many_patches(described):
     (found,) = warnings(dataset, labels | {"q": np.array([True, False, False])}, None)
     assert "in more than 80% of the train patches: road (80.4%)." in found and "Cut smaller patches" in found
     assert warnings(dataset, patches(c110=40, c101=40, c011=20), None) == []  # exactly 80 %
+    assert "threshold" not in found
+
+
+def test_a_background_in_too_many_patches(described, tmp_path):
+    """By its usual name, or by [rules], which decide where they are given."""
+    labels = patches(c110=40, c101=41, c011=19)
+    (found,) = warnings(described("Background", "roof", "lawn"), labels, None)
+    assert 'compare --background threshold in step 3 (it needs background = "Background" in [rules]' in found
+    described("land", "roof", "background")
+    file = tmp_path / "datasets" / "land-roof-background" / "dataset.toml"
+    file.write_text(file.read_text() + '\n[rules]\nbackground = "land"\n')
+    ruled = load_dataset("land-roof-background", tmp_path)
+    assert 'needs background = "land"' in warnings(ruled, labels, None)[0]
+    (other,) = warnings(ruled, patches(c011=40, c101=41, c110=19), None)
+    assert "background (81.0%)" in other and "threshold" not in other
 
 
 def test_two_classes_nearly_always_together(described):
