@@ -287,6 +287,8 @@ def test_other_constants_are_advised_for_few_patches_and_the_papers_rates():
     advice = advise(replace(paper, epochs=9), paper, FEW_PATCHES - 1)
     assert f"{FEW_PATCHES - 1} train patches are few" in advice and "A few hundred patches" in advice
     assert all(f"  step {step}: {words}" in advice for step, words in SMALL_DATA.items())
+    pretrained = advise(replace(paper, weights="imagenet"), paper, 10)
+    assert "step 1" not in pretrained and f"  step 5: {SMALL_DATA[5]}" in pretrained
     assert advise(paper, paper, FEW_PATCHES) == ""
     for other in ({"lr": 0.01}, {"momentum": 0.5}):
         assert advise(replace(paper, **other), paper, 10) == ""

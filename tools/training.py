@@ -93,10 +93,14 @@ def check_recipe(constants: Recipe, patches: int) -> None:
 
 
 def advise(constants: Recipe, paper: Recipe, patches: int) -> str:
-    """Where few patches meet the rates of `paper`: other constants, to be pasted; otherwise nothing."""
+    """Where few patches meet the rates of `paper`: other constants, to be pasted; otherwise nothing.
+
+    With pretrained weights step 1 keeps the paper's constants, which were measured to be as good or better.
+    """
     if patches >= FEW_PATCHES or (constants.lr, constants.momentum) != (paper.lr, paper.momentum):
         return ""
-    lines = [f"  step {step}: {words}" for step, words in SMALL_DATA.items()]
+    steps = SMALL_DATA if constants.weights == "none" else {5: SMALL_DATA[5]}
+    lines = [f"  step {step}: {words}" for step, words in steps.items()]
     return "\n".join(
         [
             f"note: {patches} train patches are few for the paper's constants, which are made for thousands. Constants "
