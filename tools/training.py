@@ -25,11 +25,12 @@ from tools.memory import MicroBatches
 from tools.progress import Progress
 from tools.review import average_precision
 
-FEW_PATCHES = 2000  # fewer give too few steps with the paper's constants
-# step -> constants for few patches; how they were chosen: "A few hundred patches" in docs/own_data.md
-SMALL_DATA = {
+FEW_PATCHES = 2000
+# step -> constants for fewer patches; how they were chosen: "A few hundred patches" in docs/own_data.md
+SMALL_DATA = {5: "--epochs 30 --batch-size 8 --width 128"}
+FROM_SCRATCH = {  # without pretrained weights
     1: "--train-all --lr 0.003 --momentum 0.9 --epochs 25",
-    5: "--lr 0.001 --momentum 0.9 --epochs 30 --batch-size 8 --width 128",
+    5: "--no-freeze-norm --lr 0.003 --momentum 0.9 --epochs 30 --batch-size 8 --width 128",
 }
 
 Losses = dict[str, Tensor]  # "loss", the total, and its parts: scalars
@@ -93,18 +94,15 @@ def check_recipe(constants: Recipe, patches: int) -> None:
 
 
 def advise(constants: Recipe, paper: Recipe, patches: int) -> str:
-    """Where few patches meet the rates of `paper`: other constants, to be pasted; otherwise nothing.
-
-    With pretrained weights step 1 keeps the paper's constants, which were measured to be as good or better.
-    """
+    """Where few patches meet the rates of `paper`: other constants, to be pasted; otherwise nothing."""
     if patches >= FEW_PATCHES or (constants.lr, constants.momentum) != (paper.lr, paper.momentum):
         return ""
-    steps = SMALL_DATA if constants.weights == "none" else {5: SMALL_DATA[5]}
+    steps = FROM_SCRATCH if constants.weights == "none" else SMALL_DATA
     lines = [f"  step {step}: {words}" for step, words in steps.items()]
     return "\n".join(
         [
-            f"note: {patches} train patches are few for the paper's constants, which are made for thousands. Constants "
-            'for fewer ("A few hundred patches" in docs/own_data.md):',
+            f"note: the paper's constants are made for thousands of patches. For {patches} train patches these do as "
+            'well in less time, or better ("A few hundred patches" in docs/own_data.md):',
             *lines,
         ]
     )
