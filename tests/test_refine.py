@@ -228,7 +228,7 @@ def test_bad_mask_files_are_listed_at_the_end(small):
     (masks / "p.npz").write_bytes(good)
     save_masks(masks / "q.npz", pack_masks(np.ones((1, 8, 8), bool)))
     with pytest.raises(
-        UserError, match=r"(?s)1 files .*q\.npz holds masks of 8 x 8 pixels, but its image has 16 x 16"
+        UserError, match=r"(?s)files that failed: 1.*q\.npz holds masks of 8 x 8 pixels, but its image has 16 x 16"
     ) as caught:
         generate_refined_pseudo.main(constants)
     assert f"make the masks again with {command} --overwrite" in str(caught.value)
