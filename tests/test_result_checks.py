@@ -42,6 +42,13 @@ def test_a_class_that_the_classifier_does_not_find():
     assert "road (0.45, chance 0.40)" in sentence and "roof" not in sentence and "land" not in sentence
 
 
+def test_a_frequent_class_that_the_classifier_finds():
+    """Of 82 % the average precision cannot become 1.2 times; a fifth of the way to 1 is enough."""
+    for found, warned in ((0.98, False), (0.86, False), (0.85, True)):
+        row = {"classification": 0.2, "average_precision": {"road": found}}
+        assert bool(check_classifier([GOOD[0], row], {"road": 0.82})) == warned
+
+
 def test_shares_of_label_maps():
     assert check_shares({"road": 0.05, "roof": 0.25, "land": 0.7}, PRESENT, "do this") == []
     (one,) = check_shares({"road": 0.02, "roof": 0.01, "land": 0.97}, PRESENT, "do this")

@@ -15,7 +15,7 @@ NEARLY_ALL = 0.95  # of all pixels
 HARDLY_ANY = 0.001  # of the pixels of the patches that have the class
 FADED = 0.05  # of the class's share in the labels that the segmenter learnt from
 SEEN_OFTEN = 0.05  # of the patches
-BETTER_THAN_CHANCE = 1.2  # average precision, divided by the share of patches with the class
+BETTER_THAN_CHANCE = 0.2  # least gain of the average precision over chance: this part of the share of the rarer patches
 FALLEN = 0.98  # of the first epoch's loss
 ADVICE = 'see "A few hundred patches" in docs/own_data.md'
 
@@ -44,7 +44,9 @@ def check_classifier(rows: Sequence[dict[str, Any]], present: dict[str, float]) 
     blind = [
         f"{name} ({precision[name]:.2f}, chance {share:.2f})"
         for name, share in present.items()
-        if isinstance(precision.get(name), float) and 0 < share < 0.9 and precision[name] < BETTER_THAN_CHANCE * share
+        if isinstance(precision.get(name), float)
+        and 0 < share < 0.9
+        and precision[name] < share + BETTER_THAN_CHANCE * min(share, 1 - share)
     ]
     if blind:
         found.append(
