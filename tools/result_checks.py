@@ -15,7 +15,7 @@ NEARLY_ALL = 0.95  # of all pixels
 HARDLY_ANY = 0.001  # of the pixels of the patches that have the class
 FADED = 0.05  # of the class's share in the labels that the segmenter learnt from
 SEEN_OFTEN = 0.05  # of the patches
-BETTER_THAN_CHANCE = 0.2  # least gain of the average precision over chance: this part of the share of the rarer patches
+BETTER_THAN_CHANCE = 0.2  # least gain of the average precision over chance, divided by min(chance, 1 - chance)
 FALLEN = 0.98  # of the first epoch's loss
 ADVICE = 'see "A few hundred patches" in docs/own_data.md'
 
