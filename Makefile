@@ -35,7 +35,7 @@ $(VENV)/.installed-dev: requirements-dev.txt constraints.txt $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-# large memory pages, which glibc asks Linux for: a training step of the demo takes a tenth less time
+# large memory pages, which glibc asks Linux for: a training step takes up to a tenth less time
 demo demo-weak demo-supervised: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
 
 demo: demo-data demo-weak demo-supervised
