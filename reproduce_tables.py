@@ -25,8 +25,8 @@ from tables.runner import Row, Runner
 from tables.table import SHARE, Lines, write_table
 from tools.command import check, run
 from tools.constants import (
-    CORES,
     ROOT,
+    WORKERS,
     Affinity,
     Count,
     Device,
@@ -64,7 +64,7 @@ class Constants:
     scales: Scales = (0.5, 1.0, 1.5, 2.0)  # of the inference steps
     images_at_once: PositiveCount = 8  # patches of one batch of the inference steps
     device: Device = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    workers: Count = min(4, CORES)  # processes that read and write
+    workers: Count = WORKERS  # processes that read and write
     root: Path = ROOT  # the folder that holds datasets/ and experiments/
 
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PRC_SAM.settings import Settings
 from tools.command import UserError, check, run
-from tools.constants import CORES, Count, Machine, PositiveCount, Scales, Speed, constants
+from tools.constants import WORKERS, Count, Machine, PositiveCount, Scales, Speed, constants
 from tools.dataset import Dataset, load_dataset
 from tools.files import write_whole
 from tools.folders import StepFolder
@@ -51,7 +51,7 @@ class Constants(Machine):
     scales: Scales = (100, 400, 1600)  # felzenszwalb: scales of the segmentation, fine to coarse
     min_area: PositiveCount = 64  # felzenszwalb: pixels of the smallest region
     images_at_once: Speed[PositiveCount] = 4  # images that SAM encodes together
-    workers: Speed[Count] = min(4, CORES)  # felzenszwalb: worker processes; sam: reading and writing threads
+    workers: Speed[Count] = WORKERS  # felzenszwalb: worker processes; sam: reading and writing threads
     coloured_maps: Speed[bool] = False  # also write a picture of the regions to sam_masks/coloured/<id>.png
 
 

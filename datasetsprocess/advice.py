@@ -66,7 +66,7 @@ def _on_patches(dataset: Dataset, present: np.ndarray) -> list[str]:
     """Warnings on which patches have which class: `present` is (N,K) bool."""
     classes, patches = dataset.classes, present.sum(0)
     shares = patches / len(present)
-    frequent = [f"{name} ({shares[k]:.1%})" for k, name in enumerate(classes) if shares[k] > MOST_PATCHES]
+    frequent = [k for k in range(len(classes)) if shares[k] > MOST_PATCHES]
     rare = [f"{name} ({patches[k]})" for k, name in enumerate(classes) if patches[k] < FEWEST_PATCHES]
     together = []
     for a, b in combinations(np.flatnonzero((patches >= FEWEST_PATCHES) & (shares <= MOST_PATCHES)), 2):
@@ -76,12 +76,12 @@ def _on_patches(dataset: Dataset, present: np.ndarray) -> list[str]:
     found = []
     if frequent:
         found.append(
-            f"in more than {MOST_PATCHES:.0%} of the train patches: {', '.join(frequent)}. A classifier has no reason "
+            f"in more than {MOST_PATCHES:.0%} of the train patches: "
+            f"{', '.join(f'{classes[k]} ({shares[k]:.1%})' for k in frequent)}. A classifier has no reason "
             "to locate a class that nearly every patch shows. Cut smaller patches (patch_size), or use images of a "
             "finer resolution, so that more patches are without the class"
         )
-        rest = [name for k, name in enumerate(classes) if shares[k] > MOST_PATCHES and _is_background(dataset, k)]
-        if rest:
+        if rest := [classes[k] for k in frequent if _is_background(dataset, k)]:
             found[-1] += (
                 f'. For the background, compare --background threshold in step 3 (it needs background = "{rest[0]}" in '
                 "[rules] of dataset.toml)"

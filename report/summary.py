@@ -175,7 +175,10 @@ class Summary:
                 if row["truth_share"][k] > 0 and row["iou"][k] < MISSED
             ]
             if missed:
-                found.append(f"Not found: {row['title']}, {split} split, has an IoU below 1 % for {', '.join(missed)}.")
+                found.append(
+                    f"Not found: {row['title']}, {split} split, has an IoU below {percent(MISSED, 0)} % for "
+                    f"{', '.join(missed)}."
+                )
         found += [f"{name}: {sentence}" for name, run in self.runs.items() for sentence in run.warnings]
         return found + self.broken
 

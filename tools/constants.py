@@ -13,6 +13,7 @@ from tools.command import UserError
 ROOT = Path(__file__).resolve().parents[1]
 # the cores that this process may use: torch's DataLoader warns of more worker processes
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WORKERS = min(4, CORES)
 
 T = TypeVar("T")
 _SPEED = object()
@@ -90,7 +91,7 @@ class Place:
 
     root: Speed[Path] = ROOT  # the folder that holds datasets/ and experiments/
     overwrite: Speed[bool] = False  # replace results that were made with other constants
-    workers: Speed[Count] = min(4, CORES)  # worker processes; 0: work in the main process
+    workers: Speed[Count] = WORKERS  # worker processes; 0: work in the main process
 
 
 @constants

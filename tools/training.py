@@ -30,7 +30,7 @@ FEW_PATCHES = 2000
 SMALL_DATA = {5: "--epochs 30 --batch-size 8 --width 128"}
 FROM_SCRATCH = {  # without pretrained weights
     1: "--train-all --lr 0.003 --momentum 0.9 --epochs 25",
-    5: "--no-freeze-norm --lr 0.003 --momentum 0.9 --epochs 30 --batch-size 8 --width 128",
+    5: f"--no-freeze-norm --lr 0.003 --momentum 0.9 {SMALL_DATA[5]}",
 }
 
 Losses = dict[str, Tensor]  # "loss", the total, and its parts: scalars
