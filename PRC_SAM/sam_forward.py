@@ -30,7 +30,7 @@ class Positions(NamedTuple):
 
 
 def relative_positions(encoder: ImageEncoderViT, dtype: torch.dtype = torch.float32) -> list[Positions | None]:
-    """The positions of every block, which depend on the weights alone: found anew, each would make a GPU wait."""
+    """The positions of every block. They depend on the weights alone; computing them for each image delays a GPU."""
     side = encoder.img_size // encoder.patch_embed.proj.kernel_size[0]
     one_hot = {}
     for length in {block.window_size or side for block in encoder.blocks}:

@@ -83,7 +83,7 @@ def _matrix(num_classes: int, counts: np.ndarray) -> ConfusionMatrix:
 
 
 def on_true_background(dataset: Dataset, cams: Path, background: int) -> ConfusionMatrix:
-    """The CAMs' argmax with the truth's background: how well the other classes are told apart."""
+    """The CAMs' argmax with the truth's background: how well the maps distinguish the other classes."""
     matrix = ConfusionMatrix(dataset.num_classes)
     for id, truth in _truths(dataset, "train", "CAMs on the true background"):
         classes, maps = load_cams(cams / f"{id}.npz", dataset.num_classes, truth.shape)

@@ -199,7 +199,7 @@ def test_steps_renew_the_page_without_the_truth(root, capfd):
         assert titles[0] == shown[: {1: 4, 2: 5}.get(count, 7)]
     page = page_of(root)
     assert panels_of(page, "test")[0] == ["image", "segmentation", "regions", "refined segmentation"]
-    assert page.count("not made yet") == 1  # step 5, which this experiment lacks
+    assert page.count("not made yet") == 1  # step 5, which was not run in this experiment
     assert "No truth: this data set has no label maps" in page and "Not made yet" not in page
     (root / "datasets" / "tiny" / "test" / "labels").mkdir()
     renew(root)

@@ -382,7 +382,7 @@ def test_continues_refuses_other_settings_and_overwrites(tmp_path, run_script):
     assert "patch_size: 16 there, 32 now" in refused.stderr
     run_script(*command, "--overwrite")
     assert {len(labels) for _, labels in patches_of(folder / "train").values()} == {32}
-    os.utime(raw / TOP.format(2))  # as if exported anew under the same name
+    os.utime(raw / TOP.format(2))  # as if exported again under the same name
     replaced = run_script(*command, fails=True)
     assert "area2.tif or its truth was replaced" in replaced.stderr and "--overwrite" in replaced.stderr
     assert (raw / TOP.format(1)).exists() and (folder / "dataset.toml").exists()

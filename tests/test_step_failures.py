@@ -104,7 +104,7 @@ def test_constants_are_checked_at_the_start(finished, script, change, sentence):
         return
     if script.startswith(
         "train"
-    ):  # nothing may be begun in a new experiment either: its folder would refuse the mended constant
+    ):  # nothing may be started in a new experiment either: its folder would refuse the corrected constant
         fresh = {"experiment": "fresh"} | ({"labels": "truth"} if script == "train_segmentation" else {})
         with refused(sentence):
             step(script, finished, **(fresh | change))
@@ -266,7 +266,7 @@ def test_a_training_killed_by_the_system_continues(finished, copy):
 
 @pytest.mark.long
 def test_two_processes_share_the_images(finished, copy):
-    """Results of two processes are those of one, and a bad file that the second one meets is told and accounted for."""
+    """Results of two processes are those of one, and a bad file of the second process is reported and recorded."""
     shutil.rmtree(experiment(copy) / "cams")
     image = copy / "datasets" / "tiny" / "train" / "images" / "train_3.png"  # an odd place: the second process's share
     content = image.read_bytes()

@@ -45,7 +45,7 @@ def test_each_step_knows_what_it_was_made_from(finished):
         assert {input: account(folder / input)["started"] for input in inputs}.items() <= found.items()
     assert "sam_masks" in account(folder / "refined_pseudo_labels")["inputs"]
     for name in ("refined_pseudo_labels", "segmenter", "segmentation", "refined_segmentation"):
-        assert "felzenszwalb" in account(folder / name)["notes"]["stand_in"]  # a stand-in is told of to the end
+        assert "felzenszwalb" in account(folder / name)["notes"]["stand_in"]  # a stand-in is reported to the end
 
 
 def test_trainings_log_their_losses(finished):
@@ -96,7 +96,7 @@ def test_the_released_protocol(copy):
     labels = dataset.image_labels("test")
     step("inference_segmentation", copy, overwrite=True)
     step("generate_refined_seg", copy, protocol="released", overwrite=True)
-    for id in TEST:  # a class that the truth lacks is never written anew
+    for id in TEST:  # a class that is missing from the truth is never added
         before, after = (
             load_label(experiment(copy) / stage / f"{id}.png", 3) for stage in ("segmentation", "refined_segmentation")
         )
