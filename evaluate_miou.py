@@ -23,11 +23,10 @@ from report.page import read_experiment, write_report
 from report.patch_pictures import SamplesFile, draw_split
 from report.score_tables import markdown, write_scores
 from report.summary import scored
-from tools.command import UserError, check, run
-from tools.constants import Place, constants
+from tools.command import UserError, and_more, check, run
+from tools.constants import Place, checked_constants
 from tools.dataset import Dataset, load_dataset
 from tools.files import remove_leftovers, write_json
-from tools.folders import and_more
 from tools.labels import load_label
 from tools.progress import Progress
 from tools.runs import read_run
@@ -37,7 +36,7 @@ from tools.steps import LABEL_STEPS, SPLITS
 from tools.workers import in_workers
 
 
-@constants
+@checked_constants
 class Constants(Place):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # its label folders in experiments/<dataset>/<experiment>/ are scored
@@ -50,24 +49,24 @@ class Constants(Place):
 PATCHES_A_PROCESS = 100  # for fewer patches, starting a process takes longer than scoring them here
 
 
-def find_folders(dataset: Dataset, folder: Path, constants: Constants) -> list[LabelFolder]:
+def find_folders(dataset: Dataset, folder: Path, args: Constants) -> list[LabelFolder]:
     """The label folders to score, in the order of the steps, then the fully supervised ones of the same splits."""
     known = {step.folder_of(split): split for step in LABEL_STEPS.values() for split in SPLITS}
-    for name in constants.stages:
+    for name in args.stages:
         check(
             name in known,
             f'stages holds "{name}", but label folders are called {", ".join(LABEL_STEPS)}, the last two with _train '
             "and the others with _test when they were made for the other split",
         )
-    names = [name for name in known if (name in constants.stages if constants.stages else (folder / name).is_dir())]
+    names = [name for name in known if (name in args.stages if args.stages else (folder / name).is_dir())]
     if not names:
-        require(folder / "cams", constants)  # its sentence says what to run
-    found = [_label_folder(dataset, folder / name, known[name], constants) for name in names]
-    bound = experiment_folder(constants.root, constants.dataset, constants.supervised)
+        require(folder / "cams", args)  # its sentence says what to run
+    found = [_label_folder(dataset, folder / name, known[name], args) for name in names]
+    bound = experiment_folder(args.root, args.dataset, args.supervised)
     for split in dict.fromkeys(folder.split for folder in found):
         path = bound / LABEL_STEPS["segmentation"].folder_of(split)
         if bound != folder and path.is_dir():
-            found.append(_label_folder(dataset, path, split, constants))
+            found.append(_label_folder(dataset, path, split, args))
     with_truth = [each for each in found if dataset.labels(each.split).is_dir()]
     for split in sorted({each.split for each in found} - {each.split for each in with_truth}):
         print(f"{dataset.labels(split)} is missing, so the {split} split is not scored")
@@ -79,14 +78,14 @@ def find_folders(dataset: Dataset, folder: Path, constants: Constants) -> list[L
     return sorted(with_truth, key=lambda each: SPLITS.index(each.split))
 
 
-def _label_folder(dataset: Dataset, path: Path, split: str, constants: Constants) -> LabelFolder:
+def _label_folder(dataset: Dataset, path: Path, split: str, args: Constants) -> LabelFolder:
     experiment = path.parent.name
     try:
         run = read_run(path)  # an unfinished folder is scored in part
     except FileNotFoundError:
-        run = require(path, constants, experiment=experiment, split="" if path.name in LABEL_STEPS else split)
+        run = require(path, args, experiment=experiment, split="" if path.name in LABEL_STEPS else split)
     matrix = ConfusionMatrix(dataset.num_classes)
-    return LabelFolder(path, split, run, matrix, is_bound=experiment == constants.supervised)
+    return LabelFolder(path, split, run, matrix, is_bound=experiment == args.supervised)
 
 
 def score_image(id: str, dataset: Dataset, split: str, folders: Sequence[Path]) -> tuple[dict, list[str]]:
@@ -113,12 +112,12 @@ def score_image(id: str, dataset: Dataset, split: str, folders: Sequence[Path]) 
     return counts, failures
 
 
-def score(dataset: Dataset, folders: Sequence[LabelFolder], constants: Constants) -> list[str]:
+def score(dataset: Dataset, folders: Sequence[LabelFolder], args: Constants) -> list[str]:
     """Fill the folders of one split; each truth is read once for all of them, and no prediction is kept."""
     split, failures = folders[0].split, []
     ids, left_out = dataset.ids(split), np.flatnonzero(~dataset.scored)
     work = partial(score_image, dataset=dataset, split=split, folders=[folder.path for folder in folders])
-    workers = min(constants.workers, len(ids) // PATCHES_A_PROCESS)
+    workers = min(args.workers, len(ids) // PATCHES_A_PROCESS)
     with Progress(len(ids), f"scoring {split}") as bar:
         for id, (counts, bad) in zip(ids, in_workers(work, ids, workers if workers > 1 else 0, chunk=4), strict=True):
             failures += bad
@@ -130,27 +129,27 @@ def score(dataset: Dataset, folders: Sequence[LabelFolder], constants: Constants
                     continue
                 matrix.counts += counts[folder.path]
                 folder.matrix.merge(matrix)
-                folder.per_image[id] = matrix.scores(left_out, constants.protocol)["miou"]
+                folder.per_image[id] = matrix.scores(left_out, args.protocol)["miou"]
                 folder.present[id] = int(matrix.counts[dataset.scored].any(axis=1).sum())
     return failures
 
 
-def main(constants: Constants) -> None:
+def main(args: Constants) -> None:
     begin = time.monotonic()
-    dataset = load_dataset(constants.dataset, constants.root)
-    experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
-    folders = find_folders(dataset, experiment, constants)
+    dataset = load_dataset(args.dataset, args.root)
+    experiment = experiment_folder(args.root, args.dataset, args.experiment)
+    folders = find_folders(dataset, experiment, args)
     splits = {split: [folder for folder in folders if folder.split == split] for split in SPLITS}
-    failures = [line for part in splits.values() if part for line in score(dataset, part, constants)]
+    failures = [line for part in splits.values() if part for line in score(dataset, part, args)]
     output, stages = experiment / "scores", [scored(folder) for folder in folders]
-    summary = read_experiment(constants, dataset)
+    summary = read_experiment(args, dataset)
     bound = {}
     if any(folder.is_bound for folder in folders):
-        bound = read_experiment(replace(constants, experiment=constants.supervised), dataset).runs
-    summary = replace(summary, protocol=constants.protocol, stages=stages, failures=failures, bound_runs=bound)
+        bound = read_experiment(replace(args, experiment=args.supervised), dataset).runs
+    summary = replace(summary, protocol=args.protocol, stages=stages, failures=failures, bound_runs=bound)
     remove_leftovers(output)
     samples = {
-        split: draw_split(dataset, output, ready, constants.experiment, constants.samples, failures)
+        split: draw_split(dataset, output, ready, args.experiment, args.samples, failures)
         for split, part in splits.items()
         if (ready := [folder for folder in part if folder.per_image])
     }

@@ -11,11 +11,11 @@ from typing import Literal
 from PRC_SAM.refine import Refinement, Rule, refine_folder
 from report.page import renew
 from tools.command import run
-from tools.constants import Machine, Share, constants
+from tools.constants import Machine, Share, checked_constants
 from tools.step import Step
 
 
-@constants
+@checked_constants
 class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
@@ -25,12 +25,12 @@ class Constants(Machine):
     cams: str = ""  # mean_cam: the experiment whose CAMs are used; empty: this one
 
 
-def main(constants: Constants) -> None:
-    maps = ("cams",) if constants.rule == "mean_cam" else ()
-    step = Step("refined_pseudo_labels", constants, reads=("pseudo_labels", "sam_masks", *maps), image_labels=True)
+def main(args: Constants) -> None:
+    maps = ("cams",) if args.rule == "mean_cam" else ()
+    step = Step("refined_pseudo_labels", args, reads=("pseudo_labels", "sam_masks", *maps), image_labels=True)
     tau = step.method_value("tau", "tau_pseudo_labels")
     with step.output(".png"):
-        refine_folder(step, "pseudo_labels", Refinement(constants.rule, tau, step.dataset.background), step.labels)
+        refine_folder(step, "pseudo_labels", Refinement(args.rule, tau, step.dataset.background), step.labels)
         step.draw_labels({"pseudo-label": step.sources["pseudo_labels"], "refined": step.path})
 
 

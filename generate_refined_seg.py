@@ -12,12 +12,12 @@ from typing import Literal
 from PRC_SAM.refine import Refinement, Rule, refine_folder
 from report.page import renew
 from tools.command import check, run
-from tools.constants import Machine, Share, constants
+from tools.constants import Machine, Share, checked_constants
 from tools.step import Step
 from tools.steps import STEPS
 
 
-@constants
+@checked_constants
 class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
@@ -27,16 +27,16 @@ class Constants(Machine):
     tau: Share | None = None  # ios: minimum overlap, area(P and S) / min(area P, area S); None: the data set's
 
 
-def main(constants: Constants) -> None:
-    released = constants.protocol == "released"
-    step = Step("refined_segmentation", constants, image_labels=released)
+def main(args: Constants) -> None:
+    released = args.protocol == "released"
+    step = Step("refined_segmentation", args, image_labels=released)
     check(
-        constants.rule != "mean_cam" or any(step.sources["segmentation"].glob("*.npz")),
+        args.rule != "mean_cam" or any(step.sources["segmentation"].glob("*.npz")),
         "rule mean_cam needs the segmenter's probabilities: run "
-        f"{STEPS['segmentation'].hint(constants, split=step.split)} --keep-probabilities",
+        f"{STEPS['segmentation'].hint(args, split=step.split)} --keep-probabilities",
     )
     tau = step.method_value("tau", "tau_segmentation")
-    refinement = Refinement(constants.rule, tau, step.dataset.background)
+    refinement = Refinement(args.rule, tau, step.dataset.background)
     with step.output(".png"):
         refine_folder(step, "segmentation", refinement, step.labels if released else None, maps="segmentation")
         step.draw_labels({"segmentation": step.sources["segmentation"], "refined": step.path})

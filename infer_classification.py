@@ -17,7 +17,7 @@ from models.classifier import Classifier
 from report.page import renew
 from tools.cams import for_inference, image_batches, in_background, load_cams, mirrored_cams, save_cams
 from tools.command import run
-from tools.constants import Count, Machine, PositiveCount, Scales, Speed, constants
+from tools.constants import Count, Machine, MayChange, PositiveCount, Scales, checked_constants
 from tools.devices import make_accelerator, precision_of
 from tools.labels import load_image
 from tools.memory import Parts
@@ -26,7 +26,7 @@ from tools.step import Step
 from tools.training import load_checkpoint
 
 
-@constants
+@checked_constants
 class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
@@ -35,16 +35,16 @@ class Constants(Machine):
     classifier: str = ""  # the experiment whose classifier is used; empty: this one
     iterations: Count | None = None  # PRC: how often the affinity is applied; None: as in training
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as in step 1; PRC runs in fp32 always
-    images_at_once: Speed[PositiveCount] = 8  # patches of one batch; lower it when the GPU's memory is short
+    images_at_once: MayChange[PositiveCount] = 8  # patches of one batch; lower it when the GPU's memory is short
 
 
-def main(constants: Constants) -> None:
-    step = Step("cams", constants, image_labels=True)
+def main(args: Constants) -> None:
+    step = Step("cams", args, image_labels=True)
     dataset, trained = step.dataset, step.inputs["classifier"].constants
-    iterations = trained["iterations"] if constants.iterations is None else constants.iterations
+    iterations = trained["iterations"] if args.iterations is None else args.iterations
     model = Classifier(Backbone(trained["backbone"], "none"), dataset.num_classes, trained["gamma"], iterations)
     load_checkpoint(step.sources["classifier"] / "model.pt", model)
-    accelerator = make_accelerator(constants.precision, constants.device)
+    accelerator = make_accelerator(args.precision, args.device)
     model, parts = for_inference(model, accelerator.device), Parts()
 
     def predict(images: list[Tensor]) -> list[Tensor]:
@@ -65,9 +65,9 @@ def main(constants: Constants) -> None:
             for ids, size, images in image_batches(
                 dataset.images(step.split),
                 pending,
-                constants.scales,
-                constants.images_at_once,
-                constants.workers,
+                args.scales,
+                args.images_at_once,
+                args.workers,
                 step.fail,
             ):
                 scores, *arrays = (found.cpu().numpy() for found in parts.predict(predict, images))

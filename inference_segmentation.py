@@ -19,22 +19,22 @@ import torch
 from report.page import renew
 from tools.cams import image_batches, in_background, save_cams
 from tools.command import run
-from tools.constants import Machine, PositiveCount, Scales, Speed, constants
+from tools.constants import Machine, MayChange, PositiveCount, Scales, checked_constants
 from tools.devices import make_accelerator, precision_of
 from tools.labels import save_label
 from tools.segmenter import Segmenter, small_probabilities
 from tools.step import Step
 
 
-@constants
+@checked_constants
 class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "test"  # test | train (to measure only; goes to segmentation_train)
     scales: Scales = (0.5, 1.0, 1.5, 2.0)  # each with its mirror image
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as in step 5
-    images_at_once: Speed[PositiveCount] = 8  # patches of one batch; lower it when the GPU's memory is short
-    keep_probabilities: Speed[bool] = False  # also write <id>.npz: class probabilities, for rule mean_cam of step 7
+    images_at_once: MayChange[PositiveCount] = 8  # patches of one batch; lower it when the GPU's memory is short
+    keep_probabilities: MayChange[bool] = False  # also write <id>.npz: class probabilities, for rule mean_cam of step 7
 
 
 def save_patch(folder: Path, id: str, label: np.ndarray, maps: np.ndarray | None, colours: np.ndarray) -> None:
@@ -44,29 +44,29 @@ def save_patch(folder: Path, id: str, label: np.ndarray, maps: np.ndarray | None
     save_label(folder / f"{id}.png", np.ascontiguousarray(label), colours)
 
 
-def main(constants: Constants) -> None:
-    step = Step("segmentation", constants)
+def main(args: Constants) -> None:
+    step = Step("segmentation", args)
     dataset = step.dataset
-    accelerator = make_accelerator(constants.precision, constants.device)
+    accelerator = make_accelerator(args.precision, args.device)
     segmenter = Segmenter(step.sources["segmenter"], step.inputs["segmenter"], dataset, accelerator)
     with step.output(".png", state=accelerator, settings={"precision": precision_of(accelerator)}):
-        suffixes = (".png", ".npz") if constants.keep_probabilities else (".png",)
+        suffixes = (".png", ".npz") if args.keep_probabilities else (".png",)
         missing = {id for suffix in suffixes for id in step.pending(step.ids, suffix)}
         pending = [id for id in step.ids if id in missing]
         with step.progress(len(pending), "segmentation") as bar, in_background() as submit:
             for ids, size, images in image_batches(
                 dataset.images(step.split),
                 pending,
-                constants.scales,
-                constants.images_at_once,
-                constants.workers,
+                args.scales,
+                args.images_at_once,
+                args.workers,
                 step.fail,
             ):
                 logits = segmenter(images, size)
                 labels = logits.argmax(1).to(torch.uint8).cpu().numpy()
                 probabilities: Sequence[np.ndarray | None] = [None] * len(labels)
-                if constants.keep_probabilities:
-                    probabilities = list(small_probabilities(logits, 2 * len(constants.scales)).cpu().numpy())
+                if args.keep_probabilities:
+                    probabilities = list(small_probabilities(logits, 2 * len(args.scales)).cpu().numpy())
                 for id, label, maps in zip(ids, labels, probabilities, strict=False):
                     submit(save_patch, step.path, id, label, maps, dataset.colours)
                 bar.update(len(ids))

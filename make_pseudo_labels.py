@@ -19,19 +19,19 @@ from models.crf import CRF, dense_crf
 from report.page import renew
 from tools.cams import load_cams
 from tools.command import UserError, check, run
-from tools.constants import Machine, constants
+from tools.constants import Machine, checked_constants
 from tools.dataset import Dataset
 from tools.devices import process_state
 from tools.labels import load_image, save_label
 from tools.step import Step
 
 
-@constants
+@checked_constants
 class Crf(CRF):
     """Constants of the dense CRF."""
 
 
-@constants
+@checked_constants
 class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
@@ -55,43 +55,43 @@ def thresholded_background(classes: np.ndarray, maps: np.ndarray, background: in
     return maps
 
 
-def make_label(id: str, cams: Path, output: Path, dataset: Dataset, constants: Constants, device: str) -> None:
+def make_label(id: str, cams: Path, output: Path, dataset: Dataset, args: Constants, device: str) -> None:
     """One patch: maps of its classes -> CRF -> the most probable class of each pixel."""
-    image = load_image(dataset.images(constants.split) / f"{id}.png")
+    image = load_image(dataset.images(args.split) / f"{id}.png")
     classes, maps = load_cams(cams / f"{id}.npz", dataset.num_classes, image.shape[:2])
-    if constants.background == "threshold" and dataset.background is not None:
+    if args.background == "threshold" and dataset.background is not None:
         maps = thresholded_background(classes, maps, dataset.background)
-    if constants.crf.crf_iterations and len(classes) > 1:
+    if args.crf.crf_iterations and len(classes) > 1:
         try:
-            maps = dense_crf(maps, image, constants.crf, device)
+            maps = dense_crf(maps, image, args.crf, device)
         except ValueError as error:  # whether the sigmas are too small for the lattice depends on the image
             raise UserError(f"{id}: {error}") from None
     save_label(output / f"{id}.png", classes[maps.argmax(0)].astype(np.uint8), dataset.colours)
 
 
-def check_constants(constants: Constants, dataset: Dataset) -> None:
+def check_constants(args: Constants, dataset: Dataset) -> None:
     """Raise `UserError` for constants that cannot work with this data set, before anything is made."""
     check(
-        constants.background == "cam" or dataset.background is not None,
+        args.background == "cam" or dataset.background is not None,
         f'background is threshold, but the [rules] of "{dataset.name}" name no background class',
     )
 
 
-def main(constants: Constants) -> None:
-    step = Step("pseudo_labels", constants)
-    check_constants(constants, step.dataset)
-    state = process_state(constants.device)
-    on_gpu = constants.crf.crf_mode == "exact" and state.device.type == "cuda"
+def main(args: Constants) -> None:
+    step = Step("pseudo_labels", args)
+    check_constants(args, step.dataset)
+    state = process_state(args.device)
+    on_gpu = args.crf.crf_mode == "exact" and state.device.type == "cuda"
     if on_gpu:  # the GPU computes; worker processes would only compete for it
-        step.constants = replace(constants, workers=0)
-    notes = {"extension": "background by Otsu's threshold"} if constants.background == "threshold" else {}
+        step.args = replace(args, workers=0)
+    notes = {"extension": "background by Otsu's threshold"} if args.background == "threshold" else {}
     with step.output(".png", state=state, notes=notes):
         work = partial(
             make_label,
             cams=step.sources["cams"],
             output=step.path,
             dataset=step.dataset,
-            constants=constants,
+            args=args,
             device=str(state.device) if on_gpu else "cpu",
         )
         step.each(work, step.pending(step.ids, ".png"), "pseudo-labels")

@@ -35,9 +35,9 @@ from tools.constants import (
     Scales,
     Seed,
     Share,
-    constants,
+    checked_constants,
     flat,
-    speed_constants,
+    may_change,
 )
 from tools.dataset import Dataset, load_dataset
 from tools.devices import process_state
@@ -45,7 +45,7 @@ from tools.step import experiment_folder, require
 from tools.steps import SPLITS
 
 
-@constants
+@checked_constants
 class Constants:
     table: Literal["main", "ablation", "gamma", "lambda", "tiles", "tau", "refinement"] = "main"  # which of the tables
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
@@ -82,10 +82,10 @@ SHARED = {"dataset", "experiment", "split", "protocol", "seed", "labels", "cams"
           "root", "overwrite"}  # fmt: skip
 
 
-def rows_of(constants: Constants, background: bool = False) -> list[Row]:
+def rows_of(args: Constants, background: bool = False) -> list[Row]:
     """The rows of a table; `background`: the data set has a background class."""
     extension = Row(f"{WHOLE}, background by threshold (extension)", pseudo={"background": "threshold"})
-    segment = constants.segment
+    segment = args.segment
     return {
         "main": [Row("PRC + IR + IOS", segment=True)],
         "ablation": [
@@ -95,69 +95,69 @@ def rows_of(constants: Constants, background: bool = False) -> list[Row]:
             Row(WHOLE, segment=segment),
             *([extension] if background else []),
         ],
-        "gamma": [Row(f"gamma {value:g}", {"gamma": value}) for value in constants.gammas],
-        "lambda": [Row(f"lambda {value:g}", {"ir_weight": value}) for value in constants.ir_weights],
-        "tiles": [Row(f"{value} tiles", {"tiles": value}) for value in constants.tiles],
+        "gamma": [Row(f"gamma {value:g}", {"gamma": value}) for value in args.gammas],
+        "lambda": [Row(f"lambda {value:g}", {"ir_weight": value}) for value in args.ir_weights],
+        "tiles": [Row(f"{value} tiles", {"tiles": value}) for value in args.tiles],
         "tau": [Row("", segment=segment)],
         "refinement": [Row("", segment=segment)],
-    }[constants.table]
+    }[args.table]
 
 
-def check_constants(constants: Constants, dataset: Dataset) -> None:
+def check_constants(args: Constants, dataset: Dataset) -> None:
     """Raise `UserError` for constants that would stop a later row, or a later step of a row, after hours."""
     for name in ("seeds", "gammas", "ir_weights", "tiles", "taus"):
-        values = getattr(constants, name)
+        values = getattr(args, name)
         check(len(set(values)) == len(values) > 0, f"{name} is {values}, but it must hold different numbers")
-    check(constants.segment or constants.table != "main", "segment is False, but the table main is about segmentation")
+    check(args.segment or args.table != "main", "segment is False, but the table main is about segmentation")
     for name in ("classification", "pseudo", "segmentation"):
-        given, usual = vars(getattr(constants, name)), vars(type(getattr(constants, name))())
+        given, usual = vars(getattr(args, name)), vars(type(getattr(args, name))())
         for key in sorted(SHARED & given.keys()):
             check(
                 given[key] == usual[key],
                 f"{name}.{key} was set, but the tables set it themselves: remove it, or set {key} where it exists",
             )
     check(
-        constants.table != "ablation" or constants.pseudo.background == "cam",
+        args.table != "ablation" or args.pseudo.background == "cam",
         "pseudo.background is threshold, but the ablation has a row of its own for it: remove it",
     )
-    make_pseudo_labels.check_constants(constants.pseudo, dataset)
-    for row in rows_of(constants):
-        train_classification.check_constants(replace(constants.classification, **row.changes), dataset)
+    make_pseudo_labels.check_constants(args.pseudo, dataset)
+    for row in rows_of(args):
+        train_classification.check_constants(replace(args.classification, **row.changes), dataset)
         if row.segment:
-            train_segmentation.check_constants(constants.segmentation, dataset)
+            train_segmentation.check_constants(args.segmentation, dataset)
 
 
-def main(constants: Constants) -> None:
-    dataset = load_dataset(constants.dataset, constants.root)
-    check_constants(constants, dataset)
+def main(args: Constants) -> None:
+    dataset = load_dataset(args.dataset, args.root)
+    check_constants(args, dataset)
     for split in SPLITS:
         dataset.image_labels(split)
-        require(dataset.sam_masks(split), constants)
-    prefix = constants.experiment + ("-released" if constants.protocol == "released" else "")
-    folder = experiment_folder(constants.root, dataset.name, prefix)
+        require(dataset.sam_masks(split), args)
+    prefix = args.experiment + ("-released" if args.protocol == "released" else "")
+    folder = experiment_folder(args.root, dataset.name, prefix)
     lines: Lines = {}
 
     def put(row: str, column: str, value: float) -> None:
         lines.setdefault(row, {}).setdefault(column, []).append(value)
 
-    for seed in constants.seeds:
-        runner = Runner(constants, dataset, prefix, seed)
-        fill(runner, rows_of(constants, dataset.background is not None), put)
+    for seed in args.seeds:
+        runner = Runner(args, dataset, prefix, seed)
+        fill(runner, rows_of(args, dataset.background is not None), put)
     published = {}
-    if constants.table == "main" and dataset.paper:
+    if args.table == "main" and dataset.paper:
         published = {
             "PRC + IR + IOS": f"{dataset.paper['miou']} (share {dataset.paper['share_of_supervised']})",
             "fully supervised": f"{dataset.paper['supervised']} (implied)",
         }
-    if process_state(constants.device).is_main_process:
-        title, note = f"{constants.table}: {dataset.title}", caption(constants, dataset, runner.least)
-        print(write_table(folder / constants.table, title, note, lines, constants.seeds, published))
+    if process_state(args.device).is_main_process:
+        title, note = f"{args.table}: {dataset.title}", caption(args, dataset, runner.least)
+        print(write_table(folder / args.table, title, note, lines, args.seeds, published))
         print(f"written to {folder}")
 
 
 def fill(runner: Runner, rows: list[Row], put: Callable[[str, str, float], None]) -> None:
     """Run the rows of one seed, and put their scores into the table."""
-    table, experiments = runner.constants.table, {}
+    table, experiments = runner.args.table, {}
     for row in rows:
         experiments[row.name] = experiment = runner.pseudo_labels(row)
         if row.segment:
@@ -179,11 +179,11 @@ def fill(runner: Runner, rows: list[Row], put: Callable[[str, str, float], None]
 
 def show_limits(runner: Runner, experiments: dict[str, str], put: Callable[[str, str, float], None]) -> None:
     """What one part could give if another were perfect: IOS by the truth's regions, CAMs on the truth's background."""
-    for stage in ("pseudo_labels", "segmentation") if runner.constants.segment else ("pseudo_labels",):
+    for stage in ("pseudo_labels", "segmentation") if runner.args.segment else ("pseudo_labels",):
         _, perfect = MASKS
         (value,) = runner.refined(experiments[WHOLE], stage, [Refinement("ios", runner.tau(stage))])[perfect]
         put(f"{WHOLE}, IOS by {perfect}", STAGES[f"refined_{stage}"], value)
-    for row in rows_of(runner.constants) if runner.dataset.background is not None else []:
+    for row in rows_of(runner.args) if runner.dataset.background is not None else []:
         put(row.name, f"CAM on the true background {TRUTH}", runner.true_background(experiments[row.name]))
 
 
@@ -193,8 +193,8 @@ def compare_rules(
     """IOS with each tau, or each refinement rule, on both stages: with the masks of step 9 and the truth's regions."""
     for stage in ("pseudo_labels", "segmentation") if row.segment else ("pseudo_labels",):
         rules = {rule: Refinement(rule, runner.tau(stage), runner.dataset.background) for rule in get_args(Rule)}
-        if runner.constants.table == "tau":
-            rules = {f"tau {tau:g}": Refinement("ios", tau) for tau in runner.constants.taus}
+        if runner.args.table == "tau":
+            rules = {f"tau {tau:g}": Refinement("ios", tau) for tau in runner.args.taus}
         for masks, values in runner.refined(experiment, stage, list(rules.values())).items():
             column = f"{stage.replace('_', '-')}, {masks}"
             put("not refined", column, plain[stage])
@@ -202,19 +202,19 @@ def compare_rules(
                 put(name, column, value)
 
 
-def caption(constants: Constants, dataset: Dataset, least: Mapping[str, tuple[str, float]]) -> str:
+def caption(args: Constants, dataset: Dataset, least: Mapping[str, tuple[str, float]]) -> str:
     """What the numbers rest on: protocol, splits, seeds, all constants that are not the defaults, stand-ins."""
-    parts = {"Classification": constants.classification, "Pseudo-labels": constants.pseudo}
-    if any(row.segment for row in rows_of(constants)):
-        parts["Segmentation"] = constants.segmentation
+    parts = {"Classification": args.classification, "Pseudo-labels": args.pseudo}
+    if any(row.segment for row in rows_of(args)):
+        parts["Segmentation"] = args.segmentation
     method = dataset.method
-    stand_in = require(dataset.sam_masks("train"), constants).notes.get("stand_in")
+    stand_in = require(dataset.sam_masks("train"), args).notes.get("stand_in")
     everywhere = [f"{name} everywhere has {value:.2f} on the {split} split" for split, (name, value) in least.items()]
     return " ".join(
         [
             "mIoU in per cent: CAM, CRF and refinement on the train split, segmentation on the test split.",
-            f"Protocol: {constants.protocol}. Seeds: {', '.join(map(str, constants.seeds))}.",
-            f"Scales: {', '.join(f'{scale:g}' for scale in constants.scales)}.",
+            f"Protocol: {args.protocol}. Seeds: {', '.join(map(str, args.seeds))}.",
+            f"Scales: {', '.join(f'{scale:g}' for scale in args.scales)}.",
             f"tau of IOS: {method.tau_pseudo_labels:g} on pseudo-labels, {method.tau_segmentation:g} on segmentation.",
             *(f"{name}: {said}." for name, part in parts.items() if (said := _told(part))),
             *([f"The most frequent class, {', and '.join(everywhere)}."] if everywhere else []),
@@ -229,8 +229,7 @@ def _told(part: Any) -> str:
     return ", ".join(
         f"{key} {Path(value).name if key == 'weights' else value}"
         for key, value in given.items()
-        if key not in SHARED | speed_constants(part)
-        and (value != usual[key] or key in ("backbone", "weights", "epochs"))
+        if key not in SHARED | may_change(part) and (value != usual[key] or key in ("backbone", "weights", "epochs"))
     )
 
 

@@ -25,12 +25,11 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from tools.cams import at_scales, stack_scales
-from tools.command import UserError, check, run
-from tools.constants import ROOT, Device, PositiveCount, Scales, Speed, constants, flat, speed_constants
+from tools.command import UserError, and_more, check, run
+from tools.constants import ROOT, Device, MayChange, PositiveCount, Scales, checked_constants, flat, may_change
 from tools.dataset import Dataset, load_dataset
 from tools.devices import make_accelerator, precision_of, start_line
 from tools.files import read_json, remove_leftovers, write_json
-from tools.folders import and_more
 from tools.labels import save_label
 from tools.pictures import colourise, contact_sheet, overlay
 from tools.rasters import (
@@ -50,21 +49,21 @@ from tools.step import experiment_folder, require
 OVERVIEW = 1024  # pixels of the longer side of a picture in the overview
 
 
-@constants
+@checked_constants
 class Constants:
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/scenes/
-    scene: Speed[Annotated[tuple[Path, ...], Field(min_length=1)]]  # files of the scenes
+    scene: MayChange[Annotated[tuple[Path, ...], Field(min_length=1)]]  # files of the scenes
     segmenter: str = ""  # the experiment whose segmenter is used; empty: that of `experiment`
     scales: Scales = (0.5, 1.0, 1.5, 2.0)  # each with its mirror image
     overlap: Annotated[float, Field(ge=0, le=0.75)] = 0.25  # share of a window's side that the next window covers too
     nodata: Nodata = -1  # value of nodata pixels in all channels; -1: the nodata value stored in the file
     grey: Literal["stop", "repeat"] = "stop"  # scenes with one channel: stop, or repeat it three times
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as in step 5
-    images_at_once: Speed[PositiveCount] = 8  # windows of one batch; lower it when the GPU's memory is short
-    device: Speed[Device] = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    root: Speed[Path] = ROOT  # the folder that holds datasets/ and experiments/
-    overwrite: Speed[bool] = False  # segment the named scenes again, and replace their results
+    images_at_once: MayChange[PositiveCount] = 8  # windows of one batch; lower it when the GPU's memory is short
+    device: MayChange[Device] = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    root: MayChange[Path] = ROOT  # the folder that holds datasets/ and experiments/
+    overwrite: MayChange[bool] = False  # segment the named scenes again, and replace their results
 
 
 class Account(BaseModel):
@@ -81,40 +80,40 @@ class Account(BaseModel):
     square_metres: float | None = None  # of a pixel
 
 
-def main(constants: Constants) -> None:
-    check_scenes(constants.scene)
-    dataset = load_dataset(constants.dataset, constants.root)
-    experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
-    trainer = experiment_folder(constants.root, constants.dataset, constants.segmenter or constants.experiment)
-    trained = require(trainer / "segmenter", constants, experiment=trainer.name)
-    accelerator = make_accelerator(constants.precision, constants.device)
+def main(args: Constants) -> None:
+    check_scenes(args.scene)
+    dataset = load_dataset(args.dataset, args.root)
+    experiment = experiment_folder(args.root, args.dataset, args.experiment)
+    trainer = experiment_folder(args.root, args.dataset, args.segmenter or args.experiment)
+    trained = require(trainer / "segmenter", args, experiment=trainer.name)
+    accelerator = make_accelerator(args.precision, args.device)
     segmenter = Segmenter(trainer / "segmenter", trained, dataset, accelerator)
 
     def predict(windows: Tensor) -> Tensor:
         """(B,3,P,P) uint8 -> logits (B,K,P,P)."""
-        images = [at_scales(window.permute(1, 2, 0).numpy(), constants.scales) for window in windows]
+        images = [at_scales(window.permute(1, 2, 0).numpy(), args.scales) for window in windows]
         return segmenter(stack_scales(images), windows.shape[-2:])
 
     settings = {"segmenter": trainer.name, "precision": precision_of(accelerator), "window": dataset.patch_size}
     made_with = {
         "trained": trained.started,
-        "constants": json.loads(json.dumps(affecting(constants) | settings)),
+        "constants": json.loads(json.dumps(affecting(args) | settings)),
         "commit": commit(),
         "packages": package_versions(),
     }
     if accelerator.is_main_process:
-        print(f"scenes, {start_line(accelerator, precision_of(accelerator), constants.device)}")
+        print(f"scenes, {start_line(accelerator, precision_of(accelerator), args.device)}")
     failures = []
-    for scene in constants.scene[accelerator.process_index :: accelerator.num_processes]:
+    for scene in args.scene[accelerator.process_index :: accelerator.num_processes]:
         account = Account(**file_state(scene), **made_with)
         try:
-            segment(scene, experiment / "scenes", account, predict, dataset, constants)
+            segment(scene, experiment / "scenes", account, predict, dataset, args)
         except UserError as error:
             failures.append(str(error))
     failures = gather_object(failures)
     check(
         not failures,
-        f"{len(failures)} of {len(constants.scene)} scenes could not be segmented; all others are finished:\n  "
+        f"{len(failures)} of {len(args.scene)} scenes could not be segmented; all others are finished:\n  "
         f"{and_more(failures)}",
     )
 
@@ -135,10 +134,10 @@ def check_scenes(scenes: Sequence[Path]) -> None:
         )
 
 
-def affecting(constants: Constants) -> dict[str, Any]:
+def affecting(args: Constants) -> dict[str, Any]:
     """The constants that affect a result."""
-    speed = speed_constants(constants)
-    return {name: value for name, value in flat(constants).items() if name not in speed}
+    speed = may_change(args)
+    return {name: value for name, value in flat(args).items() if name not in speed}
 
 
 def file_state(scene: Path) -> dict[str, Any]:
@@ -147,23 +146,21 @@ def file_state(scene: Path) -> dict[str, Any]:
     return {"image": str(scene.resolve()), "bytes": state.st_size, "modified": state.st_mtime_ns}
 
 
-def segment(
-    scene: Path, folder: Path, account: Account, predict: Predict, dataset: Dataset, constants: Constants
-) -> None:
+def segment(scene: Path, folder: Path, account: Account, predict: Predict, dataset: Dataset, args: Constants) -> None:
     """Write the files of one scene, unless they exist. Raises `UserError` where they were made otherwise."""
     start, name = time.monotonic(), scene.stem
     target = folder / f"{name}{'.png' if scene.suffix.lower() in ('.png', '.jpg', '.jpeg') else '.tif'}"
     file = folder / "made_from" / f"{name}.json"
-    if file.exists() and not constants.overwrite:
+    if file.exists() and not args.overwrite:
         refuse_other(target, read_json(file, Account, "replace the result with --overwrite"), account)
         if target.exists():
             print(f"exists already: {target}")
             return
     remove_leftovers(folder, f"**/.{glob.escape(name)}.*.tmp*")
-    kinds = ("rgb", "holes", "grey") if constants.grey == "repeat" else ("rgb", "holes")
-    stride = max(1, round(dataset.patch_size * (1 - constants.overlap)))
-    windows = Windows(dataset.patch_size, stride, constants.images_at_once)
-    with Raster(scene, kinds, constants.nodata) as raster:
+    kinds = ("rgb", "holes", "grey") if args.grey == "repeat" else ("rgb", "holes")
+    stride = max(1, round(dataset.patch_size * (1 - args.overlap)))
+    windows = Windows(dataset.patch_size, stride, args.images_at_once)
+    with Raster(scene, kinds, args.nodata) as raster:
         # An interrupted run must not leave a new result with an old account or world file
         for path in (file, *(target.with_suffix(suffix) for suffix in {".tif", ".png", ".pgw"} - {target.suffix})):
             path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Name
+from models.backbone import BackboneName
 from models.classifier import Classifier
 from models.ir_loss import check_tiles, image_reconstruction_loss
 from report.page import renew
@@ -25,13 +25,13 @@ from tools.constants import (
     Affinity,
     Count,
     Machine,
+    MayChange,
     Momentum,
     NonNegative,
     Positive,
     PositiveCount,
     Seed,
-    Speed,
-    constants,
+    checked_constants,
 )
 from tools.dataset import Dataset
 from tools.devices import make_accelerator, precision_of
@@ -44,12 +44,12 @@ from tools.step import Step
 from tools.training import ClassScores, Training, advise, check_recipe, load_backbone, load_checkpoint, train
 
 
-@constants
+@checked_constants
 class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     protocol: Literal["clean", "released"] = "clean"  # keeps the last epoch | released: the best on train PIXEL labels
-    backbone: Name = "resnet50"  # at output stride 16
+    backbone: BackboneName = "resnet50"  # at output stride 16
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
     train_all: bool = False  # let the first stages learn as well; needed when weights is none
     gamma: Affinity | None = None  # PRC: affinities below this are cut, 0 to 0.999; None: the data set's, else 0.7
@@ -64,7 +64,7 @@ class Constants(Machine):
     weight_decay: NonNegative = 1e-4  # on weights only
     seed: Seed = 0  # of new weights, augmentation and order
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU compute in it, else fp32
-    compile: Speed[bool] = False  # torch.compile the model: faster steps after minutes of preparation
+    compile: MayChange[bool] = False  # torch.compile the model: faster steps after minutes of preparation
 
 
 def compute_loss(
@@ -80,42 +80,42 @@ def compute_loss(
     return {"loss": loss, "classification": classification, "reconstruction": reconstruction}
 
 
-def check_constants(constants: Constants, dataset: Dataset) -> None:
+def check_constants(args: Constants, dataset: Dataset) -> None:
     """Raise `UserError` for constants that cannot work with this data set, before anything is made."""
-    check_recipe(constants, len(dataset.ids("train")))
+    check_recipe(args, len(dataset.ids("train")))
     check(
-        constants.weights != "none" or constants.train_all,
+        args.weights != "none" or args.train_all,
         "weights is none, so the first stages would stay random: add --train-all, or give weights",
     )
     side = -(-dataset.patch_size // OUTPUT_STRIDE)
     try:
-        check_tiles(constants.tiles, (side, side))
+        check_tiles(args.tiles, (side, side))
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def main(constants: Constants) -> None:
-    step = Step("classifier", constants, image_labels=True)
+def main(args: Constants) -> None:
+    step = Step("classifier", args, image_labels=True)
     dataset, labels = step.dataset, step.labels
-    check_constants(constants, dataset)
-    accelerator = make_accelerator(constants.precision, constants.device)
+    check_constants(args, dataset)
+    accelerator = make_accelerator(args.precision, args.device)
     step.announce(accelerator, precision_of(accelerator))  # before weights are downloaded
-    if advice := advise(constants, Constants(), len(step.ids)):
+    if advice := advise(args, Constants(), len(step.ids)):
         accelerator.print(advice)
-    torch.manual_seed(constants.seed)
-    backbone = load_backbone(constants.backbone, constants.weights)
+    torch.manual_seed(args.seed)
+    backbone = load_backbone(args.backbone, args.weights)
     model = Classifier(
-        backbone, dataset.num_classes, step.method_value("gamma", "gamma"), constants.iterations, constants.train_all
+        backbone, dataset.num_classes, step.method_value("gamma", "gamma"), args.iterations, args.train_all
     )
     patches = TrainingPatches(
-        step.ids, dataset.images("train"), labels, dataset.num_classes, dataset.patch_size, constants.seed
+        step.ids, dataset.images("train"), labels, dataset.num_classes, dataset.patch_size, args.seed
     )
     scores = ClassScores(dataset.classes, accelerator)
-    compute = partial(compute_loss, ir_weight=constants.ir_weight, tiles=constants.tiles, scores=scores)
-    pretrained = [] if constants.weights == "none" else [backbone]
-    training = Training(model, pretrained, patches, compute, constants, accelerator, seen=scores.seen)
-    released = constants.protocol == "released"
-    select = partial(cam_miou, dataset=dataset, constants=constants, device=accelerator.device)
+    compute = partial(compute_loss, ir_weight=args.ir_weight, tiles=args.tiles, scores=scores)
+    pretrained = [] if args.weights == "none" else [backbone]
+    training = Training(model, pretrained, patches, compute, args, accelerator, seen=scores.seen)
+    released = args.protocol == "released"
+    select = partial(cam_miou, dataset=dataset, args=args, device=accelerator.device)
 
     def row(id: str) -> list[np.ndarray | None]:
         """The patch with the single-scale CAMs of its classes."""

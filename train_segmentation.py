@@ -18,27 +18,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Name
+from models.backbone import BackboneName
 from models.deeplab import DeepLabV3Plus
 from report.page import renew
 from tools.augment import TrainingPatches, to_tensor
 from tools.cams import mirrored_scales
-from tools.command import check, run
+from tools.command import and_more, check, run
 from tools.constants import (
     Count,
     Machine,
+    MayChange,
     Momentum,
     NonNegative,
     Positive,
     PositiveCount,
     Seed,
-    Speed,
     Width,
-    constants,
+    checked_constants,
 )
 from tools.dataset import Dataset
 from tools.devices import make_accelerator, precision_of
-from tools.folders import and_more
 from tools.labels import IGNORE, load_image, load_label
 from tools.logs import read_log
 from tools.pictures import colourise
@@ -48,25 +47,25 @@ from tools.step import Step
 from tools.training import Training, check_recipe, load_backbone, load_checkpoint, train
 
 
-@constants
+@checked_constants
 class Constants(Machine):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     protocol: Literal["clean", "released"] = "clean"  # keeps the last epoch | released: the best on train PIXEL labels
     labels: str = "refined_pseudo_labels"  # the step folder to learn from | truth (the fully supervised bound)
-    backbone: Name = "resnet50"  # at output stride 16
+    backbone: BackboneName = "resnet50"  # at output stride 16
     weights: str = "imagenet"  # imagenet (downloaded by torchvision) | the file of a state dict | none
     freeze_norm: bool = True  # keep the backbone's BatchNorm statistics; must be False when weights is none
     width: Width = 256  # channels of ASPP and decoder, a multiple of 4
     epochs: PositiveCount = 50  # passes over the train split
     batch_size: PositiveCount = 16  # over all processes together
-    micro_batch: Speed[Count] = 0  # patches computed at once; 0: the whole batch, halved when the memory is full
+    micro_batch: MayChange[Count] = 0  # patches computed at once; 0: the whole batch, halved when the memory is full
     lr: Positive = 0.007  # of pretrained weights; their biases x2, new weights x10, new biases x20
     momentum: Momentum = 4e-5  # what the released optimiser receives (0.9 was intended)
     weight_decay: NonNegative = 4e-5  # on weights only
     seed: Seed = 0  # of new weights, augmentation and order
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU compute in it, else fp32
-    compile: Speed[bool] = False  # torch.compile the model: faster steps after minutes of preparation
+    compile: MayChange[bool] = False  # torch.compile the model: faster steps after minutes of preparation
 
 
 def compute_loss(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -80,38 +79,36 @@ def labelled_pixels(labels: Tensor) -> Tensor:
     return (labels != IGNORE).sum()
 
 
-def check_constants(constants: Constants, dataset: Dataset) -> None:
+def check_constants(args: Constants, dataset: Dataset) -> None:
     """Raise `UserError` for constants that cannot work with this data set, before anything is made."""
-    check_recipe(constants, len(dataset.ids("train")))
+    check_recipe(args, len(dataset.ids("train")))
     check(
-        constants.weights != "none" or not constants.freeze_norm,
+        args.weights != "none" or not args.freeze_norm,
         "weights is none, so there are no BatchNorm statistics to keep: add --no-freeze-norm, or give weights",
     )
 
 
-def main(constants: Constants) -> None:
-    truth, released = constants.labels == "truth", constants.protocol == "released"
+def main(args: Constants) -> None:
+    truth, released = args.labels == "truth", args.protocol == "released"
     check(
-        constants.labels.replace("_", "").isalnum(),
-        f'labels is "{constants.labels}", but it must be the name of a step folder, or truth',
+        args.labels.replace("_", "").isalnum(),
+        f'labels is "{args.labels}", but it must be the name of a step folder, or truth',
     )
-    step = Step("segmenter", constants, reads=() if truth else (constants.labels,))
+    step = Step("segmenter", args, reads=() if truth else (args.labels,))
     dataset, ids = step.dataset, step.ids
-    check_constants(constants, dataset)
-    source = dataset.labels("train") if truth else step.sources[constants.labels]
+    check_constants(args, dataset)
+    source = dataset.labels("train") if truth else step.sources[args.labels]
     missing = [id for id in ids if not (source / f"{id}.png").exists()]
     check(not missing, f"{source} has no label of {len(missing)} train images: {and_more(missing, 3, ', ')}")
-    accelerator = make_accelerator(constants.precision, constants.device)
+    accelerator = make_accelerator(args.precision, args.device)
     step.announce(accelerator, precision_of(accelerator))  # before weights are downloaded
-    torch.manual_seed(constants.seed)
-    backbone = load_backbone(constants.backbone, constants.weights)
-    model = DeepLabV3Plus(backbone, dataset.num_classes, constants.width, constants.freeze_norm)
-    patches = TrainingPatches(
-        ids, dataset.images("train"), source, dataset.num_classes, dataset.patch_size, constants.seed
-    )
-    pretrained = [] if constants.weights == "none" else [backbone]
-    training = Training(model, pretrained, patches, compute_loss, constants, accelerator, count=labelled_pixels)
-    select = partial(segmentation_miou, dataset=dataset, constants=constants, device=accelerator.device)
+    torch.manual_seed(args.seed)
+    backbone = load_backbone(args.backbone, args.weights)
+    model = DeepLabV3Plus(backbone, dataset.num_classes, args.width, args.freeze_norm)
+    patches = TrainingPatches(ids, dataset.images("train"), source, dataset.num_classes, dataset.patch_size, args.seed)
+    pretrained = [] if args.weights == "none" else [backbone]
+    training = Training(model, pretrained, patches, compute_loss, args, accelerator, count=labelled_pixels)
+    select = partial(segmentation_miou, dataset=dataset, args=args, device=accelerator.device)
 
     def row(id: str) -> list[np.ndarray]:
         """The patch, what was learnt from, and the single-scale prediction."""

@@ -92,7 +92,7 @@ def refine_folder(
         output=step.path,
         dataset=step.dataset,
         refinement=refinement,
-        maker=STEPS["sam_masks"].hint(step.constants, split=step.split),
+        maker=STEPS["sam_masks"].hint(step.args, split=step.split),
     )
     pending = step.pending(step.ids, ".png")
     # the classes of a patch go with its id: all labels would be sent to the workers with every patch

@@ -5,15 +5,15 @@ from typing import Annotated
 from pydantic import Field
 
 from tools.command import check
-from tools.constants import Count, NonNegative, PositiveCount, Share, Speed, constants
+from tools.constants import Count, MayChange, NonNegative, PositiveCount, Share, checked_constants
 
 
-@constants
+@checked_constants
 class Settings:
     """SAM's own names and defaults."""
 
     points_per_side: Annotated[int, Field(ge=1, le=1000)] = 32  # points of the prompt grid along each side
-    points_per_batch: Speed[PositiveCount] = 64  # points decoded at once; halved when the memory is full
+    points_per_batch: MayChange[PositiveCount] = 64  # points decoded at once; halved when the memory is full
     pred_iou_thresh: Share = 0.88  # masks with a lower predicted IoU are dropped
     stability_score_thresh: Share = 0.95  # masks that change more when the mask threshold is shifted are dropped
     stability_score_offset: NonNegative = 1.0  # how far the mask threshold is shifted up and down for that

@@ -70,17 +70,17 @@ class Constants:
     growth: bool = True  # also measure ours with other sizes and numbers of classes
 
 
-def the_model(constants: Constants, device: torch.device, sample: torch.Tensor) -> Classifier:
+def the_model(args: Constants, device: torch.device, sample: torch.Tensor) -> Classifier:
     torch.manual_seed(0)
-    if constants.classifier:
-        settings = read_run(constants.classifier).constants
+    if args.classifier:
+        settings = read_run(args.classifier).constants
         backbone = Backbone(settings["backbone"], "none")
-        state = torch.load(constants.classifier / "model.pt", map_location="cpu", weights_only=True)["model"]
+        state = torch.load(args.classifier / "model.pt", map_location="cpu", weights_only=True)["model"]
         classes = len(state["classifier.weight"])
         model = Classifier(backbone, classes, settings["gamma"], settings["iterations"])
-        load_checkpoint(constants.classifier / "model.pt", model)
+        load_checkpoint(args.classifier / "model.pt", model)
     else:
-        model = Classifier(Backbone(constants.backbone, "none"), constants.num_classes)
+        model = Classifier(Backbone(args.backbone, "none"), args.num_classes)
         with torch.no_grad():
             for _ in range(3):  # so that BatchNorm's statistics fit the random weights
                 model.train()(normalise(sample))
@@ -108,12 +108,12 @@ def plain(model: Classifier, file: Path, output: Path, classes: np.ndarray, scal
 
 
 def ours(
-    model: Classifier, bf16: bool, images: Path, output: Path, present: dict[str, np.ndarray], constants: Constants
+    model: Classifier, bf16: bool, images: Path, output: Path, present: dict[str, np.ndarray], args: Constants
 ) -> None:
     """As infer_classification.py."""
     device = next(model.parameters()).device
-    at_once = min(constants.images_at_once, len(present))
-    batches = image_batches(images, sorted(present), constants.scales, at_once, constants.workers, stop)
+    at_once = min(args.images_at_once, len(present))
+    batches = image_batches(images, sorted(present), args.scales, at_once, args.workers, stop)
     with in_background() as submit:
         for ids, size, batch in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -124,12 +124,12 @@ def ours(
                 submit(save_cams, output / f"{id}.npz", present[id], kept, size, scores[index])
 
 
-def write_images(folder: Path, size: int, count: int, constants: Constants) -> None:
+def write_images(folder: Path, size: int, count: int, args: Constants) -> None:
     random = np.random.default_rng(0)
-    files = sorted(path for path in constants.images.iterdir() if path.is_file()) if constants.images else []
+    files = sorted(path for path in args.images.iterdir() if path.is_file()) if args.images else []
     folder.mkdir(parents=True)
     for index in range(count):
-        image = aerial_patch(random, size, constants.num_classes)[0]
+        image = aerial_patch(random, size, args.num_classes)[0]
         if files:
             image = np.array(Image.open(files[index * len(files) // count]).convert("RGB"))[:size, :size]
         Image.fromarray(image).save(folder / f"{index:04}.png")
@@ -155,19 +155,19 @@ def likely(model: Classifier, file: Path, count: int) -> np.ndarray:
 
 
 def compare(
-    unfolded: Classifier, constants: Constants, root: Path, count: int, device: torch.device, has_bf16: bool
+    unfolded: Classifier, args: Constants, root: Path, count: int, device: torch.device, has_bf16: bool
 ) -> None:
     images, model = root / "images", for_inference(deepcopy(unfolded), device)
-    present = {file.stem: likely(model, file, constants.present) for file in sorted(images.iterdir())}
+    present = {file.stem: likely(model, file, args.present) for file in sorted(images.iterdir())}
 
     def plainly() -> None:
         for id, kept in present.items():
-            plain(unfolded, images / f"{id}.png", root / "plain" / f"{id}.npy", kept, constants.scales)
+            plain(unfolded, images / f"{id}.png", root / "plain" / f"{id}.npy", kept, args.scales)
 
     ways = {"plain": plainly}
     for bf16 in (False, True)[: 1 + has_bf16]:
         name = "ours, bf16" if bf16 else "ours, fp32"
-        ways[name] = partial(ours, model, bf16, images, root / name, present, constants)
+        ways[name] = partial(ours, model, bf16, images, root / name, present, args)
     results = {}
     for name, way in ways.items():
         (root / name).mkdir()
@@ -203,17 +203,17 @@ def network_seconds(model: nn.Module, images: list[Tensor], device: torch.device
     return measured(work, 3, device)[1] / len(images[0])
 
 
-def parts(classifier: Classifier, constants: Constants, root: Path, device: torch.device, has_bf16: bool) -> None:
+def parts(classifier: Classifier, args: Constants, root: Path, device: torch.device, has_bf16: bool) -> None:
     """Reading and resizing in one worker process; the networks with and without folded BatchNorm."""
     files = sorted((root / "images").iterdir())
     images, reading, _ = measured(lambda: [load_image(file) for file in files], 3)
-    scaled, resizing, _ = measured(lambda: [at_scales(image, constants.scales) for image in images], 3)
+    scaled, resizing, _ = measured(lambda: [at_scales(image, args.scales) for image in images], 3)
     print(
         f"a worker process: reading {1e3 * reading / len(files):.1f} ms an image, resizing to "
-        f"{len(constants.scales)} scales {1e3 * resizing / len(files):.1f} ms"
+        f"{len(args.scales)} scales {1e3 * resizing / len(files):.1f} ms"
     )
-    batch = stack_scales(scaled[: constants.images_at_once])
-    segmenter = DeepLabV3Plus(Backbone(constants.backbone, "none"), classifier.classifier.out_channels)
+    batch = stack_scales(scaled[: args.images_at_once])
+    segmenter = DeepLabV3Plus(Backbone(args.backbone, "none"), classifier.classifier.out_channels)
     for name, model in (("step 2", classifier), ("step 6", segmenter)):
         unfolded = model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         folded = for_inference(deepcopy(unfolded), device)
@@ -226,14 +226,14 @@ def parts(classifier: Classifier, constants: Constants, root: Path, device: torc
             )
 
 
-def growth(model: Classifier, constants: Constants, root: Path, bf16: bool) -> None:
+def growth(model: Classifier, args: Constants, root: Path, bf16: bool) -> None:
     """Ours with other numbers of images, classes and pixels."""
     for size, count, present in ((64, 4, 3), (64, 8, 3), (64, 4, 6), (128, 4, 3), (192, 4, 3)):
         folder, images = root / f"{size}_{count}_{present}", root / f"images_{size}_{count}_{present}"
         device = next(model.parameters()).device
-        write_images(images, size, count, constants)
+        write_images(images, size, count, args)
         kept = {file.stem: np.arange(min(present, model.classifier.out_channels)) for file in images.iterdir()}
-        _, seconds, _ = measured(partial(ours, model, bf16, images, folder, kept, constants), 1, device)
+        _, seconds, _ = measured(partial(ours, model, bf16, images, folder, kept, args), 1, device)
         disk = sum(file.stat().st_size for file in folder.iterdir()) / count
         print(
             f"growth: {count:3} images of {size} x {size}, {present} classes: {seconds / count:.3f} s and "
@@ -242,24 +242,24 @@ def growth(model: Classifier, constants: Constants, root: Path, bf16: bool) -> N
         shutil.rmtree(images)
 
 
-def main(constants: Constants) -> None:
+def main(args: Constants) -> None:
     accelerator = make_accelerator()
     device, bf16 = accelerator.device, accelerator.mixed_precision == "bf16"
-    count = constants.count or (256 if device.type == "cuda" else 4)
+    count = args.count or (256 if device.type == "cuda" else 4)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_images(root / "images", constants.size, count, constants)
+        write_images(root / "images", args.size, count, args)
         sample = torch.stack([to_tensor(load_image(file)) for file in sorted((root / "images").iterdir())[:4]])
-        model = the_model(constants, device, sample)
+        model = the_model(args, device, sample)
         print(
-            f"{device}, {torch.get_num_threads()} threads; {count} images of {constants.size} x {constants.size}, "
-            f"{constants.present} of {model.classifier.out_channels} classes, scales {constants.scales} with mirrors"
+            f"{device}, {torch.get_num_threads()} threads; {count} images of {args.size} x {args.size}, "
+            f"{args.present} of {model.classifier.out_channels} classes, scales {args.scales} with mirrors"
         )
-        compare(model, constants, root, count, device, bf16)
-        if constants.parts:
-            parts(model, constants, root, device, bf16)
-        if constants.growth:
-            growth(for_inference(model, device), constants, root, bf16)
+        compare(model, args, root, count, device, bf16)
+        if args.parts:
+            parts(model, args, root, device, bf16)
+        if args.growth:
+            growth(for_inference(model, device), args, root, bf16)
 
 
 if __name__ == "__main__":

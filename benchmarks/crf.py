@@ -38,16 +38,16 @@ class Constants:
     seed: int = 0  # of the synthetic image and the class maps
 
 
-def load_image(constants: Constants, size: int) -> np.ndarray:
+def load_image(args: Constants, size: int) -> np.ndarray:
     """Square image (size, size, 3); (0, 0, 3) where the file is smaller."""
-    if constants.image is None:
-        random = np.random.default_rng(constants.seed)
+    if args.image is None:
+        random = np.random.default_rng(args.seed)
         regions = smooth_maps(random, 6, size, 20).argmax(0)
         texture = cv2.GaussianBlur(random.standard_normal((size, size, 3), np.float32), (0, 0), 1.5)
         return np.clip(random.integers(60, 200, (6, 3))[regions] + 40 * texture, 0, 255).astype(np.uint8)
-    image = cv2.imread(str(constants.image))
+    image = cv2.imread(str(args.image))
     if image is None:
-        sys.exit(f"error: {constants.image} is missing or cannot be read: give an 8-bit image with --image")
+        sys.exit(f"error: {args.image} is missing or cannot be read: give an 8-bit image with --image")
     top, left = ((side - size) // 2 for side in image.shape[:2])
     return image[top : top + size, left : left + size, ::-1].copy() if min(top, left) >= 0 else image[:0, :0]
 
@@ -76,32 +76,32 @@ def plain(p: np.ndarray, image: np.ndarray, iterations: int) -> np.ndarray:
     return q.reshape(p.shape)
 
 
-def measure(way: str, size: int, classes: int, constants: Constants) -> tuple[float, float, np.ndarray]:
+def measure(way: str, size: int, classes: int, args: Constants) -> tuple[float, float, np.ndarray]:
     """Fastest time in seconds, peak memory in MB (of the GPU where one is used), labels (size, size)."""
-    torch.set_num_threads(constants.threads)
-    cv2.setNumThreads(constants.threads)
-    image, p = load_image(constants, size), smooth_maps(np.random.default_rng(constants.seed + 1), classes, size)
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(args.threads)
+    image, p = load_image(args, size), smooth_maps(np.random.default_rng(args.seed + 1), classes, size)
     if way == "plain":
-        q, seconds, memory = measured(lambda: plain(p, image, constants.iterations), constants.repeats)
+        q, seconds, memory = measured(lambda: plain(p, image, args.iterations), args.repeats)
     else:
-        crf = CRF(crf_iterations=constants.iterations, crf_mode="exact" if way == "exact" else "lattice")
-        dense_crf(p[:, :8, :8], image[:8, :8], crf, constants.device)  # loads libraries: not a part of the cost
-        work = partial(dense_crf, p, image, crf, constants.device)
-        q, seconds, memory = measured(work, constants.repeats, constants.device)
+        crf = CRF(crf_iterations=args.iterations, crf_mode="exact" if way == "exact" else "lattice")
+        dense_crf(p[:, :8, :8], image[:8, :8], crf, args.device)  # loads libraries: not a part of the cost
+        work = partial(dense_crf, p, image, crf, args.device)
+        q, seconds, memory = measured(work, args.repeats, args.device)
     return seconds, memory, q.argmax(0)
 
 
-def main(constants: Constants) -> None:
-    first, *others = constants.num_classes
-    cases = [(size, first) for size in constants.sizes] + [(constants.classes_size, classes) for classes in others]
+def main(args: Constants) -> None:
+    first, *others = args.num_classes
+    cases = [(size, first) for size in args.sizes] + [(args.classes_size, classes) for classes in others]
     print("      pixels classes     way  seconds   ratio us/pixel     MB agreement")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for size, classes in cases:
-            if load_image(constants, size).size == 0:
-                print(f"{size:5} x {size:<4} not measured: {constants.image} is smaller")
+            if load_image(args, size).size == 0:
+                print(f"{size:5} x {size:<4} not measured: {args.image} is smaller")
                 continue
-            limits = {"lattice": size, "exact": constants.exact_up_to, "plain": constants.plain_up_to}
-            found = {way: pool.apply(measure, (way, size, classes, constants)) for way in limits if size <= limits[way]}
+            limits = {"lattice": size, "exact": args.exact_up_to, "plain": args.plain_up_to}
+            found = {way: pool.apply(measure, (way, size, classes, args)) for way in limits if size <= limits[way]}
             for way, (seconds, memory, labels) in found.items():
                 agreement = f"{(labels == found['exact'][2]).mean():9.2%}" if "exact" in found else ""
                 print(

@@ -37,19 +37,19 @@ class Constants:
     seed: int = 0
 
 
-def patches(constants: Constants, size: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def patches(args: Constants, size: int, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield images (S,S,3) and their truth (S,S), which holds at least two classes."""
-    random = np.random.default_rng(constants.seed)
-    if constants.split is None:
+    random = np.random.default_rng(args.seed)
+    if args.split is None:
         for _ in range(count):
             yield aerial_patch(random, size, 5, coarse=4)
         return
-    files = sorted((constants.split / "images").glob("*.png"))
+    files = sorted((args.split / "images").glob("*.png"))
     found = 0
     for index in random.permutation(len(files)):
         image, truth = (
             load_image(files[index]),
-            load_label(constants.split / "labels" / files[index].name, constants.num_classes),
+            load_label(args.split / "labels" / files[index].name, args.num_classes),
         )
         top, left = (max(0, side - size) // 2 for side in truth.shape)
         cut = slice(top, top + size), slice(left, left + size)
@@ -58,32 +58,32 @@ def patches(constants: Constants, size: int, count: int) -> Iterator[tuple[np.nd
             yield np.ascontiguousarray(image[cut]), truth[cut]
 
 
-def cam_like(truth: np.ndarray, random: np.random.Generator, constants: Constants) -> tuple[np.ndarray, np.ndarray]:
+def cam_like(truth: np.ndarray, random: np.random.Generator, args: Constants) -> tuple[np.ndarray, np.ndarray]:
     """Class ids (k,), maps (k,S,S) in 0..1."""
     classes = np.unique(truth[truth != 255])
     maps = []
     for k in classes:
-        mask = cv2.GaussianBlur((truth == k).astype(np.float32), (0, 0), constants.blur)
-        noise = cv2.GaussianBlur(random.standard_normal(truth.shape, np.float32), (0, 0), constants.blur)
-        noise *= constants.noise / noise.std()
+        mask = cv2.GaussianBlur((truth == k).astype(np.float32), (0, 0), args.blur)
+        noise = cv2.GaussianBlur(random.standard_normal(truth.shape, np.float32), (0, 0), args.blur)
+        noise *= args.noise / noise.std()
         value = np.maximum(random.uniform(0.6, 1.4) * mask / mask.max() + noise, 0)
         maps.append(value / (value.max() + 1e-5))
     return classes, np.stack(maps)
 
 
-def main(constants: Constants) -> None:
+def main(args: Constants) -> None:
     cv2.setNumThreads(1)
-    for size, count in zip(constants.sizes, constants.counts, strict=True):
-        random = np.random.default_rng(constants.seed)
+    for size, count in zip(args.sizes, args.counts, strict=True):
+        random = np.random.default_rng(args.seed)
         modes = {"lattice": CRF(), "exact": CRF(crf_mode="exact")}
-        matrices = {name: ConfusionMatrix(constants.num_classes) for name in ("maps", *modes)}
+        matrices = {name: ConfusionMatrix(args.num_classes) for name in ("maps", *modes)}
         seconds: dict[str, list[float]] = {name: [] for name in modes}
         equal: list[float] = []
-        for image, truth in patches(constants, size, count):
-            classes, maps = cam_like(truth, random, constants)
+        for image, truth in patches(args, size, count):
+            classes, maps = cam_like(truth, random, args)
             labels = {"maps": maps.argmax(0)}
             for name, crf in modes.items():
-                q, taken, _ = measured(partial(dense_crf, maps, image, crf, constants.device), 1, constants.device)
+                q, taken, _ = measured(partial(dense_crf, maps, image, crf, args.device), 1, args.device)
                 labels[name] = q.argmax(0)
                 seconds[name].append(taken)
             for name, found in labels.items():

@@ -193,12 +193,12 @@ def generator(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 def training(sizes: Sizes, device: torch.device, name: str, size: int, compile: bool) -> Iterator[Row]:
     """A training step at the paper's batch: plain and ours, or ours and ours compiled; each in a new process."""
-    constants = training_benchmark.Constants(
+    args = training_benchmark.Constants(
         backbone=sizes.backbone, num_classes=sizes.classes, batch_sizes=sizes.batches, steps=3 * sizes.repeats
     )
     batch = sizes.batches[name == "segmentation"]
-    compiled = replace(constants, compile=True)
-    ways = [(True, constants), (True, compiled)] if compile else [(False, constants), (True, constants)]
+    compiled = replace(args, compile=True)
+    ways = [(True, args), (True, compiled)] if compile else [(False, args), (True, args)]
     found: list[tuple[float, float] | None] = []
     halved = []
     for ours, chosen in ways:
@@ -221,7 +221,7 @@ def micro_batches(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     batch, size = sizes.batches[1], max(sizes.patches)
     found: list[tuple[float, float] | None] = []
     for micro_batch in (0, max(1, batch // 2)):
-        constants = training_benchmark.Constants(
+        args = training_benchmark.Constants(
             backbone=sizes.backbone,
             num_classes=sizes.classes,
             batch_sizes=sizes.batches,
@@ -229,7 +229,7 @@ def micro_batches(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             micro_batch=micro_batch,
         )
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found.append(pool.apply(training_benchmark.measure, ("segmentation", True, size, constants))[:2])
+            found.append(pool.apply(training_benchmark.measure, ("segmentation", True, size, args))[:2])
     setting = f"{batch} x {size} px, {batch // 2} at once against all"
     yield Row("step 5, micro-batches", setting, "step", found[0], found[1])
 
@@ -276,8 +276,7 @@ def exact_crf(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         on_cpu = crf_benchmark.Constants(repeats=1)
         on_device = crf_benchmark.Constants(repeats=1, device=str(device))
         lattice, exact = (
-            crf_benchmark.measure(way, size, 4, constants)
-            for way, constants in (("lattice", on_cpu), ("exact", on_device))
+            crf_benchmark.measure(way, size, 4, args) for way, args in (("lattice", on_cpu), ("exact", on_device))
         )
         equal = f"{(lattice[2] == exact[2]).mean():.2%} of labels equal"
         what = "step 3, exact CRF against the lattice on the CPU"
@@ -395,13 +394,13 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def main(constants: Constants) -> None:
+def main(args: Constants) -> None:
     start = time.monotonic()
     device = process_state().device
     sizes = Sizes() if device.type == "cuda" else REDUCED
-    check(constants.minutes >= 0, f"minutes is {constants.minutes}, but it must be at least 0")
-    end = start + 60 * (constants.minutes or (60 if sizes.reduced else 8))
-    output = constants.output or (Path(tempfile.mkdtemp(prefix="gpu")) if sizes.reduced else ROOT / "docs")
+    check(args.minutes >= 0, f"minutes is {args.minutes}, but it must be at least 0")
+    end = start + 60 * (args.minutes or (60 if sizes.reduced else 8))
+    output = args.output or (Path(tempfile.mkdtemp(prefix="gpu")) if sizes.reduced else ROOT / "docs")
     print(
         f"{device_name(device)} ({device})" + ("; no GPU: tiny sizes, to try this program" if sizes.reduced else ""),
         flush=True,
@@ -411,7 +410,7 @@ def main(constants: Constants) -> None:
         "device": device_facts(device),
         "packages": package_versions(),
         "date": time.strftime("%Y-%m-%d"),
-        "tests": run_tests(device, (end - time.monotonic()) / 2) if constants.tests else "not run",
+        "tests": run_tests(device, (end - time.monotonic()) / 2) if args.tests else "not run",
         "rows": [],
         "left_out": {},
         "seconds": 0.0,

@@ -40,32 +40,32 @@ class Constants:
     repeats: int = 20
 
 
-def main(constants: Constants) -> None:
+def main(args: Constants) -> None:
     rng = np.random.default_rng(0)
-    size, classes = constants.size, range(constants.classes)
-    blocks = np.kron(rng.integers(0, constants.classes, (8, 8)), np.ones((-(-size // 8),) * 2))
+    size, classes = args.size, range(args.classes)
+    blocks = np.kron(rng.integers(0, args.classes, (8, 8)), np.ones((-(-size // 8),) * 2))
     label = blocks[:size, :size].astype(np.uint8)
-    packed = regions(constants) if constants.image else pack_masks(ellipses(rng, constants.masks, size))
+    packed = regions(args) if args.image else pack_masks(ellipses(rng, args.masks, size))
     dense = packed.unpack()
     print(
-        f"{size} px, {constants.classes} classes, {len(packed)} masks of {dense.mean():.1%} of the patch each, tau "
-        f"{constants.tau}"
+        f"{size} px, {args.classes} classes, {len(packed)} masks of {dense.mean():.1%} of the patch each, tau "
+        f"{args.tau}"
     )
     files(packed)
-    loop, loop_seconds = measured(lambda: literal(label, dense, classes, constants.tau), 1)[:2]
+    loop, loop_seconds = measured(lambda: literal(label, dense, classes, args.tau), 1)[:2]
     print(f"literal loop   {loop_seconds * 1e3:8.2f} ms")
     maps = {c: cv2.resize(rng.random((32, 32), np.float32), (size, size)) for c in classes}
     of_ios = 0.0
     for rule in get_args(Rule):
-        work = partial(Refinement(rule, constants.tau), label, packed, classes, maps)
-        seconds, memory = measured(work, constants.repeats)[1], allocated(work)
+        work = partial(Refinement(rule, args.tau), label, packed, classes, maps)
+        seconds, memory = measured(work, args.repeats)[1], allocated(work)
         of_ios = of_ios or seconds
         print(
             f"{rule:14} {seconds * 1e3:8.2f} ms, {seconds / of_ios:4.2f} times IOS, {memory:5.1f} MB beside the input"
         )
-    equal = np.array_equal(intersection_optimisation(label, packed, classes, constants.tau), loop)
+    equal = np.array_equal(intersection_optimisation(label, packed, classes, args.tau), loop)
     print(f"IOS is {loop_seconds / of_ios:.0f} times as fast as the loop, equal to it: {equal}")
-    growth(rng, constants)
+    growth(rng, args)
 
 
 def files(packed: Masks) -> None:
@@ -88,12 +88,12 @@ def allocated(work: Callable) -> float:
     return memory / 1e6
 
 
-def growth(rng: np.random.Generator, constants: Constants) -> None:
+def growth(rng: np.random.Generator, args: Constants) -> None:
     """IOS over pixels, classes and masks."""
     for size, classes, count in ((256, 5, 100), (512, 5, 100), (1024, 5, 100), (512, 16, 100), (512, 5, 400)):
         label = np.kron(rng.integers(0, classes, (8, 8)), np.ones((size // 8,) * 2)).astype(np.uint8)
         packed = pack_masks(ellipses(rng, count, size))
-        work = partial(intersection_optimisation, label, packed, range(classes), constants.tau)
+        work = partial(intersection_optimisation, label, packed, range(classes), args.tau)
         print(f"growth: {size} px, {classes} classes, {count} masks: {measured(work, 5)[1] * 1e3:.2f} ms")
 
 
@@ -122,11 +122,11 @@ def ellipses(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
     return np.array(masks)
 
 
-def regions(constants: Constants) -> Masks:
-    image = np.array(Image.open(constants.image).convert("RGB"))[: constants.size, : constants.size]
-    check(image.shape[:2] == (constants.size,) * 2, f"{constants.image} is smaller than {constants.size} pixels")
+def regions(args: Constants) -> Masks:
+    image = np.array(Image.open(args.image).convert("RGB"))[: args.size, : args.size]
+    check(image.shape[:2] == (args.size,) * 2, f"{args.image} is smaller than {args.size} pixels")
     masks = felzenszwalb_masks(np.ascontiguousarray(image))
-    return masks.chosen(np.argsort(-masks.areas)[: constants.masks])
+    return masks.chosen(np.argsort(-masks.areas)[: args.masks])
 
 
 if __name__ == "__main__":

@@ -57,26 +57,26 @@ class Constants:
     root: Path | None = None  # a folder for the made data set; None: a temporary one
 
 
-def make_dataset(root: Path, constants: Constants) -> Path:
+def make_dataset(root: Path, args: Constants) -> Path:
     """Some synthetic patches, many times under other names."""
     random, folder = np.random.default_rng(0), root / "datasets" / "many"
     folder.mkdir(parents=True)
-    names = [f'{{name = "class {k}", colour = [{40 * k}, {255 - 40 * k}, 90]}}' for k in range(constants.classes)]
-    (folder / "dataset.toml").write_text(f"patch_size = {constants.size}\nclasses = [{', '.join(names)}]\n")
+    names = [f'{{name = "class {k}", colour = [{40 * k}, {255 - 40 * k}, 90]}}' for k in range(args.classes)]
+    (folder / "dataset.toml").write_text(f"patch_size = {args.size}\nclasses = [{', '.join(names)}]\n")
     images = folder / "train" / "images"
-    for number in range(min(100, constants.patches)):
-        save_image(root / f"{number}.png", aerial_patch(random, constants.size, 5)[0])
+    for number in range(min(100, args.patches)):
+        save_image(root / f"{number}.png", aerial_patch(random, args.size, 5)[0])
     images.mkdir(parents=True)
-    side = int(np.ceil(np.sqrt(constants.patches)))
-    for number in range(constants.patches):
+    side = int(np.ceil(np.sqrt(args.patches)))
+    for number in range(args.patches):
         os.link(root / f"{number % 100}.png", images / f"scene_r{number // side:03d}_c{number % side:03d}.png")
     return folder / "train" / "label_images.html"
 
 
-def main(constants: Constants) -> None:
+def main(args: Constants) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        root = constants.root or Path(temporary)
-        path = make_dataset(root, constants)
+        root = args.root or Path(temporary)
+        path = make_dataset(root, args)
         start = time.perf_counter()
         label_page.main(label_page.Constants(dataset="many", root=root))
         print(f"written in {time.perf_counter() - start:.2f} s, {path.stat().st_size / 1e6:.2f} MB")
@@ -89,10 +89,10 @@ def main(constants: Constants) -> None:
             page.until("labels[0][0] === '1'")
             key = page.js("performance.now()") - before
             print(f"usable {(drawn + key) / 1e3:.2f} s after it was opened; a key takes {key:.0f} ms")
-            for step in constants.steps:
-                found = page.js(f"{SCROLL}({constants.frames}, {step})")
+            for step in args.steps:
+                found = page.js(f"{SCROLL}({args.frames}, {step})")
                 print(
-                    f"{constants.frames} frames of {step} heights: {found['blank']} blank, {found['loading']} loading; "
+                    f"{args.frames} frames of {step} heights: {found['blank']} blank, {found['loading']} loading; "
                     f"{found['median']:.0f} ms a frame, the longest {found['longest']:.0f} ms"
                 )
             print(f"{page.js('document.querySelectorAll(`.cell`).length')} cells exist at the end")

@@ -59,12 +59,12 @@ def plant(labels: np.ndarray, share: float, random: np.random.Generator) -> np.n
 class Trial:
     """The demo's train split with one set of labels after another."""
 
-    def __init__(self, dataset: Dataset, epochs: int, constants: Constants):
-        self.dataset, self.epochs, self.constants = dataset, epochs, constants
+    def __init__(self, dataset: Dataset, epochs: int, args: Constants):
+        self.dataset, self.epochs, self.args = dataset, epochs, args
         self.root, self.ids = dataset.folder.parents[1], dataset.ids("train")
 
     def step(self, script: str, name: str, *words: str) -> None:
-        workers = ("--workers", str(self.constants.workers))
+        workers = ("--workers", str(self.args.workers))
         go(script, self.root, "--dataset", "demo", "--experiment", name, *workers, *words)
 
     def logits(self, name: str, labels: np.ndarray) -> np.ndarray:
@@ -72,7 +72,7 @@ class Trial:
         by_id = dict(zip(self.ids, labels, strict=True))
         write_image_labels(self.dataset.image_labels_file("train"), self.dataset.classes, by_id)
         recipe = ["--backbone", "resnet18", "--weights", "none", "--train-all", "--lr", "0.003", "--momentum", "0.9"]
-        recipe += ["--epochs", str(self.epochs), "--seed", str(self.constants.seed)]
+        recipe += ["--epochs", str(self.epochs), "--seed", str(self.args.seed)]
         self.step("train_classification.py", name, *recipe)
         self.step("infer_classification.py", name, "--scales", "1.0", "1.5", "2.0")
         found = read_logits(self.root / "experiments/demo" / name / "cams", self.ids, self.dataset.num_classes)
@@ -102,9 +102,9 @@ def found(truth: np.ndarray, labels: np.ndarray, logits: np.ndarray, share: floa
     return np.where(first, truth, labels)
 
 
-def main(constants: Constants) -> None:
+def main(args: Constants) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        root = constants.root or Path(temporary)
+        root = args.root or Path(temporary)
         if not (root / "datasets" / "demo" / "train" / "images").exists():
             go("datasetsprocess/make_demo_scenes.py", root)
             go("datasetsprocess/vaihingen_patch_split.py", root, "--dataset", "demo")
@@ -112,14 +112,14 @@ def main(constants: Constants) -> None:
         dataset = load_dataset("demo", root)
         known = dataset.image_labels("train")
         truth = np.stack([known[id] for id in sorted(known)])
-        flipped = plant(truth, constants.wrong, np.random.default_rng(constants.seed))
+        flipped = plant(truth, args.wrong, np.random.default_rng(args.seed))
         print(f"{(truth != flipped).sum()} of {truth.size} labels of {len(truth)} patches are flipped")
-        for epochs in constants.epochs:
-            trial = Trial(dataset, epochs, constants)
-            print(f"{epochs} epochs, among the {constants.checked:.0%} of the labels that are most doubtful:")
+        for epochs in args.epochs:
+            trial = Trial(dataset, epochs, args)
+            print(f"{epochs} epochs, among the {args.checked:.0%} of the labels that are most doubtful:")
             logits = trial.logits(f"flipped_{epochs}", flipped)
-            corrected = found(truth, flipped, logits, constants.checked)
-            if constants.pseudo_labels:
+            corrected = found(truth, flipped, logits, args.checked)
+            if args.pseudo_labels:
                 scores = {"flipped": trial.miou(f"flipped_{epochs}")}
                 for name, labels in (("corrected", corrected), ("true", truth)):
                     trial.logits(f"{name}_{epochs}", labels)

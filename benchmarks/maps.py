@@ -23,7 +23,7 @@ from report.label_folders import load_prediction
 from tables.oracles import on_true_background
 from tools.augment import normalise, to_tensor
 from tools.command import run
-from tools.constants import Affinity, Place, PositiveCount, constants
+from tools.constants import Affinity, Place, PositiveCount, checked_constants
 from tools.dataset import Dataset, load_dataset
 from tools.labels import load_image, load_label
 from tools.scores import ConfusionMatrix
@@ -33,7 +33,7 @@ from tools.training import load_checkpoint
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-@constants
+@checked_constants
 class Constants(Place):
     dataset: str = "demo"  # after process.py; maps are measured where its [rules] name a background class
     experiments: tuple[str, ...] = ("prc",)  # folders of experiments/<dataset>/ with cams/, with or without classifier/
@@ -62,19 +62,19 @@ def cosines(vectors: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def affinities(dataset: Dataset, folder: Path, constants: Constants) -> None:
+def affinities(dataset: Dataset, folder: Path, args: Constants) -> None:
     """Print what the PRC of one classifier makes of the patches: cosines, cells kept, weight on the same class."""
-    settings = require(folder, constants, experiment=folder.parent.name).constants
+    settings = require(folder, args, experiment=folder.parent.name).constants
     if not settings["iterations"]:
         return print("trained without PRC")
     model = Classifier(Backbone(settings["backbone"], "none"), dataset.num_classes)
     load_checkpoint(folder / "model.pt", model)
     model.eval()
     found: dict[str, list[Tensor]] = {"features": [], "projected features": []}
-    kept: dict[float, list[Tensor]] = {gamma: [] for gamma in constants.gammas}
-    weight: dict[float, list[Tensor]] = {gamma: [] for gamma in constants.gammas}
+    kept: dict[float, list[Tensor]] = {gamma: [] for gamma in args.gammas}
+    weight: dict[float, list[Tensor]] = {gamma: [] for gamma in args.gammas}
     chance = []
-    for id in dataset.ids("train")[:: constants.every]:
+    for id in dataset.ids("train")[:: args.every]:
         image = normalise(to_tensor(load_image(dataset.images("train") / f"{id}.png"))[None])
         truth = torch.from_numpy(load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes))
         features = model.backbone(image)[2]
@@ -85,7 +85,7 @@ def affinities(dataset: Dataset, folder: Path, constants: Constants) -> None:
         same = shares.T @ shares  # (N,N): probability that random pixels of two cells have the same class
         objects = shares[np.arange(len(shares)) != dataset.background].sum(0) > 0.5  # without a background: all cells
         chance.append(same.mean(0)[objects])
-        for gamma in constants.gammas:
+        for gamma in args.gammas:
             model.prc.gamma = gamma
             affinity = model.prc.affinity(features, image)[0]
             kept[gamma].append((affinity > 0).sum(0).float())
@@ -95,17 +95,17 @@ def affinities(dataset: Dataset, folder: Path, constants: Constants) -> None:
         print(f"cosines of {name}, quantiles {QUANTILES}: {', '.join(f'{value:.2f}' for value in quantiles)}")
     print(f"weight on the same class at objects, random cells: {torch.cat(chance).mean():.3f}")
     print("| gamma | cells kept | of | weight on the same class at objects |\n|---|---|---|---|")
-    for gamma in constants.gammas:
+    for gamma in args.gammas:
         cells = len(kept[gamma][0])
         print(f"| {gamma:g} | {torch.cat(kept[gamma]).mean():.1f} | {cells} | {torch.cat(weight[gamma]).mean():.3f} |")
 
 
-def main(constants: Constants) -> None:
+def main(args: Constants) -> None:
     torch.set_num_threads(1)
-    dataset = load_dataset(constants.dataset, constants.root)
-    folders = [experiment_folder(constants.root, dataset.name, experiment) for experiment in constants.experiments]
+    dataset = load_dataset(args.dataset, args.root)
+    folders = [experiment_folder(args.root, dataset.name, experiment) for experiment in args.experiments]
     for folder in folders:
-        require(folder / "cams", constants, experiment=folder.name)
+        require(folder / "cams", args, experiment=folder.name)
     if dataset.background is not None:
         print("| | mIoU | on the true background | foreground IoU | recall | precision |\n|---|---|---|---|---|---|")
         for folder in folders:
@@ -113,7 +113,7 @@ def main(constants: Constants) -> None:
     for folder in folders:
         if (folder / "classifier").exists():
             print(f"\n{folder.name}")
-            affinities(dataset, folder / "classifier", constants)
+            affinities(dataset, folder / "classifier", args)
 
 
 if __name__ == "__main__":

@@ -70,11 +70,9 @@ class PeakMemory(TorchDispatchMode):
         return result
 
 
-def peak_of(training: str, size: int, precision: str, parts: int, constants: Constants) -> float:
+def peak_of(training: str, size: int, precision: str, parts: int, args: Constants) -> float:
     """GiB of two steps, the second of which finds gradients and momentum of the first."""
-    settings = TrainingConstants(
-        backbone=constants.backbone, num_classes=constants.num_classes, batch_sizes=constants.batch_sizes
-    )
+    settings = TrainingConstants(backbone=args.backbone, num_classes=args.num_classes, batch_sizes=args.batch_sizes)
     accelerator = make_accelerator(precision, "cpu")
     with FakeTensorMode():
         model, _, compute_loss, _ = model_of(training, settings)
@@ -92,19 +90,17 @@ def peak_of(training: str, size: int, precision: str, parts: int, constants: Con
     return memory.peak / 2**30
 
 
-def main(constants: Constants) -> None:
-    print(f"peak GiB of a training step, {constants.backbone}, {constants.num_classes} classes")
+def main(args: Constants) -> None:
+    print(f"peak GiB of a training step, {args.backbone}, {args.num_classes} classes")
     # a new process for each figure, because a process has one precision
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for training, batch in zip(("classification", "segmentation"), constants.batch_sizes, strict=True):
-            for size in constants.sizes:
-                for precision in constants.precisions:
-                    peaks = [
-                        pool.apply(peak_of, (training, size, precision, parts, constants)) for parts in constants.parts
-                    ]
+        for training, batch in zip(("classification", "segmentation"), args.batch_sizes, strict=True):
+            for size in args.sizes:
+                for precision in args.precisions:
+                    peaks = [pool.apply(peak_of, (training, size, precision, parts, args)) for parts in args.parts]
                     cut = ", ".join(
                         f"{peak:.2f} with {-(-batch // parts)} at once"
-                        for parts, peak in zip(constants.parts, peaks, strict=True)
+                        for parts, peak in zip(args.parts, peaks, strict=True)
                     )
                     print(f"{training:14} {batch:2} x {size} x {size}, {precision}: {cut}", flush=True)
 

@@ -56,16 +56,16 @@ class Constants:
     cam_bytes: float = 0.20
 
 
-def patches(name: str, constants: Constants) -> tuple[int, int]:
+def patches(name: str, args: Constants) -> tuple[int, int]:
     """Train and test patches, by the rules of docs/data.md."""
     dataset = load_dataset(name)
     if name == "isaid":
-        train, test = (round(scenes * constants.isaid_patches) for scenes in constants.isaid_scenes)
+        train, test = (round(scenes * args.isaid_patches) for scenes in args.isaid_scenes)
         return train, test
-    width, height = constants.vaihingen_tile if name == "vaihingen" else (6000, 6000)
+    width, height = args.vaihingen_tile if name == "vaihingen" else (6000, 6000)
     tiles = (width // dataset.patch_size) * (height // dataset.patch_size)
     train, test = (len(dataset.scenes[split]) * tiles for split in ("train", "test"))
-    share = 1 + 3 * constants.vaihingen_cars if name == "vaihingen" else 4 * constants.potsdam_kept
+    share = 1 + 3 * args.vaihingen_cars if name == "vaihingen" else 4 * args.potsdam_kept
     return round(train * share), test
 
 
@@ -90,11 +90,11 @@ def teraflops(training: str, classes: int, size: int, backward: bool, prc: bool 
     return counter.get_total_flops() / 2 / 1e12
 
 
-def gpu_seconds(training: str, classes: int, sizes: list[int], backward: bool, constants: Constants) -> float:
+def gpu_seconds(training: str, classes: int, sizes: list[int], backward: bool, args: Constants) -> float:
     """Seconds of one image at all `sizes`: bf16, except PRC in fp32."""
     bf16 = sum(teraflops(training, classes, size, backward, False) for size in sizes)
     fp32 = sum(teraflops(training, classes, size, backward) for size in sizes) - bf16
-    return bf16 / constants.bf16_tflops + fp32 / constants.fp32_tflops
+    return bf16 / args.bf16_tflops + fp32 / args.fp32_tflops
 
 
 def weights_gb(training: str, classes: int) -> float:
@@ -104,53 +104,53 @@ def weights_gb(training: str, classes: int) -> float:
     return (2 * sum(value.numel() for value in model.state_dict().values()) + learnt) * 4 / 1e9
 
 
-def steps(name: str, constants: Constants) -> list[tuple[str, float, float, str]]:
+def steps(name: str, args: Constants) -> list[tuple[str, float, float, str]]:
     """(step, seconds, GB, basis) of each step; the basis may end in ";" and loading's share of the time."""
-    dataset, (train, test) = load_dataset(name), patches(name, constants)
+    dataset, (train, test) = load_dataset(name), patches(name, args)
     size, classes, both = dataset.patch_size, dataset.num_classes, train + test
     pixels = size**2
 
     def on_cpu(microseconds: float, images: int) -> float:
-        return images * pixels * microseconds / 1e6 / constants.cores
+        return images * pixels * microseconds / 1e6 / args.cores
 
     def training(kind: str, epochs: int, batch: int, load: float) -> tuple[float, str]:
-        image = gpu_seconds(kind, classes, [size], True, constants)
-        computing = train * epochs * max(image, constants.least_step / batch)
+        image = gpu_seconds(kind, classes, [size], True, args)
+        computing = train * epochs * max(image, args.least_step / batch)
         loading = on_cpu(load, train * epochs)
         return max(computing, loading), f"estimate;{loading / computing:.0%}"
 
     def inference(kind: str, images: int) -> float:
-        image = gpu_seconds(kind, classes, scaled, False, constants)
-        return images * max(image, len(SCALES) * constants.least_forward / IMAGES_AT_ONCE)
+        image = gpu_seconds(kind, classes, scaled, False, args)
+        return images * max(image, len(SCALES) * args.least_forward / IMAGES_AT_ONCE)
 
     scaled = [round(size * scale) for scale in SCALES for _ in range(2)]
-    label, gb = constants.label_bytes * pixels / 1e9, pixels / 1e9
-    first, first_basis = training("classification", 20, 8, constants.load_us[0])
-    second, second_basis = training("segmentation", 50, 16, constants.load_us[1])
+    label, gb = args.label_bytes * pixels / 1e9, pixels / 1e9
+    first, first_basis = training("classification", 20, 8, args.load_us[0])
+    second, second_basis = training("segmentation", 50, 16, args.load_us[1])
     return [
         (
             "cutting",
-            on_cpu(constants.split_us, both),
-            both * gb * (constants.image_bytes + constants.label_bytes),
+            on_cpu(args.split_us, both),
+            both * gb * (args.image_bytes + args.label_bytes),
             "measured",
         ),
-        ("9 SAM masks", both * constants.sam_seconds, both * gb * constants.mask_bytes, "estimate"),
+        ("9 SAM masks", both * args.sam_seconds, both * gb * args.mask_bytes, "estimate"),
         ("1 classifier", first, weights_gb("classification", classes), first_basis),
-        ("2 CAMs", inference("classification", train), train * gb * constants.cam_bytes, "estimate"),
-        ("3 CRF", on_cpu(constants.crf_us, train), train * label, "measured"),
-        ("4 IOS", on_cpu(constants.ios_us, train), train * label, "measured"),
+        ("2 CAMs", inference("classification", train), train * gb * args.cam_bytes, "estimate"),
+        ("3 CRF", on_cpu(args.crf_us, train), train * label, "measured"),
+        ("4 IOS", on_cpu(args.ios_us, train), train * label, "measured"),
         ("5 segmenter", second, weights_gb("segmentation", classes), second_basis),
         ("6 segmentation", inference("segmentation", test), test * label, "estimate"),
-        ("7 IOS", on_cpu(constants.ios_us, test), test * label, "measured"),
-        ("8 scores", on_cpu(constants.score_us, 3 * train + 2 * test), 0.0, "measured"),
+        ("7 IOS", on_cpu(args.ios_us, test), test * label, "measured"),
+        ("8 scores", on_cpu(args.score_us, 3 * train + 2 * test), 0.0, "measured"),
     ]
 
 
-def main(constants: Constants) -> None:
+def main(args: Constants) -> None:
     names = ("vaihingen", "potsdam", "isaid")
-    titles = [f"{load_dataset(name).title}: {sum(patches(name, constants))} patches" for name in names]
+    titles = [f"{load_dataset(name).title}: {sum(patches(name, args))} patches" for name in names]
     print(f"| step | {' | '.join(titles)} | basis |\n|---|{'---|' * len(names)}---|")
-    columns = [steps(name, constants) for name in names]
+    columns = [steps(name, args) for name in names]
     for column in columns:
         column.append(("all", sum(row[1] for row in column), sum(row[2] for row in column), ""))
     for rows in zip(*columns, strict=True):

@@ -62,13 +62,13 @@ class Constants:
     stock_count: int = 0  # images for the slow stock generator; 0: all
 
 
-def main(constants: Constants) -> None:
+def main(args: Constants) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sam = the_model(constants).to(device)
-    images = the_images(constants)
-    compared = images[: constants.stock_count or len(images)]
+    sam = the_model(args).to(device)
+    images = the_images(args)
+    compared = images[: args.stock_count or len(images)]
     settings = {
-        name: getattr(constants, name)
+        name: getattr(args, name)
         for name in (
             "points_per_side",
             "pred_iou_thresh",
@@ -78,13 +78,13 @@ def main(constants: Constants) -> None:
             "min_mask_region_area",
         )
     }
-    precision = set_precision(constants.precision, device, bf16_on_cpu=False)
-    print(f"{device} {torch.get_num_threads()} threads, {precision}, {constants.size} px, {settings}")
+    precision = set_precision(args.precision, device, bf16_on_cpu=False)
+    print(f"{device} {torch.get_num_threads()} threads, {precision}, {args.size} px, {settings}")
     stock = SamAutomaticMaskGenerator(sam, **settings)
-    ours = MaskGenerator(sam, Settings(**settings), precision, constants.images_at_once)
+    ours = MaskGenerator(sam, Settings(**settings), precision, args.images_at_once)
     stock.generate(images[0]), ours(images[:1])  # kernels chosen, caches filled
     theirs, stock_seconds, stock_memory = measured(lambda: [stock.generate(image) for image in compared], 1, device)
-    batches = [images[at : at + constants.images_at_once] for at in range(0, len(images), constants.images_at_once)]
+    batches = [images[at : at + args.images_at_once] for at in range(0, len(images), args.images_at_once)]
     found, seconds, memory = measured(lambda: [masks for batch in batches for masks in ours(batch)], 1, device)
     stock_seconds, seconds = stock_seconds / len(compared), seconds / len(images)
     print(f"stock {stock_seconds:7.3f} s an image, {stock_memory:.0f} MB more")
@@ -117,27 +117,27 @@ def agreement(theirs: list, ours: list) -> None:
         )
 
 
-def the_model(constants: Constants) -> Sam:
+def the_model(args: Constants) -> Sam:
     torch.manual_seed(0)
-    if constants.checkpoint == "random":
-        sam = build_sam(**SIZES.get(constants.model, SMALL))
+    if args.checkpoint == "random":
+        sam = build_sam(**SIZES.get(args.model, SMALL))
         for parameter in sam.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)  # some of SAM's parameters begin as zeros
         return sam
-    if constants.checkpoint:
-        return load_sam(constants.model, Path(constants.checkpoint))
-    sam = train_small_sam(constants.steps)
-    if constants.save:
-        save_sam(Path(constants.save), sam, SMALL)
+    if args.checkpoint:
+        return load_sam(args.model, Path(args.checkpoint))
+    sam = train_small_sam(args.steps)
+    if args.save:
+        save_sam(Path(args.save), sam, SMALL)
     return sam
 
 
-def the_images(constants: Constants) -> list[np.ndarray]:
-    if not constants.images:
-        return [shapes(np.random.default_rng(10_000 + seed), constants.size)[0] for seed in range(constants.count)]
-    files = sorted(Path(constants.images).iterdir())
-    chosen = files[:: max(1, len(files) // constants.count)][: constants.count]
-    return [np.ascontiguousarray(load_image(file)[: constants.size, : constants.size]) for file in chosen]
+def the_images(args: Constants) -> list[np.ndarray]:
+    if not args.images:
+        return [shapes(np.random.default_rng(10_000 + seed), args.size)[0] for seed in range(args.count)]
+    files = sorted(Path(args.images).iterdir())
+    chosen = files[:: max(1, len(files) // args.count)][: args.count]
+    return [np.ascontiguousarray(load_image(file)[: args.size, : args.size]) for file in chosen]
 
 
 def shapes(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:

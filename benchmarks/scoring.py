@@ -83,16 +83,16 @@ def measure(way: Callable, repeats: int, *arguments: Any) -> tuple[float, float,
     return seconds, memory, counts
 
 
-def compare(constants: Constants) -> None:
-    truth, prediction = label_maps(constants.side, constants.num_classes, constants.seed)
-    fastest, memory, reference = measure(ours, constants.repeats, truth, prediction, constants.num_classes)
+def compare(args: Constants) -> None:
+    truth, prediction = label_maps(args.side, args.num_classes, args.seed)
+    fastest, memory, reference = measure(ours, args.repeats, truth, prediction, args.num_classes)
     print(
-        f"ours: {truth.size / 1e6:.0f} Mpx of {constants.num_classes} classes in {fastest:.3f} s, {memory:.0f} MB",
+        f"ours: {truth.size / 1e6:.0f} Mpx of {args.num_classes} classes in {fastest:.3f} s, {memory:.0f} MB",
         flush=True,
     )
-    for way, repeats in ((fast_hist, constants.repeats), (loop_over_pairs, 1), (scikit_learn, 1)):
+    for way, repeats in ((fast_hist, args.repeats), (loop_over_pairs, 1), (scikit_learn, 1)):
         try:
-            seconds, memory, counts = measure(way, repeats, truth, prediction, constants.num_classes)
+            seconds, memory, counts = measure(way, repeats, truth, prediction, args.num_classes)
         except ImportError:
             print(f"{way.__name__}: not installed")
             continue
@@ -103,25 +103,25 @@ def compare(constants: Constants) -> None:
         )
 
 
-def growth(constants: Constants) -> None:
+def growth(args: Constants) -> None:
     for side, num_classes in (
-        (constants.side // 4, 16),
-        (constants.side // 2, 16),
-        (constants.side, 2),
-        (constants.side, 6),
-        (constants.side, 64),
+        (args.side // 4, 16),
+        (args.side // 2, 16),
+        (args.side, 2),
+        (args.side, 6),
+        (args.side, 64),
     ):
-        seconds, _, _ = measure(ours, constants.repeats, *label_maps(side, num_classes, constants.seed), num_classes)
+        seconds, _, _ = measure(ours, args.repeats, *label_maps(side, num_classes, args.seed), num_classes)
         print(
             f"ours: {side**2 / 1e6:.2f} Mpx of {num_classes} classes in {1e3 * seconds:.1f} ms, "
             f"{1e9 * seconds / side**2:.2f} ns a pixel"
         )
 
 
-def from_files(constants: Constants) -> None:
-    random, colours = np.random.default_rng(constants.seed), np.arange(48, dtype=np.uint8).reshape(16, 3)
+def from_files(args: Constants) -> None:
+    random, colours = np.random.default_rng(args.seed), np.arange(48, dtype=np.uint8).reshape(16, 3)
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(constants.files):
+        for number in range(args.files):
             coarse = random.integers(0, 16, (12, 12)).astype(np.uint8)
             save_label(
                 Path(folder) / f"{number}.png", cv2.resize(coarse, (512, 512), interpolation=cv2.INTER_NEAREST), colours
@@ -141,11 +141,11 @@ def from_files(constants: Constants) -> None:
     )
 
 
-def main(constants: Constants) -> None:
+def main(args: Constants) -> None:
     cv2.setNumThreads(1)
-    compare(constants)
-    growth(constants)
-    from_files(constants)
+    compare(args)
+    growth(args)
+    from_files(args)
 
 
 if __name__ == "__main__":

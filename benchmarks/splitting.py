@@ -65,15 +65,15 @@ def look_up(rgb: np.ndarray, dataset: Dataset) -> np.ndarray:
     return np.concatenate([decoder(rgb[y : y + BAND]) for y in range(0, len(rgb), BAND)])
 
 
-def compare_decoding(constants: Constants) -> None:
+def compare_decoding(args: Constants) -> None:
     from measure import measured  # here, since it imports torch: see `time_splitting`
 
     for name in ("potsdam", "isaid"):
         dataset = load_dataset(name)
-        _, ids = synthetic_scene(constants.size, dataset.num_classes, constants.seed)
+        _, ids = synthetic_scene(args.size, dataset.num_classes, args.seed)
         rgb = dataset.colours[ids]
-        found, ours, _ = measured(partial(look_up, rgb, dataset), constants.repeats)
-        expected, plain, _ = measured(partial(loop_over_colours, rgb, dataset), constants.repeats)
+        found, ours, _ = measured(partial(look_up, rgb, dataset), args.repeats)
+        expected, plain, _ = measured(partial(loop_over_colours, rgb, dataset), args.repeats)
         assert (found == expected).all()
         print(
             f"decoding {ids.size / 1e6:.0f} Mpx of {dataset.num_classes} classes: look-up {ours:.2f} s, loop over "
@@ -81,9 +81,9 @@ def compare_decoding(constants: Constants) -> None:
         )
 
 
-def write_scenes(raw: Path, names: list[str], constants: Constants, dataset: Dataset) -> None:
+def write_scenes(raw: Path, names: list[str], args: Constants, dataset: Dataset) -> None:
     for number, name in enumerate(names):
-        image, ids = synthetic_scene(constants.size, dataset.num_classes, constants.seed + number)
+        image, ids = synthetic_scene(args.size, dataset.num_classes, args.seed + number)
         for place, pixels in (
             (f"2_Ortho_RGB/top_potsdam_{name}_RGB.tif", image),
             (f"5_Labels_all/top_potsdam_{name}_label.tif", dataset.colours[ids]),
@@ -96,14 +96,14 @@ def write_scenes(raw: Path, names: list[str], constants: Constants, dataset: Dat
                 file.write(pixels.transpose(2, 0, 1))
 
 
-def time_splitting(constants: Constants) -> None:
+def time_splitting(args: Constants) -> None:
     """Runs first, and writes the scenes in another process: Linux counts the parent's memory for a new process."""
     dataset = load_dataset("potsdam")
-    names = dataset.scenes["test"][: constants.scenes]
+    names = dataset.scenes["test"][: args.scenes]
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "datasets" / "potsdam" / "raw"
         spawn = multiprocessing.get_context("spawn")
-        writer = spawn.Process(target=write_scenes, args=(raw, names, constants, dataset))
+        writer = spawn.Process(target=write_scenes, args=(raw, names, args, dataset))
         writer.start()
         writer.join()
         command = [
@@ -114,7 +114,7 @@ def time_splitting(constants: Constants) -> None:
             "--missing-scenes",
             "skip",
             "--workers",
-            str(constants.workers),
+            str(args.workers),
         ]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -125,16 +125,16 @@ def time_splitting(constants: Constants) -> None:
         patches = list((raw.parent / "test" / "images").glob("*.png"))
         size = sum(path.stat().st_size for path in patches) / len(patches)
     print(
-        f"splitting {len(names)} scenes of {constants.size} x {constants.size} into {len(patches)} patches of "
-        f"{size / 1024:.0f} KB with {constants.workers} workers: {seconds:.1f} s, "
+        f"splitting {len(names)} scenes of {args.size} x {args.size} into {len(patches)} patches of "
+        f"{size / 1024:.0f} KB with {args.workers} workers: {seconds:.1f} s, "
         f"{seconds / len(names):.1f} s a scene, {(used.ru_utime + used.ru_stime) / len(names):.1f} s of a core each, "
         f"at most {used.ru_maxrss / 1024:.0f} MB a process"
     )  # Linux counts in KiB
 
 
-def main(constants: Constants) -> None:
-    time_splitting(constants)
-    compare_decoding(constants)
+def main(args: Constants) -> None:
+    time_splitting(args)
+    compare_decoding(args)
 
 
 if __name__ == "__main__":

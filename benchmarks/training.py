@@ -51,48 +51,48 @@ class Constants:
     images: Path | None = None  # a folder of RGB images to cut patches from; None: blobs with texture
 
 
-def batch_of(training: str, size: int, constants: Constants) -> tuple[Tensor, Tensor]:
+def batch_of(training: str, size: int, args: Constants) -> tuple[Tensor, Tensor]:
     """Random images and targets."""
     torch.manual_seed(1)
-    count = constants.batch_sizes[training == "segmentation"]
+    count = args.batch_sizes[training == "segmentation"]
     images = torch.randn(count, 3, size, size)
     if training == "classification":
-        return images, (torch.rand(count, constants.num_classes) < 0.5).float()
-    return images, torch.randint(0, constants.num_classes, (count, size, size))
+        return images, (torch.rand(count, args.num_classes) < 0.5).float()
+    return images, torch.randint(0, args.num_classes, (count, size, size))
 
 
-def model_of(training: str, constants: Constants) -> tuple[nn.Module, nn.Module, ComputeLoss, Recipe]:
+def model_of(training: str, args: Constants) -> tuple[nn.Module, nn.Module, ComputeLoss, Recipe]:
     """Model, its backbone, its loss, and the constants of its step."""
     torch.manual_seed(0)
-    backbone = Backbone(constants.backbone, "none")
+    backbone = Backbone(args.backbone, "none")
     if training == "classification":
         step1 = train_classification.Constants(weights="none")
         compute_loss = partial(train_classification.compute_loss, ir_weight=step1.ir_weight, tiles=step1.tiles)
-        return Classifier(backbone, constants.num_classes), backbone, compute_loss, step1
-    model = DeepLabV3Plus(backbone, constants.num_classes, freeze_norm=False)
+        return Classifier(backbone, args.num_classes), backbone, compute_loss, step1
+    model = DeepLabV3Plus(backbone, args.num_classes, freeze_norm=False)
     for module in model.modules():  # with dropout the two ways would not have the same losses
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model, backbone, train_segmentation.compute_loss, train_segmentation.Constants(weights="none")
 
 
-def time_steps(training: str, ours: bool, size: int, constants: Constants) -> tuple[float, list[float], int]:
+def time_steps(training: str, ours: bool, size: int, args: Constants) -> tuple[float, list[float], int]:
     """Seconds a step, the loss of each step, patches computed at once (0: the whole batch)."""
-    raw, backbone, compute_loss, recipe = model_of(training, constants)
-    accelerator = make_accelerator(constants.precision if ours else "fp32")
+    raw, backbone, compute_loss, recipe = model_of(training, args)
+    accelerator = make_accelerator(args.precision if ours else "fp32")
     device, losses = accelerator.device, []
     layout = torch.channels_last if ours else torch.contiguous_format
     raw = raw.to(device, memory_format=layout).train()  # type: ignore[call-overload]
     new = [module for module in raw.children() if module is not backbone]
     groups = parameter_groups([backbone], new, 1e-3, recipe.weight_decay)
-    if ours and constants.compile:
+    if ours and args.compile:
         raw.compile()
     model, optimiser = accelerator.prepare(
         raw, torch.optim.SGD(groups, 1e-3, recipe.momentum, nesterov=True, fused=ours or None)
     )
-    images, targets = batch_of(training, size, constants)
+    images, targets = batch_of(training, size, args)
     count: Callable = train_segmentation.labelled_pixels if training == "segmentation" else len
-    micro_batches = MicroBatches(accelerator, compute_loss, constants.micro_batch if ours else 0, count)
+    micro_batches = MicroBatches(accelerator, compute_loss, args.micro_batch if ours else 0, count)
 
     def step() -> float | None:
         found = micro_batches(model, optimiser, images.to(device, memory_format=layout), targets.to(device))
@@ -101,53 +101,53 @@ def time_steps(training: str, ours: bool, size: int, constants: Constants) -> tu
         return None if ours else sum(value.item() for value in found.values())
 
     step()
-    _, seconds, _ = measured(lambda: [step() for _ in range(constants.steps)], 1, device)
-    return seconds / constants.steps, [float(loss) for loss in losses], micro_batches.parts.size
+    _, seconds, _ = measured(lambda: [step() for _ in range(args.steps)], 1, device)
+    return seconds / args.steps, [float(loss) for loss in losses], micro_batches.parts.size
 
 
-def measure(training: str, ours: bool, size: int, constants: Constants) -> tuple[float, float, list[float], int]:
+def measure(training: str, ours: bool, size: int, args: Constants) -> tuple[float, float, list[float], int]:
     """Seconds a step, peak memory in MB, the loss of each step, patches computed at once (0: the whole batch)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    (seconds, losses, at_once), _, memory = measured(lambda: time_steps(training, ours, size, constants), 1, device)
+    (seconds, losses, at_once), _, memory = measured(lambda: time_steps(training, ours, size, args), 1, device)
     return seconds, memory, losses, at_once
 
 
-def load(size: int, constants: Constants, folder: Path) -> dict[str, float]:
+def load(size: int, args: Constants, folder: Path) -> dict[str, float]:
     """Images a second of one loading process, for each training."""
-    random, ids = np.random.default_rng(0), [f"{index:03}" for index in range(constants.load_patches)]
-    files = sorted(path for path in constants.images.iterdir() if path.is_file()) if constants.images else []
-    colours = random.integers(0, 256, (constants.num_classes, 3)).astype(np.uint8)
+    random, ids = np.random.default_rng(0), [f"{index:03}" for index in range(args.load_patches)]
+    files = sorted(path for path in args.images.iterdir() if path.is_file()) if args.images else []
+    colours = random.integers(0, 256, (args.num_classes, 3)).astype(np.uint8)
     for part in ("images", "labels"):
         (folder / part).mkdir(parents=True)
     for index, id in enumerate(ids):
-        image, label = aerial_patch(random, size, constants.num_classes)
+        image, label = aerial_patch(random, size, args.num_classes)
         if files:
             image = np.array(Image.open(files[index % len(files)]).convert("RGB"))[:size, :size]
         Image.fromarray(image).save(folder / "images" / f"{id}.png")
         save_label(folder / "labels" / f"{id}.png", label[: image.shape[0], : image.shape[1]], colours)
-    present = dict.fromkeys(ids, np.ones(constants.num_classes, bool))
+    present = dict.fromkeys(ids, np.ones(args.num_classes, bool))
     targets: dict[str, dict[str, np.ndarray] | Path] = {"classification": present, "segmentation": folder / "labels"}
     rates = {}
     for training, target in targets.items():
-        patches = TrainingPatches(ids, folder / "images", target, constants.num_classes, size, 0)
+        patches = TrainingPatches(ids, folder / "images", target, args.num_classes, size, 0)
         patches[0, 0]  # loads libraries: not a part of the cost
         _, seconds, _ = measured(lambda patches=patches: [patches[0, index] for index in range(len(ids))], 2)
         rates[training] = len(ids) / seconds
     return rates
 
 
-def main(constants: Constants) -> None:
+def main(args: Constants) -> None:
     on_gpu = torch.cuda.is_available()
-    sizes = constants.sizes or ((128, 256, 512) if on_gpu else (128,))
-    accelerator = make_accelerator(constants.precision)
-    print(f"{start_line(accelerator, precision_of(accelerator))} of ours; {constants.backbone}")
+    sizes = args.sizes or ((128, 256, 512) if on_gpu else (128,))
+    accelerator = make_accelerator(args.precision)
+    print(f"{start_line(accelerator, precision_of(accelerator))} of ours; {args.backbone}")
     rates = {}
     # a new process for each figure, so that the memory of one way does not count for the other
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for size in sizes:
-            for training, count in zip(("classification", "segmentation"), constants.batch_sizes, strict=True):
-                plain, plain_memory, plain_losses, _ = pool.apply(measure, (training, False, size, constants))
-                ours, memory, losses, _ = pool.apply(measure, (training, True, size, constants))
+            for training, count in zip(("classification", "segmentation"), args.batch_sizes, strict=True):
+                plain, plain_memory, plain_losses, _ = pool.apply(measure, (training, False, size, args))
+                ours, memory, losses, _ = pool.apply(measure, (training, True, size, args))
                 rates[training, size] = count / ours
                 apart = max(abs(a - b) / abs(b) for a, b in zip(losses, plain_losses, strict=True))
                 print(
@@ -157,9 +157,9 @@ def main(constants: Constants) -> None:
                     flush=True,
                 )
     torch.set_num_threads(1)
-    for size in constants.load_sizes:
+    for size in args.load_sizes:
         with tempfile.TemporaryDirectory() as folder:
-            for training, rate in load(size, constants, Path(folder)).items():
+            for training, rate in load(size, args, Path(folder)).items():
                 needed = rates.get((training, size))
                 limit = f"; a step needs {needed:.1f}, {needed / rate:.2f} workers" if needed else ""
                 print(f"loading for {training:14} at {size}: {rate:.0f} images/s a worker{limit}", flush=True)

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from datasetsprocess.scene_files import Source
 from datasetsprocess.scene_labels import Unknown, describe, read_truth
 from tools.command import UserError, check
-from tools.constants import CORES, Count, Place, Speed, constants
+from tools.constants import CORES, Count, MayChange, Place, checked_constants
 from tools.dataset import Dataset
 from tools.files import read_json, write_json
 from tools.folders import StepFolder
@@ -31,14 +31,14 @@ from tools.steps import SPLITS, command_line
 PATCH_ID = re.compile(r"(.+)_(?:r\d+_c\d+|p\d+)(?:_v\d)?")
 
 
-@constants
+@checked_constants
 class Cutting(Place):
     """What every splitter has."""
 
     raw: str = ""  # the folder of unpacked archives or own scenes; empty: <root>/datasets/<dataset>/raw
     unknown_colours: Literal["stop", "ignore"] = "stop"  # truth colours that are no class: stop, or ignore them (255)
-    missing_scenes: Speed[Literal["stop", "skip"]] = "stop"  # scenes without image or truth: stop, or skip them
-    workers: Speed[Count] = min(8, CORES)  # worker processes of about 200 MB; 0: the main process
+    missing_scenes: MayChange[Literal["stop", "skip"]] = "stop"  # scenes without image or truth: stop, or skip them
+    workers: MayChange[Count] = min(8, CORES)  # worker processes of about 200 MB; 0: the main process
 
 
 @dataclass
@@ -129,7 +129,7 @@ class SceneAccount(BaseModel):
 
 
 def split_scenes(
-    constants: Cutting,
+    args: Cutting,
     dataset: Dataset,
     sources: dict[str, list[Source]],
     rule: Rule,
@@ -145,9 +145,9 @@ def split_scenes(
         if not sources[split]:
             print(f"{split}: no scenes, so no patches")
             continue
-        folder = StepFolder(dataset.folder / split, constants)
+        folder = StepFolder(dataset.folder / split, args)
         settings = _settings(dataset, split, with_truth=sources[split][0].truth is not None)
-        cut = _Cut(rule, open_image, dataset, split, getattr(constants, "seed", 0), constants.unknown_colours)
+        cut = _Cut(rule, open_image, dataset, split, getattr(args, "seed", 0), args.unknown_colours)
         try:
             with folder.open("images/*.png", settings=settings):
                 done = _finished_scenes(folder.path)
@@ -166,7 +166,7 @@ def split_scenes(
     if failures:
         raise UserError("\n".join(failures))
     check(total > 0, f"no patch was cut for {dataset.name}: the scenes are too small, or the [rules] drop all patches")
-    print(f"next: {command_line('datasetsprocess/process.py', constants)}")
+    print(f"next: {command_line('datasetsprocess/process.py', args)}")
 
 
 def _settings(dataset: Dataset, split: str, with_truth: bool) -> dict[str, Any]:

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasetsprocess.cutting import Cutting, Patch, Scene, class_id, rule_of, split_scenes
 from datasetsprocess.scene_files import find_sources, scene_files
 from tools.command import check, run
-from tools.constants import Seed, constants
+from tools.constants import Seed, checked_constants
 from tools.dataset import Dataset, load_dataset
 from tools.rasters import Raster
 from tools.steps import SPLITS
@@ -41,7 +41,7 @@ RAW_SPLITS = {"train": "train", "test": "val"}
 IMAGE, TRUTH = "images/{}", "Semantic_masks/images/{}_instance_color_RGB"
 
 
-@constants
+@checked_constants
 class Constants(Cutting):
     dataset: str = "isaid"  # isaid | the name of your own dataset.toml for scenes in this layout
     grey: Literal["stop", "repeat"] = "stop"  # scenes with one channel: stop, or repeat it three times
@@ -92,21 +92,21 @@ def scene_names(raw: Path) -> dict[str, list[str]]:
     return names
 
 
-def main(constants: Constants) -> None:
-    dataset = load_dataset(constants.dataset, constants.root)
+def main(args: Constants) -> None:
+    dataset = load_dataset(args.dataset, args.root)
     patch_rule(dataset)  # refuse a wrong rule before anything is written
-    raw = Path(constants.raw) if constants.raw else dataset.folder / "raw"
+    raw = Path(args.raw) if args.raw else dataset.folder / "raw"
     scenes = dataset.scenes or scene_names(raw)
     empty = [f"{folder}/images" for split, folder in RAW_SPLITS.items() if not scenes.get(split)]
     check(
-        not raw.is_dir() or constants.missing_scenes == "skip" or not empty,
+        not raw.is_dir() or args.missing_scenes == "skip" or not empty,
         f"{raw} has no scenes in {' or '.join(empty)}: unpack the archives as this script's docstring says, or cut "
         "only the other split with --missing-scenes skip",
     )
     places = {split: (f"{folder}/{IMAGE}", f"{folder}/{TRUTH}") for split, folder in RAW_SPLITS.items()}
-    sources = find_sources(raw, scenes, places, constants.missing_scenes)
-    kinds = ("rgb", "grey") if constants.grey == "repeat" else ("rgb",)
-    split_scenes(constants, dataset, sources, patches, partial(Raster, kinds=kinds))
+    sources = find_sources(raw, scenes, places, args.missing_scenes)
+    kinds = ("rgb", "grey") if args.grey == "repeat" else ("rgb",)
+    split_scenes(args, dataset, sources, patches, partial(Raster, kinds=kinds))
 
 
 if __name__ == "__main__":

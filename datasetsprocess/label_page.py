@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tools.command import run
-from tools.constants import ROOT, constants
+from tools.constants import ROOT, checked_constants
 from tools.dataset import Dataset, load_dataset
 from tools.files import write_whole
 from tools.image_labels import read_image_labels
@@ -31,7 +31,7 @@ from tools.pages import page_template
 from tools.steps import command_line
 
 
-@constants
+@checked_constants
 class Constants:
     dataset: str = "fields"  # the name of your own dataset.toml
     review: str = ""  # an experiment whose classifier checks the labels; empty: none
@@ -66,19 +66,19 @@ def page_data(dataset: Dataset, labels: dict[str, np.ndarray], logits: dict[str,
     }
 
 
-def main(constants: Constants) -> None:
-    dataset = load_dataset(constants.dataset, constants.root)
+def main(args: Constants) -> None:
+    dataset = load_dataset(args.dataset, args.root)
     ids, file = dataset.ids("train"), dataset.image_labels_file("train")
     labels = read_image_labels(file, dataset.classes, ids, unfinished=True) if file.exists() else {}
     logits = {}
-    if constants.review:
+    if args.review:
         from tools.review import read_logits  # only here: torch takes seconds to load
         from tools.step import experiment_folder, require
 
-        cams = experiment_folder(constants.root, constants.dataset, constants.review) / "cams"
-        require(cams, constants, experiment=constants.review)
+        cams = experiment_folder(args.root, args.dataset, args.review) / "cams"
+        require(cams, args, experiment=args.review)
         logits = read_logits(cams, ids, dataset.num_classes)
-    data = page_data(dataset, labels, logits, command_line("datasetsprocess/process.py", constants))
+    data = page_data(dataset, labels, logits, command_line("datasetsprocess/process.py", args))
     page = page_template(Path(__file__).with_name("label_page.html.j2"), digest=digest).render(
         title=dataset.title, data=data
     )

@@ -36,13 +36,13 @@ from datasetsprocess.demo_objects import (
     noise,
 )
 from tools.command import check, run
-from tools.constants import Place, PositiveCount, Seed, constants
+from tools.constants import Place, PositiveCount, Seed, checked_constants
 from tools.dataset import Dataset, load_dataset
 from tools.files import write_whole
 from tools.folders import StepFolder
 
 
-@constants
+@checked_constants
 class Constants(Place):
     dataset: str = "demo"  # the name of the data set: its description lists the scenes of each split
     seed: Seed = 0  # the same seed gives the same bytes, another seed gives other scenes
@@ -256,8 +256,8 @@ def write_scene(name: str, raw: Path, dataset: Dataset, seed: int, size: int) ->
             Image.fromarray(pixels).save(temporary, format="TIFF", compression="tiff_adobe_deflate")
 
 
-def main(constants: Constants) -> None:
-    dataset = load_dataset(constants.dataset, constants.root)
+def main(args: Constants) -> None:
+    dataset = load_dataset(args.dataset, args.root)
     check(
         dataset.num_classes == 6,
         f"dataset {dataset.name} has {dataset.num_classes} classes, but these scenes need the six of demo.toml, in the "
@@ -269,13 +269,13 @@ def main(constants: Constants) -> None:
         f"dataset {dataset.name} lists no scenes: its description needs a [scenes] table as in demo.toml",
     )
     check(
-        constants.size >= dataset.patch_size,
-        f"size is {constants.size}, but a scene must hold a patch of {dataset.patch_size} pixels",
+        args.size >= dataset.patch_size,
+        f"size is {args.size}, but a scene must hold a patch of {dataset.patch_size} pixels",
     )
-    with StepFolder(dataset.folder / "raw", constants).open("/*.tif") as step:
+    with StepFolder(dataset.folder / "raw", args).open("/*.tif") as step:
         pending = step.pending([f"top/top_mosaic_09cm_area{area}" for area in areas], ".tif")
         names = [Path(id).name for id in pending]
-        write = partial(write_scene, raw=step.path, dataset=dataset, seed=constants.seed, size=constants.size)
+        write = partial(write_scene, raw=step.path, dataset=dataset, seed=args.seed, size=args.size)
         step.each(write, names, "scenes", unit="scene")
 
 

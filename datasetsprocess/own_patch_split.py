@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasetsprocess.cutting import Cutting, Patch, Scene, split_scenes
 from datasetsprocess.scene_files import find_sources, scene_files
 from tools.command import check, run
-from tools.constants import Share, constants
+from tools.constants import Share, checked_constants
 from tools.dataset import Dataset, load_dataset
 from tools.image_labels import write_image_labels
 from tools.labels import IGNORE
@@ -38,7 +38,7 @@ from tools.rasters import SUFFIXES, Nodata, Raster, covering_starts
 from tools.steps import SPLITS, command_line
 
 
-@constants
+@checked_constants
 class Constants(Cutting):
     dataset: str = "fields"  # the name of your own dataset.toml
     border: Literal["shift", "drop"] = "shift"  # tiles that would cross the border: move them inward, or drop them
@@ -64,24 +64,24 @@ def patches(scene: Scene, border: str, max_nodata: float) -> Iterator[Patch]:
             yield f"r{row:03d}_c{column:03d}", pixels, None if ids is None else np.where(valid, ids, IGNORE)
 
 
-def write_blank(dataset: Dataset, constants: Constants) -> None:
+def write_blank(dataset: Dataset, args: Constants) -> None:
     """A csv with a line for each train patch and no class yet; process.py names the lines that were not filled in."""
     file = dataset.folder / "train" / "image_labels_blank.csv"
     nothing = np.zeros(dataset.num_classes, bool)
     write_image_labels(file, dataset.classes, {id: nothing for id in dataset.ids("train")})
-    page = command_line("datasetsprocess/label_page.py", constants)
+    page = command_line("datasetsprocess/label_page.py", args)
     print(f"before that, since the train scenes have no truth: {page}")
     print(f"or fill in {file} and save it as image_labels.csv")
 
 
-def main(constants: Constants) -> None:
-    dataset = load_dataset(constants.dataset, constants.root)
+def main(args: Constants) -> None:
+    dataset = load_dataset(args.dataset, args.root)
     check(
         dataset.stride <= dataset.patch_size,
         f"stride is {dataset.stride} in {dataset.folder / 'dataset.toml'}, but it must be at most patch_size "
         f"({dataset.patch_size}), so that the tiles leave no gaps",
     )
-    raw = Path(constants.raw) if constants.raw else dataset.folder / "raw"
+    raw = Path(args.raw) if args.raw else dataset.folder / "raw"
     images = {split: scene_files(raw / split / "images") for split in SPLITS}
     check(
         bool(images["train"]),
@@ -95,15 +95,15 @@ def main(constants: Constants) -> None:
         places[split] = (f"{split}/images/{{}}", f"{split}/labels/{{}}") if truths else (f"{split}/images/{{}}",)
         by_hand = dataset.image_labels_file(split)
         check(
-            bool(truths) or not (constants.overwrite and by_hand.exists()),
+            bool(truths) or not (args.overwrite and by_hand.exists()),
             f"{by_hand} may be written by hand, and --overwrite would delete it: move it away first",
         )
-    sources = find_sources(raw, scenes, places, constants.missing_scenes)
-    rule = partial(patches, border=constants.border, max_nodata=constants.max_nodata)
-    kinds = ("rgb", "holes", "grey") if constants.grey == "repeat" else ("rgb", "holes")
-    split_scenes(constants, dataset, sources, rule, partial(Raster, kinds=kinds, nodata=constants.nodata))
+    sources = find_sources(raw, scenes, places, args.missing_scenes)
+    rule = partial(patches, border=args.border, max_nodata=args.max_nodata)
+    kinds = ("rgb", "holes", "grey") if args.grey == "repeat" else ("rgb", "holes")
+    split_scenes(args, dataset, sources, rule, partial(Raster, kinds=kinds, nodata=args.nodata))
     if sources["train"] and not sources["train"][0].truth:
-        write_blank(dataset, constants)
+        write_blank(dataset, args)
 
 
 if __name__ == "__main__":

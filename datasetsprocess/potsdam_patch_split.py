@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasetsprocess.cutting import Cutting, Patch, Scene, class_id, four_versions, rule_of, split_scenes
 from datasetsprocess.scene_files import find_sources
 from tools.command import run
-from tools.constants import Seed, constants
+from tools.constants import Seed, checked_constants
 from tools.dataset import Dataset, load_dataset
 
 PLACES = {  # truth -> image and truth of a scene
@@ -43,7 +43,7 @@ PLACES = {  # truth -> image and truth of a scene
 }
 
 
-@constants
+@checked_constants
 class Constants(Cutting):
     dataset: str = "potsdam"  # potsdam | the name of your own dataset.toml for scenes in this layout
     truth: Literal["full", "eroded"] = "full"  # which truth becomes the labels
@@ -77,13 +77,13 @@ def patches(scene: Scene) -> Iterator[Patch]:
             yield f"{place}_v{version}", *patch
 
 
-def main(constants: Constants) -> None:
-    dataset = load_dataset(constants.dataset, constants.root)
+def main(args: Constants) -> None:
+    dataset = load_dataset(args.dataset, args.root)
     smallest_shares(dataset)  # refuse a wrong rule before anything is written
-    raw = Path(constants.raw) if constants.raw else dataset.folder / "raw"
-    places = PLACES[constants.truth]
-    sources = find_sources(raw, dataset.scenes, {"train": places, "test": places}, constants.missing_scenes)
-    split_scenes(constants, dataset, sources, patches)
+    raw = Path(args.raw) if args.raw else dataset.folder / "raw"
+    places = PLACES[args.truth]
+    sources = find_sources(raw, dataset.scenes, {"train": places, "test": places}, args.missing_scenes)
+    split_scenes(args, dataset, sources, patches)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any folder
 from datasetsprocess.advice import FEW_PIXELS, warnings, wide_pixels
-from tools.command import UserError, check, run
-from tools.constants import Place, PositiveCount, constants
+from tools.command import UserError, and_more, check, run
+from tools.constants import Place, PositiveCount, checked_constants
 from tools.dataset import Dataset, load_dataset
 from tools.files import remove_leftovers
-from tools.folders import and_more
 from tools.image_labels import write_image_labels
 from tools.labels import IGNORE, load_image, load_label
 from tools.progress import Progress
@@ -33,7 +32,7 @@ from tools.steps import SPLITS, STEPS, command_line
 from tools.workers import in_workers
 
 
-@constants
+@checked_constants
 class Constants(Place):
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     min_pixels: PositiveCount = 1  # a class counts as present from this many pixels on
@@ -64,7 +63,7 @@ def count_pixels(id: str, dataset: Dataset, split: str, min_pixels: int) -> np.n
     return np.stack([counts, wide_pixels(ids, dataset.num_classes)])
 
 
-def count_split(dataset: Dataset, split: str, constants: Constants) -> tuple[dict[str, np.ndarray], list[str]]:
+def count_split(dataset: Dataset, split: str, args: Constants) -> tuple[dict[str, np.ndarray], list[str]]:
     """`count_pixels` of every label map of a split, id -> (2,K) int64, and a sentence for each wrong file."""
     ids = dataset.ids(split)
     images, labels = dataset.images(split), dataset.labels(split)
@@ -77,8 +76,8 @@ def count_split(dataset: Dataset, split: str, constants: Constants) -> tuple[dic
         for path in sorted(images.iterdir())
         if path.suffix != ".png" and not path.name.startswith(".")
     ]
-    work = partial(count_pixels, dataset=dataset, split=split, min_pixels=constants.min_pixels)
-    workers = constants.workers if len(ids) >= 256 else 0  # fewer are counted before a worker process has started
+    work = partial(count_pixels, dataset=dataset, split=split, min_pixels=args.min_pixels)
+    workers = args.workers if len(ids) >= 256 else 0  # fewer are counted before a worker process has started
     counts = {}
     with Progress(len(ids), f"{split} label maps") as bar:
         for id, count in zip(ids, in_workers(work, ids, workers, chunk=32), strict=True):
@@ -121,7 +120,7 @@ def agrees(dataset: Dataset, split: str, labels: dict[str, np.ndarray]) -> bool:
     return all((before[id] == labels[id]).all() for id in labels)
 
 
-def label_split(dataset: Dataset, split: str, constants: Constants) -> list[str]:
+def label_split(dataset: Dataset, split: str, args: Constants) -> list[str]:
     """Write image_labels.csv of one split and print its account; returns a sentence for each wrong file."""
     file, ids = dataset.image_labels_file(split), dataset.ids(split)
     if not dataset.labels(split).is_dir():
@@ -131,19 +130,19 @@ def label_split(dataset: Dataset, split: str, constants: Constants) -> list[str]
         check(
             file.exists(),
             f"{dataset.labels(split)} is missing, so the classes of the {split} images are not known: label them on "
-            f"the page of {command_line('datasetsprocess/label_page.py', constants)}, or cut scenes with a truth",
+            f"the page of {command_line('datasetsprocess/label_page.py', args)}, or cut scenes with a truth",
         )
         labels = dataset.image_labels(split)
         print(f"{split}: {len(ids)} images without label maps; {file} was written by a person and is kept")
         report(dataset, split, labels, None)
         return []
-    counts, wrong = count_split(dataset, split, constants)
+    counts, wrong = count_split(dataset, split, args)
     if wrong:
         return wrong
-    labels = {id: count[0] >= constants.min_pixels for id, count in counts.items()}
+    labels = {id: count[0] >= args.min_pixels for id, count in counts.items()}
     check(
-        constants.overwrite or not file.exists() or agrees(dataset, split, labels),
-        f"{file} exists and differs from the label maps with min_pixels {constants.min_pixels}: --overwrite replaces "
+        args.overwrite or not file.exists() or agrees(dataset, split, labels),
+        f"{file} exists and differs from the label maps with min_pixels {args.min_pixels}: --overwrite replaces "
         f"it, or move the {split} labels folder away to keep it",
     )
     write_image_labels(file, dataset.classes, labels)
@@ -152,8 +151,8 @@ def label_split(dataset: Dataset, split: str, constants: Constants) -> list[str]
     return []
 
 
-def main(constants: Constants) -> None:
-    dataset = load_dataset(constants.dataset, constants.root)
+def main(args: Constants) -> None:
+    dataset = load_dataset(args.dataset, args.root)
     splits = [split for split in SPLITS if any(dataset.images(split).glob("[!.]*"))]
     check(
         bool(splits),
@@ -163,7 +162,7 @@ def main(constants: Constants) -> None:
     wrong = []
     for split in splits:
         remove_leftovers(dataset.folder / split, ".image_labels.*.tmp.csv")
-        found = label_split(dataset, split, constants)
+        found = label_split(dataset, split, args)
         if found:
             print(f"{split}: {len(found)} files are wrong, so {dataset.image_labels_file(split)} was not written")
         wrong += found
@@ -171,7 +170,7 @@ def main(constants: Constants) -> None:
         not wrong,
         f"{len(wrong)} files do not fit; fix or remove them, then run the same command again:\n  {and_more(wrong)}",
     )
-    print(f"next: {STEPS['sam_masks'].command(constants)} --download")
+    print(f"next: {STEPS['sam_masks'].command(args)} --download")
     print("      without a GPU and a download: --generator felzenszwalb in place of --download")
 
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tools.command import UserError, check
-from tools.folders import and_more
+from tools.command import UserError, and_more, check
 from tools.rasters import LONGEST_NAME, SUFFIXES
 from tools.steps import SPLITS
 

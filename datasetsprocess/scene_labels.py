@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tools.command import UserError
+from tools.command import UserError, and_more
 from tools.dataset import Dataset
-from tools.folders import and_more
 from tools.labels import IGNORE, ColourDecoder, colour_keys
 from tools.rasters import Raster
 

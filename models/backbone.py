@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 
-Name = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"]
-NAMES: tuple[str, ...] = get_args(Name)
+BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"]
+NAMES: tuple[str, ...] = get_args(BackboneName)
 
 
 class Backbone(nn.Module):

@@ -35,7 +35,7 @@ Points = list[tuple[int, float]]
 Missing = TypeVar("Missing")
 
 
-def renew(constants: Any) -> None:
+def renew(args: Any) -> None:
     """Draw scores/report.html again from what is on disk, after a step. No pixel label is opened.
 
     Scores and samples of the last evaluate_miou.py stay while the folders that they were made from are unchanged; after
@@ -43,8 +43,8 @@ def renew(constants: Any) -> None:
     stderr: a page must never cost the hours of a training.
     """
     try:
-        dataset = load_dataset(constants.dataset, constants.root)
-        summary = read_experiment(constants, dataset)
+        dataset = load_dataset(args.dataset, args.root)
+        summary = read_experiment(args, dataset)
         scores = _read_back(summary.folder / "scores" / "scores.json", ScoresFile, ScoresFile(), summary.broken)
         kept = _read_back(summary.folder / "scores" / "samples.json", SamplesFile, SamplesFile({}), summary.broken)
         if scores.classes == list(dataset.classes):
@@ -56,9 +56,9 @@ def renew(constants: Any) -> None:
         print(f"the step is done, but its report could not be renewed ({reason})", file=sys.stderr)
 
 
-def read_experiment(constants: Any, dataset: Dataset) -> Summary:
+def read_experiment(args: Any, dataset: Dataset) -> Summary:
     """The runs of every step of the experiment, and of step 9 where one of them reads its masks."""
-    folder = experiment_folder(constants.root, constants.dataset, constants.experiment)
+    folder = experiment_folder(args.root, args.dataset, args.experiment)
     runs: dict[str, Run] = {}
     broken: list[str] = []
     places = {file.parent.name: file.parent for file in sorted(folder.glob("*/run.json"))}
@@ -69,7 +69,7 @@ def read_experiment(constants: Any, dataset: Dataset) -> Summary:
             runs |= {name: run} if run else {}
     runs = dict(sorted(runs.items(), key=lambda item: item[1].started))
     labels = {dataset.image_labels_hash(split) for split in SPLITS if dataset.image_labels_file(split).exists()}
-    return Summary(constants, dataset, folder, runs, outdated_runs(runs, labels), broken)
+    return Summary(args, dataset, folder, runs, outdated_runs(runs, labels), broken)
 
 
 def _read_back(file: Path, model: type[Model], missing: Missing, broken: list[str]) -> Model | Missing:
@@ -220,8 +220,8 @@ def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
         "summary": summary,
         "dataset": dataset,
         "has_truth": any(dataset.labels(split).is_dir() for split in SPLITS),
-        "following": following and following.command(summary.constants),
-        "evaluation": STEPS["scores"].command(summary.constants),
+        "following": following and following.command(summary.args),
+        "evaluation": STEPS["scores"].command(summary.args),
         "cards": cards(summary),
         "table": table(summary),
         "per_class": per_class(summary),
@@ -230,7 +230,7 @@ def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
         "curves": curves(summary.folder),
         "review": label_review(summary),
         "review_command": command_line(
-            "datasetsprocess/label_page.py", summary.constants, experiment=None, review=summary.experiment
+            "datasetsprocess/label_page.py", summary.args, experiment=None, review=summary.experiment
         ),
         "confusions": list(summary.last.values()) if dataset.num_classes <= MOST_CLASSES else [],
         "names": {  # what the colours of a picture mean, for the words under the pointer

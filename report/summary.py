@@ -81,7 +81,7 @@ class ScoresFile(BaseModel):
 class Summary:
     """What is known of an experiment: its runs and, once step 8 has been run, its counts."""
 
-    constants: Any  # with dataset, experiment and root, for the commands that the page shows
+    args: Any  # with dataset, experiment and root, for the commands that the page shows
     dataset: Dataset
     folder: Path  # of the experiment
     runs: dict[str, Run]  # in the order of their start

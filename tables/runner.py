@@ -60,28 +60,28 @@ class Runner:
     `constants` are those of reproduce_tables.py. `least`: split -> (class, mIoU) of the most frequent class everywhere.
     """
 
-    def __init__(self, constants: Any, dataset: Dataset, prefix: str, seed: int):
-        self.constants, self.dataset, self.prefix, self.seed = constants, dataset, prefix, seed
+    def __init__(self, args: Any, dataset: Dataset, prefix: str, seed: int):
+        self.args, self.dataset, self.prefix, self.seed = args, dataset, prefix, seed
         self.least: dict[str, tuple[str, float]] = {}
 
     def step(self, module: ModuleType, experiment: str, start: Any = None, **changes: Any) -> None:
         """Call a step's main with the constants that it shares with reproduce_tables.py, and renew the report."""
         shared = ("root", "protocol", "precision", "device", "workers", "images_at_once", "scales")
-        given = {name: getattr(self.constants, name) for name in shared}
+        given = {name: getattr(self.args, name) for name in shared}
         given |= {"dataset": self.dataset.name, "experiment": experiment, "seed": self.seed} | changes
         start = start or module.Constants()
         values = replace(start, **{name: value for name, value in given.items() if hasattr(start, name)})
         module.main(values)
-        if process_state(self.constants.device).is_main_process:
+        if process_state(self.args.device).is_main_process:
             renew(values)
 
     def pseudo_labels(self, row: Row) -> str:
         """Steps 1 to 4 of a row -> its experiment. Rows whose changes are the defaults share the plain experiment."""
-        base = self.constants.classification
+        base = self.args.classification
         trained: Changes = row.changes
         applied: Changes = {}
         iterations = row.changes.get("iterations", base.iterations)
-        if row.changes.get("ir_weight", base.ir_weight) == 0 and iterations > 0 and self.constants.protocol == "clean":
+        if row.changes.get("ir_weight", base.ir_weight) == 0 and iterations > 0 and self.args.protocol == "clean":
             # The logits come from the raw maps, so without IR no gradient reaches PRC: the classifier is the one that
             # was trained without PRC, and step 2 applies PRC to its maps. Under the released protocol the maps choose
             # the epoch, so that PRC can change the classifier.
@@ -91,13 +91,13 @@ class Runner:
         self.step(train_classification, classifier, base, **trained)
         self.step(infer_classification, cams, classifier="" if classifier == cams else classifier, **applied)
         source = "" if cams == experiment else cams
-        self.step(make_pseudo_labels, experiment, self.constants.pseudo, cams=source, **row.pseudo)
+        self.step(make_pseudo_labels, experiment, self.args.pseudo, cams=source, **row.pseudo)
         self.step(generate_refined_pseudo, experiment)
         return experiment
 
     def experiment(self, changes: dict[str, Any]) -> str:
         """The name of the experiment in which these constants of steps 1 and 3 differ from the given ones."""
-        usual = flat(self.constants.pseudo) | flat(self.constants.classification)
+        usual = flat(self.args.pseudo) | flat(self.args.classification)
         usual["gamma"], _ = self.dataset.method_value("gamma", usual["gamma"])
         parts = [
             f"{key}{value}" if isinstance(value, str) else f"{key}{value:g}"
@@ -108,34 +108,34 @@ class Runner:
 
     def segmentation(self, experiment: str) -> None:
         """Steps 5 to 7."""
-        self.step(train_segmentation, experiment, self.constants.segmentation)
-        self.step(inference_segmentation, experiment, keep_probabilities=self.constants.table == "refinement")
+        self.step(train_segmentation, experiment, self.args.segmentation)
+        self.step(inference_segmentation, experiment, keep_probabilities=self.args.table == "refinement")
         self.step(generate_refined_seg, experiment)
 
     def supervised(self) -> str:
         """The fully supervised bound -> its experiment."""
         experiment = f"{self.prefix}-supervised-seed{self.seed}"
-        self.step(train_segmentation, experiment, self.constants.segmentation, labels="truth")
+        self.step(train_segmentation, experiment, self.args.segmentation, labels="truth")
         self.step(inference_segmentation, experiment)
         return experiment
 
     def folder(self, experiment: str) -> Path:
-        return experiment_folder(self.constants.root, self.dataset.name, experiment)
+        return experiment_folder(self.args.root, self.dataset.name, experiment)
 
     def scores(self, experiment: str) -> dict[str, float]:
         """Stage -> headline mIoU in per cent, of every label folder of an experiment."""
-        constants = evaluate_miou.Constants(
+        args = evaluate_miou.Constants(
             dataset=self.dataset.name,
             experiment=experiment,
             supervised=experiment,
-            protocol=self.constants.protocol,
-            workers=self.constants.workers,
-            root=self.constants.root,
+            protocol=self.args.protocol,
+            workers=self.args.workers,
+            root=self.args.root,
         )
-        folders = evaluate_miou.find_folders(self.dataset, self.folder(experiment), constants)
+        folders = evaluate_miou.find_folders(self.dataset, self.folder(experiment), args)
         for split in SPLITS:
             if here := [folder for folder in folders if folder.split == split]:
-                failures = evaluate_miou.score(self.dataset, here, constants)
+                failures = evaluate_miou.score(self.dataset, here, args)
                 check(not failures, f"{len(failures)} files of {experiment} could not be scored: {failures[:1]}")
                 k, matrix = constant_map(here[0].matrix, self.dataset.scored)
                 self.least[split] = self.dataset.classes[k], self.headline(matrix)
@@ -143,7 +143,7 @@ class Runner:
 
     def headline(self, matrix: ConfusionMatrix) -> float:
         """mIoU in per cent."""
-        return 100 * matrix.scores(np.flatnonzero(~self.dataset.scored), self.constants.protocol)["miou"]
+        return 100 * matrix.scores(np.flatnonzero(~self.dataset.scored), self.args.protocol)["miou"]
 
     def tau(self, stage: str) -> float:
         """The data set's tau of IOS on pseudo_labels or segmentation."""
@@ -163,9 +163,9 @@ class Runner:
             folder,
             split,
             rules,
-            from_image=split == "train" or self.constants.protocol == "released",
+            from_image=split == "train" or self.args.protocol == "released",
             maps=maps if by_maps else None,
-            workers=self.constants.workers,
+            workers=self.args.workers,
         )
         return {masks: [self.headline(matrix) for matrix in matrices] for masks, matrices in found.items()}
 

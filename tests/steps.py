@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tools.constants import Count, Place, PositiveCount, Seed, Speed, constants
+from tools.constants import Count, MayChange, Place, PositiveCount, Seed, checked_constants
 
 TRAIN, TEST = [f"train_{index}" for index in range(10)], [f"test_{index}" for index in range(4)]
 SMALL = {
@@ -32,7 +32,7 @@ STEPS = {  # script -> folder, constants, ids, suffix
 }
 
 
-@constants
+@checked_constants
 class Recipe(Place):
     """What a training asks of its constants."""
 
@@ -44,8 +44,8 @@ class Recipe(Place):
     momentum: float = 0.9
     weight_decay: float = 1e-3
     seed: Seed = 0
-    compile: Speed[bool] = False
-    workers: Speed[Count] = 0
+    compile: MayChange[bool] = False
+    workers: MayChange[Count] = 0
 
 
 def options(constants):

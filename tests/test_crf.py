@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 from models.crf import CRF, dense_crf, lattice_filter, permutohedral_lattice
 from tools.command import UserError
-from tools.constants import constants
+from tools.constants import checked_constants
 
 MODES = ("lattice", "exact")
 
@@ -250,7 +250,7 @@ def test_sigmas_too_small_for_the_lattice():
     ],
 )
 def test_constants_outside_their_range_are_named(name, value):
-    @constants
+    @checked_constants
     class Block:
         crf: CRF = LATTICE
 

@@ -11,30 +11,30 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from tools.command import UserError, check, run
-from tools.constants import Affinity, Place, PositiveCount, Scales, Speed, constants
+from tools.command import UserError, and_more, check, run
+from tools.constants import Affinity, MayChange, Place, PositiveCount, Scales, checked_constants
 from tools.files import write_json, write_whole
-from tools.folders import LOCK, StepFolder, and_more
+from tools.folders import LOCK, StepFolder
 from tools.runs import Run, read_run
 from tools.step import experiment_folder, require
 from tools.steps import STEPS, next_step, step_of
 
 
-@constants
+@checked_constants
 class Inner:
     sigma: PositiveCount = 3  # a nested block
 
 
-@constants
+@checked_constants
 class Constants(Place):
     dataset: str = "tiny"
     experiment: str = "prc"
     gamma: Affinity = 0.7
     scales: Scales = (0.5, 1.0)
     inner: Inner = Inner()
-    images_at_once: Speed[PositiveCount] = 8
-    workers: Speed[int] = 0
-    root: Speed[Path] = Path("somewhere")
+    images_at_once: MayChange[PositiveCount] = 8
+    workers: MayChange[int] = 0
+    root: MayChange[Path] = Path("somewhere")
 
 
 def refused(sentence):
@@ -429,7 +429,7 @@ def test_the_command_line_fills_the_constants(monkeypatch, capsys):
 def test_an_edited_default_is_checked():
     with refused("gamma is 'much', but it must be a number: change the constant at the top of the script, or --gamma"):
 
-        @constants
+        @checked_constants
         class Edited(Place):
             gamma: Affinity = "much"
 

@@ -5,12 +5,13 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import tyro
 
+MOST_SHOWN = 20  # items of a list that one message names
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; kill, a scheduler's time limit, a container that is stopped
 _stopped_by: list[int] = []  # the signal that ended this run
 MEMORY = (
@@ -42,7 +43,7 @@ class UserError(Exception):
 
 def run(
     main: Callable[[Any], None],
-    constants: type,
+    args: type,
     description: str | None,
     *,
     then: Callable[[Any], None] | None = None,
@@ -62,7 +63,7 @@ def run(
     overwrite = "--overwrite" in sys.argv
     again = "the same command" + (" without --overwrite" if overwrite else "") + " continues"
     try:
-        values: Any = tyro.cli(constants, description=re.sub(r"\n(?=Reads|Writes)", "\n\n", description or ""))
+        values: Any = tyro.cli(args, description=re.sub(r"\n(?=Reads|Writes)", "\n\n", description or ""))
         if one_process and not first:
             return
         with _signals_as_exceptions():
@@ -144,6 +145,12 @@ def check(condition: bool, sentence: str) -> None:
     """Raise `UserError(sentence)` unless the condition holds."""
     if not condition:
         raise UserError(sentence)
+
+
+def and_more(lines: Sequence[str], most: int = MOST_SHOWN, between: str = "\n  ") -> str:
+    """The first lines, and how many more there are."""
+    more = f"{between}and {len(lines) - most} more" if len(lines) > most else ""
+    return between.join(lines[:most]) + more
 
 
 def stop(sentence: str) -> None:

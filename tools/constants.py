@@ -16,8 +16,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 WORKERS = min(4, CORES)
 
 T = TypeVar("T")
-_SPEED = object()
-Speed = Annotated[T, _SPEED]  # affects speed or place, not results: may differ when a run is resumed
+_MAY_CHANGE = object()
+MayChange = Annotated[T, _MAY_CHANGE]  # may differ between runs of one folder: it affects speed or place, not results
 
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
@@ -55,7 +55,7 @@ EXPECTED = {  # pydantic's name of an error -> what was expected, filled in with
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
-def constants(cls: type[T]) -> type[T]:
+def checked_constants(cls: type[T]) -> type[T]:
     """Class decorator: a frozen dataclass whose values, the defaults included, are checked against their types.
 
     Raises `UserError` that names the constant, its value and what was expected.
@@ -85,21 +85,21 @@ def _sentence(error: ValidationError) -> str:
     )
 
 
-@constants
+@checked_constants
 class Place:
     """What every script has."""
 
-    root: Speed[Path] = ROOT  # the folder that holds datasets/ and experiments/
-    overwrite: Speed[bool] = False  # replace results that were made with other constants
-    workers: Speed[Count] = WORKERS  # worker processes; 0: work in the main process
+    root: MayChange[Path] = ROOT  # the folder that holds datasets/ and experiments/
+    overwrite: MayChange[bool] = False  # replace results that were made with other constants
+    workers: MayChange[Count] = WORKERS  # worker processes; 0: work in the main process
 
 
-@constants
+@checked_constants
 class Machine(Place):
     """What every step has."""
 
-    samples: Speed[Count] = 8  # patches on the contact sheet
-    device: Speed[Device] = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    samples: MayChange[Count] = 8  # patches on the contact sheet
+    device: MayChange[Device] = "auto"  # auto | cpu | cuda | cuda:1 | mps
 
 
 def flat(values: Any) -> dict[str, Any]:
@@ -111,12 +111,12 @@ def flat(values: Any) -> dict[str, Any]:
     return found
 
 
-def speed_constants(values: Any) -> set[str]:
-    """Names of the constants marked `Speed`, those of nested blocks included."""
+def may_change(values: Any) -> set[str]:
+    """Names of the constants marked `MayChange`, those of nested blocks included."""
     found = set()
     for name, hint in get_type_hints(type(values), include_extras=True).items():
-        if _SPEED in getattr(hint, "__metadata__", ()):
+        if _MAY_CHANGE in getattr(hint, "__metadata__", ()):
             found.add(name)
         elif dataclasses.is_dataclass(getattr(values, name, None)):
-            found |= speed_constants(getattr(values, name))
+            found |= may_change(getattr(values, name))
     return found

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tools.command import check
+from tools.command import and_more, check
 from tools.constants import ROOT
 from tools.description import Method, read_description
-from tools.folders import and_more
 from tools.image_labels import hash_image_labels, read_image_labels
 from tools.steps import SPLITS
 

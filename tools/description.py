@@ -19,9 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from tools.command import UserError
+from tools.command import UserError, and_more
 from tools.constants import ROOT, Affinity, PositiveCount, Share
-from tools.folders import and_more
 from tools.steps import SPLITS
 
 SHIPPED = ROOT / "datasetsprocess"  # <name>.toml of the data sets that come with the project

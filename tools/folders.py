@@ -13,14 +13,13 @@ from typing import Any, Protocol, Self
 
 import psutil
 
-from tools.command import UserError, check
-from tools.constants import Place, flat, speed_constants
+from tools.command import UserError, and_more, check
+from tools.constants import Place, flat, may_change
 from tools.files import remove_leftovers, write_json, write_whole
 from tools.progress import Progress
 from tools.runs import Run, commit, package_versions, read_run
 from tools.workers import in_workers
 
-MOST_SHOWN = 20  # files of a list that one message names
 LOCK = ".lock"
 
 
@@ -47,12 +46,6 @@ class OneProcess:
         pass
 
 
-def and_more(lines: Sequence[str], most: int = MOST_SHOWN, between: str = "\n  ") -> str:
-    """The first lines, and how many more there are."""
-    more = f"{between}and {len(lines) - most} more" if len(lines) > most else ""
-    return between.join(lines[:most]) + more
-
-
 class StepFolder:
     """The output folder of a step.
 
@@ -63,8 +56,8 @@ class StepFolder:
 
     run: Run
 
-    def __init__(self, path: Path, constants: Place):
-        self.path, self.constants = Path(path), constants
+    def __init__(self, path: Path, args: Place):
+        self.path, self.args = Path(path), args
         self.state: ProcessState = OneProcess()
         self.failures: list[str] = []
         self._joined = False
@@ -96,7 +89,7 @@ class StepFolder:
         self._start = time.monotonic()
         self.run = self._new_run(settings or {}, {"inputs": inputs or {}, "notes": notes or {}} | (facts or {}))
         if self.is_main:
-            self._open(self.constants.overwrite)
+            self._open(self.args.overwrite)
         self.state.wait_for_everyone()  # the main process has emptied, refused or made the folder before others write
         try:
             yield self
@@ -108,7 +101,7 @@ class StepFolder:
 
     def _new_run(self, settings: dict[str, Any], facts: dict[str, Any]) -> Run:
         now = time.time_ns()
-        constants = json.loads(json.dumps(flat(self.constants) | settings, default=str))
+        constants = json.loads(json.dumps(flat(self.args) | settings, default=str))
         return Run(
             script=Path(sys.argv[0]).name,
             command=" ".join([Path(sys.executable).name, *sys.argv]),
@@ -154,7 +147,7 @@ class StepFolder:
             self.run.continued.append(part)
 
     def _refuse_other_settings(self, before: Run) -> None:
-        skip = speed_constants(self.constants)
+        skip = may_change(self.args)
         old, new = before.constants, self.run.constants
         differing = [name for name in sorted((old.keys() | new.keys()) - skip) if old.get(name) != new.get(name)]
         other = [f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing]
@@ -233,7 +226,7 @@ class StepFolder:
         Where there are workers, `work` must be a function of a module, or a `functools.partial` of one.
         """
         with self.progress(len(items), what, unit) as bar:
-            for sentence in in_workers(partial(_attempt, work), items, self.constants.workers):
+            for sentence in in_workers(partial(_attempt, work), items, self.args.workers):
                 if sentence:
                     self.fail(sentence)
                 bar.update()

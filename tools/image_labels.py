@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.command import UserError
+from tools.command import UserError, and_more
 from tools.files import write_whole
-from tools.folders import and_more
 
 SHOWN = 10  # faulty lines of a csv that one message lists
 

@@ -32,14 +32,14 @@ def experiment_folder(root: Path, dataset: str, experiment: str) -> Path:
     return Path(root) / "experiments" / dataset / experiment
 
 
-def require(folder: Path, constants: Any, **others: str) -> Run:
+def require(folder: Path, args: Any, **others: str) -> Run:
     """The run.json of the finished step that made a folder.
 
     Raises `UserError` with the command to run, which repeats the data set, experiment and root of `constants`; `others`
     replaces some of them.
     """
     step = step_of(folder)
-    maker = step.hint(constants, **others) if step else "the step that makes it"
+    maker = step.hint(args, **others) if step else "the step that makes it"
     check(folder.is_dir(), f"{folder} is missing: run {maker}{_near(folder)}")
     try:
         run = read_run(folder, f"run {maker} --overwrite")
@@ -67,17 +67,17 @@ class Step(StepFolder):
     inputs of the table. With `image_labels` the step reads the image-level labels: `labels`.
     """
 
-    constants: Machine
+    args: Machine
 
-    def __init__(self, name: str, constants: Any, *, reads: tuple[str, ...] | None = None, image_labels: bool = False):
+    def __init__(self, name: str, args: Any, *, reads: tuple[str, ...] | None = None, image_labels: bool = False):
         self.info = STEPS[name]
-        self.dataset = load_dataset(constants.dataset, constants.root)
-        self.split: str = getattr(constants, "split", self.info.split or "train")
-        self.experiment = experiment_folder(constants.root, constants.dataset, constants.experiment)
-        super().__init__(self.experiment / self.info.folder_of(self.split), constants)
+        self.dataset = load_dataset(args.dataset, args.root)
+        self.split: str = getattr(args, "split", self.info.split or "train")
+        self.experiment = experiment_folder(args.root, args.dataset, args.experiment)
+        super().__init__(self.experiment / self.info.folder_of(self.split), args)
         self.sources = {name: self._source(name) for name in (self.info.inputs if reads is None else reads)}
         self.inputs = {
-            name: require(folder, constants, experiment=folder.parent.name) for name, folder in self.sources.items()
+            name: require(folder, args, experiment=folder.parent.name) for name, folder in self.sources.items()
         }
         self._settings: dict[str, Any] = {}
         self._announced = False
@@ -90,13 +90,13 @@ class Step(StepFolder):
     def _source(self, name: str) -> Path:
         if name == "sam_masks":
             return self.dataset.sam_masks(self.split)
-        other = getattr(self.constants, name, "")
+        other = getattr(self.args, name, "")
         experiment = self.experiment.parent / other if other else self.experiment
         return experiment / (STEPS[name].folder_of(self.split) if name in STEPS else name)
 
     def method_value(self, name: str, key: str) -> float:
         """The constant `name`; where it is None, the data set's value of `key` in [method]. run.json says which."""
-        value, self._origins[name] = self.dataset.method_value(key, getattr(self.constants, name))
+        value, self._origins[name] = self.dataset.method_value(key, getattr(self.args, name))
         self._settings[name] = value
         return value
 
@@ -110,7 +110,7 @@ class Step(StepFolder):
         from tools.devices import start_line  # imports torch, which workers need not load
 
         if state.is_main_process and not self._announced:
-            print(f"step {self.info.number}, {start_line(state, precision, self.constants.device)}", flush=True)
+            print(f"step {self.info.number}, {start_line(state, precision, self.args.device)}", flush=True)
         self._announced = True
 
     @contextmanager
@@ -128,7 +128,7 @@ class Step(StepFolder):
         """
         from tools.devices import device_facts, process_state
 
-        state = state or process_state(self.constants.device)
+        state = state or process_state(self.args.device)
         begin = time.monotonic()
         carried: dict[str, Any] = {}
         for run in self.inputs.values():
@@ -149,7 +149,7 @@ class Step(StepFolder):
             print(f"made: {self.path}, {self.run.files} files, {time.monotonic() - begin:.0f} s")
             print(f"look at: {self.path / 'contact_sheet.png'}")
             if following:
-                print(f"next: {following.command(self.constants)}")
+                print(f"next: {following.command(self.args)}")
 
     def warn_of_labels(self, folder: Path, remedy: str, learnt_from: Path | None = None) -> None:
         """Warn when the label maps <folder>/<id>.png hardly use a class, or use almost only one.
@@ -172,7 +172,7 @@ class Step(StepFolder):
         if not self.is_main:
             return
         rows: dict[str, Sequence[np.ndarray | None]] = {}
-        for id in sample_ids(self.ids, self.constants.samples):
+        for id in sample_ids(self.ids, self.args.samples):
             with suppress(UserError):  # already among the failures
                 rows[id] = row(id)
         sheet, colours = self.path / "contact_sheet.png", self.dataset.legend if legend else ()

@@ -10,12 +10,12 @@ from tools.constants import ROOT
 SPLITS = ("train", "test")
 
 
-def command_line(script: str, constants: Any, **others: str | None) -> str:
+def command_line(script: str, args: Any, **others: str | None) -> str:
     """The command that runs a script on the data set, experiment and root of `constants`, quoted for a shell.
 
     `others` replaces some of these constants or adds further ones; None leaves one out.
     """
-    given = {name: getattr(constants, name, None) for name in ("dataset", "experiment", "root")} | others
+    given = {name: getattr(args, name, None) for name in ("dataset", "experiment", "root")} | others
     if given["root"] == ROOT:
         given["root"] = None
     return " ".join(["python", script, *(f"--{name} {shlex.quote(str(v))}" for name, v in given.items() if v)])
@@ -41,14 +41,14 @@ class StepInfo:
         """The folder name: plain for the split that the step is made for, with the split appended for the other."""
         return self.folder if self.split in (None, split) else f"{self.folder}_{split}"
 
-    def hint(self, constants: Any, **others: str) -> str:
+    def hint(self, args: Any, **others: str) -> str:
         """ "step 2, python infer_classification.py --dataset ...", ready to paste; `others` are further constants."""
-        return f"step {self.number}, {self.command(constants, **others)}"
+        return f"step {self.number}, {self.command(args, **others)}"
 
-    def command(self, constants: Any, **others: str) -> str:
+    def command(self, args: Any, **others: str) -> str:
         """`command_line` of this step."""
         without: dict[str, str | None] = {"experiment": None} if self.folder == "sam_masks" else {}
-        return command_line(self.script, constants, **(others | without))
+        return command_line(self.script, args, **(others | without))
 
 
 STEPS = {

@@ -81,23 +81,23 @@ def parameter_groups(
     return groups
 
 
-def check_recipe(constants: Recipe, patches: int) -> None:
+def check_recipe(args: Recipe, patches: int) -> None:
     """Raise `UserError` for constants that cannot work on this machine or with this many patches."""
-    file = Path(constants.weights)
-    check(constants.weights in ("imagenet", "none") or file.is_file(), f"the weights file {file} is missing")
+    file = Path(args.weights)
+    check(args.weights in ("imagenet", "none") or file.is_file(), f"the weights file {file} is missing")
     compiler = os.environ.get("CXX", "g++")
     check(
-        not constants.compile or bool(shutil.which(compiler)),
+        not args.compile or bool(shutil.which(compiler)),
         f"compile is True, but torch.compile needs the C++ compiler {compiler}: install it, or use --no-compile",
     )
-    EpochBatches(patches, constants.batch_size, constants.seed)
+    EpochBatches(patches, args.batch_size, args.seed)
 
 
-def advise(constants: Recipe, paper: Recipe, patches: int) -> str:
+def advise(args: Recipe, paper: Recipe, patches: int) -> str:
     """Where few patches meet the rates of `paper`: other constants, to be pasted; otherwise nothing."""
-    if patches >= FEW_PATCHES or (constants.lr, constants.momentum) != (paper.lr, paper.momentum):
+    if patches >= FEW_PATCHES or (args.lr, args.momentum) != (paper.lr, paper.momentum):
         return ""
-    steps = FROM_SCRATCH if constants.weights == "none" else SMALL_DATA
+    steps = FROM_SCRATCH if args.weights == "none" else SMALL_DATA
     lines = [f"  step {step}: {words}" for step, words in steps.items()]
     return "\n".join(
         [
@@ -194,33 +194,33 @@ class Training:
         pretrained: Sequence[nn.Module],
         patches: TrainingPatches,
         compute_loss: ComputeLoss,
-        constants: Recipe,
+        args: Recipe,
         accelerator: Accelerator,
         *,
         count: Callable[[Tensor], Tensor | int] = len,
         seen: list | None = None,
     ):
-        self.constants, self.accelerator = constants, accelerator
-        self.micro_batches = MicroBatches(accelerator, compute_loss, constants.micro_batch, count, seen)
+        self.args, self.accelerator = args, accelerator
+        self.micro_batches = MicroBatches(accelerator, compute_loss, args.micro_batch, count, seen)
         self.sampler = EpochBatches(
-            len(patches), constants.batch_size, constants.seed, accelerator.process_index, accelerator.num_processes
+            len(patches), args.batch_size, args.seed, accelerator.process_index, accelerator.num_processes
         )
         # Workers get the epoch through the sampler's (epoch, index), so they may live through all epochs. DataLoader
         # draws seeds of its workers, which nothing uses, from a generator of its own: dropout would draw others.
         self.loader = DataLoader(
             patches,
             batch_sampler=self.sampler,
-            num_workers=constants.workers,
+            num_workers=args.workers,
             pin_memory=accelerator.device.type == "cuda",
-            persistent_workers=constants.workers > 0,
+            persistent_workers=args.workers > 0,
             generator=torch.Generator(),
         )
         new = [module for module in model.children() if module not in pretrained]
         self.optimiser: Any = torch.optim.SGD(
-            parameter_groups(pretrained, new, constants.lr, constants.weight_decay),
-            lr=constants.lr,
-            momentum=constants.momentum,
-            nesterov=constants.momentum > 0,
+            parameter_groups(pretrained, new, args.lr, args.weight_decay),
+            lr=args.lr,
+            momentum=args.momentum,
+            nesterov=args.momentum > 0,
             fused=True,  # one pass over the weights instead of one for each operation
         )
         self.base_rates = [group["lr"] for group in self.optimiser.param_groups]
@@ -231,7 +231,7 @@ class Training:
     @property
     def steps(self) -> int:
         """Batches of the whole training."""
-        return self.constants.epochs * len(self.sampler)
+        return self.args.epochs * len(self.sampler)
 
     def resume(self, checkpoint_file: Path) -> None:
         """Continue after the last finished epoch of a stopped training; raises `UserError` for a broken checkpoint."""
@@ -249,8 +249,8 @@ class Training:
             self.epoch, self.best = int(checkpoint["epoch"]), float(checkpoint["best"])
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise UserError(f"{checkpoint_file} cannot be continued from: train again with --overwrite") from None
-        done = "is finished" if self.epoch >= self.constants.epochs else "continues"
-        self.accelerator.print(f"the training {done} after epoch {self.epoch} of {self.constants.epochs}")
+        done = "is finished" if self.epoch >= self.args.epochs else "continues"
+        self.accelerator.print(f"the training {done} after epoch {self.epoch} of {self.args.epochs}")
 
     def prepare(self) -> None:
         """Move model and optimiser to the device and, where there are several, into all processes."""
@@ -258,16 +258,16 @@ class Training:
         model = self.raw.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.accelerator.num_processes > 1 and device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if self.constants.compile:
+        if self.args.compile:
             model.compile()  # in place, so that the names in checkpoints stay
         self.model, self.optimiser = self.accelerator.prepare(model, self.optimiser)
         self.raw = self.accelerator.unwrap_model(self.model)
 
     def train_one_epoch(self, bar: Progress) -> dict[str, float]:
         """One pass over the patches -> means of the losses over it."""
-        constants, device, epoch = self.constants, self.accelerator.device, self.epoch
+        args, device, epoch = self.args, self.accelerator.device, self.epoch
         # dropout is random through (seed, epoch, process) alone, so that a resumed run repeats an uninterrupted one
-        torch.manual_seed((constants.seed * 100_003 + epoch) * 4_099 + self.accelerator.process_index)
+        torch.manual_seed((args.seed * 100_003 + epoch) * 4_099 + self.accelerator.process_index)
         self.sampler.epoch = epoch
         self.model.train()
         sums: dict[str, Tensor] = {}
@@ -327,27 +327,27 @@ def train(
     main = training.accelerator.is_main_process
     training.resume(checkpoint_file)
     training.prepare()
-    left, steps = training.constants.epochs - training.epoch, len(training.sampler)
+    left, steps = training.args.epochs - training.epoch, len(training.sampler)
     if main:
         _cut_log(log_file, training.epoch)
     if left <= 0:
         return
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=training.epoch * steps) if main else None
     bar = Progress(training.steps, "training", "batch", initial=training.epoch * steps, shown=main)
-    while training.epoch < training.constants.epochs:
+    while training.epoch < training.args.epochs:
         start = time.perf_counter()
-        bar.set_description(f"training, epoch {training.epoch + 1} of {training.constants.epochs}", refresh=False)
+        bar.set_description(f"training, epoch {training.epoch + 1} of {training.args.epochs}", refresh=False)
         means = training.train_one_epoch(bar)
         bar.note(f"loss {means['loss']:.4f}")
         check(
             math.isfinite(means["loss"]),
-            f"the loss became {means['loss']} in epoch {training.epoch}: lower lr ({training.constants.lr}); the state "
+            f"the loss became {means['loss']} in epoch {training.epoch}: lower lr ({training.args.lr}); the state "
             f"after epoch {training.epoch - 1} is kept in {checkpoint_file}",
         )
         row: dict[str, Any] = {"epoch": training.epoch, "step": training.epoch * steps, **means}
         row["lr"] = training.optimiser.param_groups[0]["lr"]
-        row["images_per_second"] = round(steps * training.constants.batch_size / (time.perf_counter() - start), 2)
-        if (size := training.micro_batches.parts.size) != training.constants.micro_batch:
+        row["images_per_second"] = round(steps * training.args.batch_size / (time.perf_counter() - start), 2)
+        if (size := training.micro_batches.parts.size) != training.args.micro_batch:
             row["micro_batch"] = size  # halved because the memory was full: changes step 1's BatchNorm statistics
         if measure:
             row |= measure()
