@@ -7,27 +7,29 @@ Writes experiments/<dataset>/<experiment>/cams/<id>.npz: the maps of the classes
     python infer_classification.py --dataset vaihingen
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.classifier import Classifier
 from report.page import renew
-from tools.cams import for_inference, image_batches, in_background, load_cams, mirrored_cams, save_cams
 from tools.command import run
 from tools.constants import Count, Machine, MayChange, PositiveCount, Scales, checked_constants
-from tools.devices import make_accelerator, precision_of
-from tools.labels import load_image
-from tools.memory import Parts
-from tools.pictures import heat
+from tools.inference import for_inference, image_batches, with_mirrors
+from tools.map_files import load_maps, save_maps
+from tools.memory import Halving
 from tools.step import Step
 from tools.training import load_checkpoint
+from tools.workers import in_background
 
 
 @checked_constants
-class Constants(Machine):
+class Constants(Machine):  # and root, overwrite, workers, samples, device
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train, for the pseudo-labels | test, to measure only: cams_test
@@ -38,45 +40,46 @@ class Constants(Machine):
     images_at_once: MayChange[PositiveCount] = 8  # patches of one batch; lower it when the GPU's memory is short
 
 
+@torch.no_grad()
+def class_maps(classifier: nn.Module, scales: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Images at each scale (B,3,h,w) uint8 -> logits (B,K), then for each scale positive class maps (B,K,h/16,w/16).
+
+    The maps of an image and those of its mirror image, mirrored back, are added; the logits are the
+    mean over scales and mirror images. All are float32.
+    """
+    logits, maps = [], []
+    for images in scales:
+        scale_logits, scale_maps = classifier(with_mirrors(images, device))
+        plain, mirrored = scale_maps.relu().float().chunk(2)
+        maps.append(plain + mirrored.flip(-1))
+        logits += scale_logits.float().chunk(2)
+    return [torch.stack(logits).mean(0), *maps]
+
+
 def main(args: Constants) -> None:
     step = Step("cams", args, image_labels=True)
-    dataset, trained = step.dataset, step.inputs["classifier"].constants
+    dataset, trained = step.dataset, step.run_of["classifier"].constants
     iterations = trained["iterations"] if args.iterations is None else args.iterations
     model = Classifier(Backbone(trained["backbone"], "none"), dataset.num_classes, trained["gamma"], iterations)
-    load_checkpoint(step.sources["classifier"] / "model.pt", model)
-    accelerator = make_accelerator(args.precision, args.device)
-    model, parts = for_inference(model, accelerator.device), Parts()
+    load_checkpoint(step.reads["classifier"] / "model.pt", model)
+    model = for_inference(model, step.device)
+    halving = Halving(args.images_at_once)
 
-    def predict(images: list[Tensor]) -> list[Tensor]:
-        """Mean logits (B,K), and the maps (B,K,h,w) of each scale."""
-        with accelerator.autocast():
-            logits, maps = mirrored_cams(model, images, accelerator.device)
-        return [logits, *maps]
-
-    def row(id: str) -> list[np.ndarray | None]:
-        """The patch with the maps of its classes."""
-        image = load_image(dataset.images(step.split) / f"{id}.png")
-        maps = dict(zip(*load_cams(step.path / f"{id}.npz", dataset.num_classes, image.shape[:2]), strict=True))
-        return [image, *(heat(image, maps[k]) if k in maps else None for k in range(dataset.num_classes))]
-
-    with step.output(".npz", state=accelerator, settings={"precision": precision_of(accelerator)}):
+    with step.output(".npz"):
         pending = step.pending(step.ids, ".npz")
-        with step.progress(len(pending), "CAMs") as bar, in_background() as submit:
-            for ids, size, images in image_batches(
-                dataset.images(step.split),
-                pending,
-                args.scales,
-                args.images_at_once,
-                args.workers,
-                step.fail,
-            ):
-                scores, *arrays = (found.cpu().numpy() for found in parts.predict(predict, images))
+        batches = image_batches(
+            dataset.images(step.split), pending, args.scales, args.images_at_once, args.workers, step.fail
+        )
+        with step.progress(len(pending), "CAMs") as bar, step.accelerator.autocast(), in_background() as submit:
+            for ids, size, scales in batches:
+                outputs = halving.predict(partial(class_maps, model, device=step.device), scales)
+                logits, *maps = (output.cpu().numpy() for output in outputs)
                 for index, id in enumerate(ids):
-                    classes = np.flatnonzero(step.labels[id])
-                    present = [scale[index, classes] for scale in arrays]
-                    submit(save_cams, step.path / f"{id}.npz", classes, present, size, scores[index])
+                    classes = np.flatnonzero(step.image_labels[id])
+                    present = [scale[index, classes] for scale in maps]
+                    submit(save_maps, step.path / f"{id}.npz", "cams", classes, present, size, logits[index])
                 bar.update(len(ids))
-        step.draw(row, ["image", *dataset.classes], legend=False)
+        step.draw_maps(lambda id, image: load_maps(step.path / f"{id}.npz", dataset.num_classes, image.shape[:2]))
 
 
 if __name__ == "__main__":

@@ -10,24 +10,31 @@ segment_scene.py segments whole large images.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from models.backbone import Backbone
+from models.deeplab import DeepLabV3Plus
 from report.page import renew
-from tools.cams import image_batches, in_background, save_cams
-from tools.command import run
+from tools.command import check, run
 from tools.constants import Machine, MayChange, PositiveCount, Scales, checked_constants
-from tools.devices import make_accelerator, precision_of
+from tools.inference import for_inference, image_batches, with_mirrors
 from tools.labels import save_label
-from tools.segmenter import Segmenter, small_probabilities
+from tools.map_files import OUTPUT_STRIDE, save_maps
+from tools.memory import Halving
 from tools.step import Step
+from tools.training import load_checkpoint
+from tools.workers import in_background
 
 
 @checked_constants
-class Constants(Machine):
+class Constants(Machine):  # and root, overwrite, workers, samples, device
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "test"  # test | train (to measure only; goes to segmentation_train)
@@ -37,43 +44,80 @@ class Constants(Machine):
     keep_probabilities: MayChange[bool] = False  # also write <id>.npz: class probabilities, for rule mean_cam of step 7
 
 
+@torch.no_grad()
+def summed_logits(
+    segmenter: nn.Module, scales: Sequence[Tensor], size: Sequence[int], device: torch.device
+) -> list[Tensor]:
+    """Images at each scale (B,3,h,w) uint8 -> logits (B,K,H,W) float32, H,W = size, in a list.
+
+    They are enlarged to the size and summed over all scales and mirror images (method section 6).
+    """
+    total = torch.zeros((), device=device)
+    for images in scales:
+        plain, mirrored = segmenter(with_mirrors(images, device)).float().chunk(2)
+        both = plain + mirrored.flip(-1)
+        total = total + F.interpolate(both, tuple(size), mode="bilinear", align_corners=False)
+    return [total]
+
+
+def load_segmenter(step: Step) -> DeepLabV3Plus:
+    """The segmenter that `step` reads, ready for inference."""
+    trained, name = step.run_of["segmenter"].constants, step.dataset.name
+    check(
+        trained["dataset"] == name,
+        f"{step.reads['segmenter']} was trained on the data set {trained['dataset']}: use --dataset "
+        f"{trained['dataset']}, or train on {name}",
+    )
+    model = DeepLabV3Plus(Backbone(trained["backbone"], "none"), step.dataset.num_classes, trained["width"])
+    load_checkpoint(step.reads["segmenter"] / "model.pt", model)
+    return for_inference(model, step.device)
+
+
+def small_probabilities(logits: Tensor, predictions: int) -> Tensor:
+    """Logits (B,K,H,W), a sum over `predictions` passes -> class probabilities (B,K,h,w), means over 4 x 4 pixels.
+
+    They come from the mean logits. As `tools.map_files.fuse_scales` expects, they cover the image up to a multiple of
+    the output stride; the border pixels are repeated there.
+    """
+    height, width = logits.shape[-2:]
+    border = (0, -width % OUTPUT_STRIDE, 0, -height % OUTPUT_STRIDE)
+    probabilities = F.pad((logits / predictions).softmax(1), border, mode="replicate")
+    return F.avg_pool2d(probabilities, 4)
+
+
 def save_patch(folder: Path, id: str, label: np.ndarray, maps: np.ndarray | None, colours: np.ndarray) -> None:
-    """Write the label map (H,W) of a patch and, where they are given, its class probabilities (K,h,w)."""
+    """Write the label map (H,W) of a patch and, where they are kept, its class probabilities (K,h,w)."""
     if maps is not None:
-        save_cams(folder / f"{id}.npz", np.arange(len(maps)), [maps], label.shape)
+        save_maps(folder / f"{id}.npz", "probabilities", np.arange(len(maps)), [maps], label.shape)
     save_label(folder / f"{id}.png", np.ascontiguousarray(label), colours)
 
 
 def main(args: Constants) -> None:
     step = Step("segmentation", args)
-    dataset = step.dataset
-    accelerator = make_accelerator(args.precision, args.device)
-    segmenter = Segmenter(step.sources["segmenter"], step.inputs["segmenter"], dataset, accelerator)
-    with step.output(".png", state=accelerator, settings={"precision": precision_of(accelerator)}):
-        suffixes = (".png", ".npz") if args.keep_probabilities else (".png",)
-        missing = {id for suffix in suffixes for id in step.pending(step.ids, suffix)}
+    dataset, model, halving = step.dataset, load_segmenter(step), Halving(args.images_at_once)
+    with step.output(".png"):
+        missing = set(step.pending(step.ids, ".png"))
+        if args.keep_probabilities:
+            missing |= set(step.pending(step.ids, ".npz"))
         pending = [id for id in step.ids if id in missing]
-        with step.progress(len(pending), "segmentation") as bar, in_background() as submit:
-            for ids, size, images in image_batches(
-                dataset.images(step.split),
-                pending,
-                args.scales,
-                args.images_at_once,
-                args.workers,
-                step.fail,
-            ):
-                logits = segmenter(images, size)
+        batches = image_batches(
+            dataset.images(step.split), pending, args.scales, args.images_at_once, args.workers, step.fail
+        )
+        with step.progress(len(pending), "segmentation") as bar, step.accelerator.autocast(), in_background() as submit:
+            for ids, size, scales in batches:
+                predict = partial(summed_logits, model, size=size, device=step.device)
+                (logits,) = halving.predict(predict, scales)
                 labels = logits.argmax(1).to(torch.uint8).cpu().numpy()
-                probabilities: Sequence[np.ndarray | None] = [None] * len(labels)
                 if args.keep_probabilities:
-                    probabilities = list(small_probabilities(logits, 2 * len(args.scales)).cpu().numpy())
-                for id, label, maps in zip(ids, labels, probabilities, strict=False):
-                    submit(save_patch, step.path, id, label, maps, dataset.colours)
+                    probabilities = small_probabilities(logits, 2 * len(args.scales)).cpu().numpy()
+                for index, id in enumerate(ids):
+                    maps = probabilities[index] if args.keep_probabilities else None
+                    submit(save_patch, step.path, id, labels[index], maps, dataset.colours)
                 bar.update(len(ids))
-        source = step.inputs["segmenter"].constants.get("labels", "truth")
-        learnt_from = None if source == "truth" else step.experiment / source
+        learnt_from = step.run_of["segmenter"].constants.get("labels", "truth")
+        folder = None if learnt_from == "truth" else step.experiment / learnt_from
         remedy = "compare with the pseudo-labels of step 4, and train step 5 for longer"
-        step.warn_of_labels(step.path, remedy, learnt_from)
+        step.warn_of_labels(step.path, remedy, folder)
         step.draw_labels({"segmentation": step.path})
 
 

@@ -6,20 +6,18 @@ Writes experiments/<dataset>/<experiment>/classifier/: model.pt, checkpoint.pt, 
     python train_classification.py --dataset vaihingen
 """
 
-from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 
+from infer_classification import class_maps
 from models.backbone import BackboneName
 from models.classifier import Classifier
 from models.ir_loss import check_tiles, image_reconstruction_loss
 from report.page import renew
 from tools.augment import TrainingPatches, to_tensor
-from tools.cams import OUTPUT_STRIDE, fuse_scales, mirrored_scales
 from tools.command import UserError, check, run
 from tools.constants import (
     Affinity,
@@ -34,18 +32,16 @@ from tools.constants import (
     checked_constants,
 )
 from tools.dataset import Dataset
-from tools.devices import make_accelerator, precision_of
-from tools.labels import load_image
 from tools.logs import read_log
-from tools.pictures import heat
+from tools.map_files import OUTPUT_STRIDE, fuse_scales, relative
 from tools.result_checks import check_classifier, patch_shares
 from tools.selection import cam_miou
 from tools.step import Step
-from tools.training import ClassScores, Training, advise, check_recipe, load_backbone, load_checkpoint, train
+from tools.training import ClassScores, Training, advise, check_recipe, load_backbone, load_checkpoint
 
 
 @checked_constants
-class Constants(Machine):
+class Constants(Machine):  # and root, overwrite, workers, samples, device
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     protocol: Literal["clean", "released"] = "clean"  # keeps the last epoch | released: the best on train PIXEL labels
@@ -58,26 +54,13 @@ class Constants(Machine):
     tiles: PositiveCount = 4  # IR: parts with class colours of their own: 1, 4, 9, ...
     epochs: PositiveCount = 20  # passes over the train split
     batch_size: PositiveCount = 8  # over all processes together
-    micro_batch: Count = 0  # patches computed at once; 0: all, halved when the memory is full. Changes BatchNorm
+    micro_batch: Count = 0  # patches computed at once; 0: the whole batch. Changes BatchNorm's statistics
     lr: Positive = 0.1  # of pretrained weights; their biases x2, new weights x10, new biases x20
     momentum: Momentum = 1e-4  # what the released optimiser receives (0.9 was intended)
     weight_decay: NonNegative = 1e-4  # on weights only
     seed: Seed = 0  # of new weights, augmentation and order
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU compute in it, else fp32
     compile: MayChange[bool] = False  # torch.compile the model: faster steps after minutes of preparation
-
-
-def compute_loss(
-    model: nn.Module, images: Tensor, labels: Tensor, ir_weight: float, tiles: int, scores: ClassScores | None = None
-) -> dict[str, Tensor]:
-    """Multi-label soft margin on the means of the raw maps + lambda x image reconstruction by the PRC maps."""
-    logits, maps = model(images)
-    if scores:
-        scores.add(logits, labels)
-    classification = F.multilabel_soft_margin_loss(logits.float(), labels)
-    reconstruction = image_reconstruction_loss(maps, images, labels, tiles)
-    loss = classification + ir_weight * reconstruction
-    return {"loss": loss, "classification": classification, "reconstruction": reconstruction}
 
 
 def check_constants(args: Constants, dataset: Dataset) -> None:
@@ -96,46 +79,47 @@ def check_constants(args: Constants, dataset: Dataset) -> None:
 
 def main(args: Constants) -> None:
     step = Step("classifier", args, image_labels=True)
-    dataset, labels = step.dataset, step.labels
+    dataset, image_labels = step.dataset, step.image_labels
     check_constants(args, dataset)
-    accelerator = make_accelerator(args.precision, args.device)
-    step.announce(accelerator, precision_of(accelerator))  # before weights are downloaded
-    if advice := advise(args, Constants(), len(step.ids)):
-        accelerator.print(advice)
+    if step.is_main:
+        advise(args, len(step.ids))
     torch.manual_seed(args.seed)
     backbone = load_backbone(args.backbone, args.weights)
-    model = Classifier(
-        backbone, dataset.num_classes, step.method_value("gamma", "gamma"), args.iterations, args.train_all
-    )
-    patches = TrainingPatches(
-        step.ids, dataset.images("train"), labels, dataset.num_classes, dataset.patch_size, args.seed
-    )
-    scores = ClassScores(dataset.classes, accelerator)
-    compute = partial(compute_loss, ir_weight=args.ir_weight, tiles=args.tiles, scores=scores)
+    gamma = step.method_value("gamma")
+    model = Classifier(backbone, dataset.num_classes, gamma, args.iterations, args.train_all)
     pretrained = [] if args.weights == "none" else [backbone]
-    training = Training(model, pretrained, patches, compute, args, accelerator, seen=scores.seen)
-    released = args.protocol == "released"
-    select = partial(cam_miou, dataset=dataset, args=args, device=accelerator.device)
+    patches = TrainingPatches(
+        step.ids, dataset.images("train"), image_labels, dataset.num_classes, dataset.patch_size, args.seed
+    )
+    scores = ClassScores(dataset.classes, step.accelerator)
+    if args.protocol == "released":
+        step.notes["protocol_of_the_steps"] = "released"
 
-    def row(id: str) -> list[np.ndarray | None]:
-        """The patch with the single-scale CAMs of its classes."""
-        image, classes = load_image(dataset.images("train") / f"{id}.png"), np.flatnonzero(labels[id])
-        maps = mirrored_scales(lambda x: model(x)[1].relu(), [to_tensor(image)[None]], accelerator.device)
-        fused = fuse_scales([maps[0][0, classes]], image.shape[:2]).cpu().numpy()
-        by_class = dict(zip(classes, fused, strict=True))
-        return [image, *(heat(image, by_class[k]) if k in by_class else None for k in range(dataset.num_classes))]
+    def maps_of(id: str, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The maps of the patch's classes at one scale, for the contact sheet."""
+        _, maps = class_maps(model, [to_tensor(image)[None]], step.device)
+        classes = np.flatnonzero(image_labels[id])
+        return classes, relative(fuse_scales([maps[0, classes].cpu().numpy()], image.shape[:2]))
 
-    with step.output(
-        ".pt",
-        state=accelerator,
-        notes={"protocol_of_the_steps": "released"} if released else {},
-        settings={"precision": precision_of(accelerator)},
-    ):
-        train(training, step.path, select if released else None, scores.average_precision)
-        step.warn(check_classifier(read_log(step.path / "log.jsonl"), patch_shares(labels, dataset.classes)))
+    training = Training(step, model, patches, pretrained)
+    with step.output(".pt"), training:
+        for _ in training.epochs():
+            for images, labels in training.batches():
+                # the logits are means of the maps before PRC, so only the reconstruction trains PRC
+                logits, maps = training.model(images)
+                classification = F.multilabel_soft_margin_loss(logits.float(), labels)
+                reconstruction = image_reconstruction_loss(maps, images, labels, args.tiles)
+                loss = classification + args.ir_weight * reconstruction
+                training.descend(loss, classification=classification, reconstruction=reconstruction)
+                scores.add(logits, labels)
+            training.log(average_precision=scores.average_precision())
+            if args.protocol == "released":
+                training.keep_best(train_miou=cam_miou(model, step))
+
+        step.warn(check_classifier(read_log(training.log_file), patch_shares(image_labels, dataset.classes)))
         load_checkpoint(step.path / "model.pt", model)
         model.eval()
-        step.draw(row, ["image", *dataset.classes], legend=False)
+        step.draw_maps(maps_of)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,18 @@ The fully supervised bound: the same training on pixel truth, in an experiment o
     python train_segmentation.py --dataset vaihingen --experiment supervised --labels truth
 """
 
-from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inference_segmentation import summed_logits
 from models.backbone import BackboneName
 from models.deeplab import DeepLabV3Plus
 from report.page import renew
 from tools.augment import TrainingPatches, to_tensor
-from tools.cams import mirrored_scales
 from tools.command import and_more, check, run
 from tools.constants import (
     Count,
@@ -37,18 +36,16 @@ from tools.constants import (
     checked_constants,
 )
 from tools.dataset import Dataset
-from tools.devices import make_accelerator, precision_of
-from tools.labels import IGNORE, load_image, load_label
+from tools.labels import IGNORE
 from tools.logs import read_log
-from tools.pictures import colourise
 from tools.result_checks import check_losses
 from tools.selection import segmentation_miou
 from tools.step import Step
-from tools.training import Training, check_recipe, load_backbone, load_checkpoint, train
+from tools.training import Training, check_recipe, load_backbone, load_checkpoint
 
 
 @checked_constants
-class Constants(Machine):
+class Constants(Machine):  # and root, overwrite, workers, samples, device
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     protocol: Literal["clean", "released"] = "clean"  # keeps the last epoch | released: the best on train PIXEL labels
@@ -59,24 +56,13 @@ class Constants(Machine):
     width: Width = 256  # channels of ASPP and decoder, a multiple of 4
     epochs: PositiveCount = 50  # passes over the train split
     batch_size: PositiveCount = 16  # over all processes together
-    micro_batch: MayChange[Count] = 0  # patches computed at once; 0: the whole batch, halved when the memory is full
+    micro_batch: MayChange[Count] = 0  # patches computed at once; 0: the whole batch. Results stay equal
     lr: Positive = 0.007  # of pretrained weights; their biases x2, new weights x10, new biases x20
     momentum: Momentum = 4e-5  # what the released optimiser receives (0.9 was intended)
     weight_decay: NonNegative = 4e-5  # on weights only
     seed: Seed = 0  # of new weights, augmentation and order
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU compute in it, else fp32
     compile: MayChange[bool] = False  # torch.compile the model: faster steps after minutes of preparation
-
-
-def compute_loss(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Mean cross-entropy of the labelled pixels; 0 where every pixel is ignored."""
-    summed = F.cross_entropy(model(images).float(), labels, ignore_index=IGNORE, reduction="sum")
-    return {"loss": summed / labelled_pixels(labels).clamp_min(1)}
-
-
-def labelled_pixels(labels: Tensor) -> Tensor:
-    """The number of labelled pixels, which weights the micro-batches of a batch."""
-    return (labels != IGNORE).sum()
 
 
 def check_constants(args: Constants, dataset: Dataset) -> None:
@@ -88,48 +74,55 @@ def check_constants(args: Constants, dataset: Dataset) -> None:
     )
 
 
+def check_labels(folder: Path, ids: list[str]) -> None:
+    """Raise `UserError` for train patches without a label map."""
+    missing = [id for id in ids if not (folder / f"{id}.png").exists()]
+    check(not missing, f"{folder} has no label of {len(missing)} train images: {and_more(missing, 3, ', ')}")
+
+
 def main(args: Constants) -> None:
-    truth, released = args.labels == "truth", args.protocol == "released"
+    truth = args.labels == "truth"
     check(
         args.labels.replace("_", "").isalnum(),
         f'labels is "{args.labels}", but it must be the name of a step folder, or truth',
     )
-    step = Step("segmenter", args, reads=() if truth else (args.labels,))
-    dataset, ids = step.dataset, step.ids
+    step = Step("segmenter", args, reads=[] if truth else [args.labels])
+    dataset = step.dataset
     check_constants(args, dataset)
-    source = dataset.labels("train") if truth else step.sources[args.labels]
-    missing = [id for id in ids if not (source / f"{id}.png").exists()]
-    check(not missing, f"{source} has no label of {len(missing)} train images: {and_more(missing, 3, ', ')}")
-    accelerator = make_accelerator(args.precision, args.device)
-    step.announce(accelerator, precision_of(accelerator))  # before weights are downloaded
+    label_folder = dataset.labels("train") if truth else step.reads[args.labels]
+    check_labels(label_folder, step.ids)
     torch.manual_seed(args.seed)
     backbone = load_backbone(args.backbone, args.weights)
     model = DeepLabV3Plus(backbone, dataset.num_classes, args.width, args.freeze_norm)
-    patches = TrainingPatches(ids, dataset.images("train"), source, dataset.num_classes, dataset.patch_size, args.seed)
     pretrained = [] if args.weights == "none" else [backbone]
-    training = Training(model, pretrained, patches, compute_loss, args, accelerator, count=labelled_pixels)
-    select = partial(segmentation_miou, dataset=dataset, args=args, device=accelerator.device)
+    patches = TrainingPatches(
+        step.ids, dataset.images("train"), label_folder, dataset.num_classes, dataset.patch_size, args.seed
+    )
+    training = Training(step, model, patches, pretrained)
+    if truth:
+        step.notes["supervision"] = "pixel truth of the train split"
+    if args.protocol == "released":
+        step.notes["protocol_of_the_steps"] = "released"
 
-    def row(id: str) -> list[np.ndarray]:
-        """The patch, what was learnt from, and the single-scale prediction."""
-        image = load_image(dataset.images("train") / f"{id}.png")
-        logits = mirrored_scales(model, [to_tensor(image)[None]], accelerator.device)[0]
-        label = load_label(source / f"{id}.png", dataset.num_classes)
-        prediction = logits[0].argmax(0).byte().cpu().numpy()
-        return [image, colourise(label, dataset.colours), colourise(prediction, dataset.colours)]
+    def predict(image: np.ndarray) -> np.ndarray:
+        """The label map of a patch at one scale, for the contact sheet."""
+        (logits,) = summed_logits(model, [to_tensor(image)[None]], image.shape[:2], step.device)
+        return logits[0].argmax(0).byte().cpu().numpy()
 
-    with step.output(
-        ".pt",
-        state=accelerator,
-        notes=({"supervision": "pixel truth of the train split"} if truth else {})
-        | ({"protocol_of_the_steps": "released"} if released else {}),
-        settings={"precision": precision_of(accelerator)},
-    ):
-        train(training, step.path, select if released else None)
-        step.warn(check_losses(read_log(step.path / "log.jsonl")))
+    with step.output(".pt"), training:
+        for _ in training.epochs():
+            for images, labels in training.batches():
+                logits = training.model(images)
+                summed = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+                labelled = (labels != IGNORE).sum().clamp_min(1)  # so that a batch without any gives 0, not NaN
+                training.descend(summed / labelled)
+            if args.protocol == "released":
+                training.keep_best(train_miou=segmentation_miou(model, step))
+
+        step.warn(check_losses(read_log(training.log_file)))
         load_checkpoint(step.path / "model.pt", model)
         model.eval()
-        step.draw(row, ["image", "learnt from", "segmenter"])
+        step.draw_labels({"learnt from": label_folder, "segmenter": predict})
 
 
 if __name__ == "__main__":

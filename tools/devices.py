@@ -21,14 +21,14 @@ REMEDY = (
 )
 
 
-def make_accelerator(precision: str = "auto", device: str = "auto") -> Accelerator:
+def make_accelerator(precision: str = "auto", device: str = "auto", bf16_on_cpu: bool = True) -> Accelerator:
     """Accelerate's device, processes and autocast for `precision` and `device` as in `process_state`.
 
     BatchNorm's statistics are not copied from the first process to the others before each step: the statistics are
     frozen, or synchronised (`SyncBatchNorm`), or, on CPUs, saved by the first process alone.
     """
     state = process_state(device)
-    precision = set_precision(precision, state.device)
+    precision = set_precision(precision, state.device, bf16_on_cpu)
     return Accelerator(
         mixed_precision="bf16" if precision == "bf16" else "no",
         cpu=state.device.type == "cpu",

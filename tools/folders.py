@@ -17,7 +17,7 @@ from tools.command import UserError, and_more, check
 from tools.constants import Place, flat, may_change
 from tools.files import remove_leftovers, write_json, write_whole
 from tools.progress import Progress
-from tools.runs import Run, commit, package_versions, read_run
+from tools.runs import Run, commit, differences, package_versions, read_run
 from tools.workers import in_workers
 
 LOCK = ".lock"
@@ -49,8 +49,8 @@ class OneProcess:
 class StepFolder:
     """The output folder of a step.
 
-    `constants` is the script's block. `open` gives the folder to a run: where it was made with other constants or from
-    other inputs it is refused, unless `overwrite`; where it is unfinished the run continues it. Several processes may
+    `constants` is the script's block. `open` gives the folder to a run: where it was made with other constants or read
+    something else it is refused, unless `overwrite`; where it is unfinished the run continues it. Several processes may
     open the same folder: they share the work, and the main one writes run.json.
     """
 
@@ -61,7 +61,7 @@ class StepFolder:
         self.state: ProcessState = OneProcess()
         self.failures: list[str] = []
         self._joined = False
-        self._resumed: dict | None = None  # account of a run that found the folder finished
+        self._resumed: dict | None = None  # record of a run that found the folder finished
 
     @property
     def is_main(self) -> bool:
@@ -73,21 +73,21 @@ class StepFolder:
         suffix: str,
         *,
         state: ProcessState | None = None,
-        inputs: dict[str, str] | None = None,
+        reads: dict[str, str] | None = None,
         notes: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
         facts: dict[str, Any] | None = None,
     ) -> Iterator[Self]:
         """Own the folder for the block, then write run.json with the count of files that end in `suffix`.
 
-        `inputs`: name -> start of the run, or hash of the file, that is read, so that results of different inputs never
-        mix. `notes` are facts that later tables must show. `settings` are further values that must agree like the
+        `reads`: name -> start of the run, or hash of the file, that is read, so that results made from different ones
+        never mix. `notes` are facts that later tables must show. `settings` are further values that must agree like the
         constants; `facts`, further fields of `Run`, need not. Raises `UserError` when the folder is refused, and at the
         end with the list of files that failed.
         """
         self.state = state or self.state
         self._start = time.monotonic()
-        self.run = self._new_run(settings or {}, {"inputs": inputs or {}, "notes": notes or {}} | (facts or {}))
+        self.run = self._new_run(settings or {}, {"reads": reads or {}, "notes": notes or {}} | (facts or {}))
         if self.is_main:
             self._open(self.args.overwrite)
         self.state.wait_for_everyone()  # the main process has emptied, refused or made the folder before others write
@@ -147,21 +147,18 @@ class StepFolder:
             self.run.continued.append(part)
 
     def _refuse_other_settings(self, before: Run) -> None:
-        skip = may_change(self.args)
-        old, new = before.constants, self.run.constants
-        differing = [name for name in sorted((old.keys() | new.keys()) - skip) if old.get(name) != new.get(name)]
-        other = [f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing]
-        other += [
-            f"made from another run of {name}"
-            for name, started in before.inputs.items()
-            if self.run.inputs.get(name) != started
-        ]
-        elsewhere = ", or choose another --experiment" if "experiment" in new else ""
-        # "auto" depends on the device, but every device can compute in fp32 and in bf16
-        same = f"--precision {old['precision']} continues it, " if differing == ["precision"] else ""
+        differing = differences(before.constants, self.run.constants, may_change(self.args))
+        sentences = list(differing.values())
+        for name, started in before.reads.items():
+            if self.run.reads.get(name) != started:
+                sentences.append(f"made from another run of {name}")
+        remedies = ["--overwrite replaces it"]
+        if list(differing) == ["precision"]:  # "auto" depends on the device, but every device can compute in both
+            remedies.insert(0, f"--precision {before.constants['precision']} continues it")
+        if "experiment" in self.run.constants:
+            remedies.append("or choose another --experiment")
         check(
-            not other,
-            f"{self.path} was made with other settings ({'; '.join(other)}): {same}--overwrite replaces it{elsewhere}",
+            not sentences, f"{self.path} was made with other settings ({'; '.join(sentences)}): {', '.join(remedies)}"
         )
 
     def _lock(self) -> None:

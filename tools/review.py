@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import expit
 
-from tools.cams import load_logits
+from tools.map_files import load_logits
 from tools.command import check
 from tools.dataset import Dataset
 

@@ -1,12 +1,13 @@
-"""run.json: the account of a step, which every later step and the report read back."""
+"""run.json: the record of a step, which every later step and the report read back."""
 
 import platform
 import subprocess
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from tools.files import read_json
 
@@ -32,7 +33,8 @@ class Run(BaseModel):
     script: str = ""
     command: str = ""
     constants: dict[str, Any]
-    inputs: dict[str, str] = {}  # name -> when the folder that was read was started, or the hash of a file
+    # name -> when the folder that was read was started, or the hash of a file
+    reads: dict[str, str] = Field({}, validation_alias=AliasChoices("reads", "inputs"))  # inputs: in version 0.1.0
     notes: dict[str, Any] = {}  # facts that later tables must show, such as a stand-in
     warnings: list[str] = []
     origins: dict[str, str] = {}  # constant that is None -> where its value comes from
@@ -55,6 +57,16 @@ class Run(BaseModel):
 def read_run(folder: Path, remedy: str = "run the step again with --overwrite") -> Run:
     """The run.json of a folder; raises FileNotFoundError, and `UserError` when it is damaged."""
     return read_json(folder / "run.json", Run, remedy)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], skip: Collection[str] = ()) -> dict[str, str]:
+    """Name -> "gamma: 0.7 there, 0.6 now", for each value that differs, but those of `skip`."""
+    names = sorted((before.keys() | now.keys()) - set(skip))
+    return {
+        name: f"{name}: {before.get(name)} there, {now.get(name)} now"
+        for name in names
+        if before.get(name) != now.get(name)
+    }
 
 
 def package_versions() -> dict[str, str]:

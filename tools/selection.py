@@ -13,50 +13,50 @@ from torch import Tensor, nn
 
 from models.ir_loss import relative_maps
 from tools.augment import normalise, resize
-from tools.cams import image_batches
 from tools.command import stop
-from tools.dataset import Dataset
+from tools.inference import image_batches
 from tools.labels import load_label
 from tools.scores import ConfusionMatrix
-from tools.training import Recipe
+from tools.step import Step
 
 
 @torch.no_grad()
-def cam_miou(model: nn.Module, dataset: Dataset, args: Recipe, device: torch.device) -> float:
+def cam_miou(model: nn.Module, step: Step) -> float:
     """mIoU of a `Classifier`'s maps at their own size, with the truth reduced to this size by Pillow's nearest.
 
     The prediction is the highest of the maps as the image reconstruction loss reads them, among the classes of the
     image-level label.
     """
-    matrix, present = ConfusionMatrix(dataset.num_classes), dataset.image_labels("train")
-    for ids, images, truths in _whole_batches(dataset, args):
-        label = torch.from_numpy(np.stack([present[id] for id in ids])).to(device)
-        maps = relative_maps(model.eval()(normalise(images.to(device)))[1], label)
-        highest = maps.masked_fill(~label[:, :, None, None], -1).argmax(1).byte().cpu().numpy()
-        for prediction, truth in zip(highest, truths, strict=True):
+    matrix = ConfusionMatrix(step.dataset.num_classes)
+    for ids, images, truths in _full_batches(step):
+        image_labels = torch.from_numpy(np.stack([step.image_labels[id] for id in ids])).to(step.device)
+        _, maps = model.eval()(normalise(images.to(step.device)))
+        maps = relative_maps(maps, image_labels).masked_fill(~image_labels[:, :, None, None], -1)
+        for prediction, truth in zip(maps.argmax(1).byte().cpu().numpy(), truths, strict=True):
             matrix.update(resize(truth, prediction.shape, Image.Resampling.NEAREST), prediction)
     return _mean_with_absent_classes(matrix)
 
 
 @torch.no_grad()
-def segmentation_miou(model: nn.Module, dataset: Dataset, args: Recipe, device: torch.device) -> float:
+def segmentation_miou(model: nn.Module, step: Step) -> float:
     """mIoU of a segmenter at full size, on the top-left patch_size x patch_size pixels of each image."""
-    matrix = ConfusionMatrix(dataset.num_classes)
-    corner = slice(dataset.patch_size), slice(dataset.patch_size)
-    for _, images, truths in _whole_batches(dataset, args):
-        highest = model.eval()(normalise(images[..., *corner].to(device))).argmax(1).byte().cpu().numpy()
-        for prediction, truth in zip(highest, truths, strict=True):
+    matrix = ConfusionMatrix(step.dataset.num_classes)
+    corner = slice(step.dataset.patch_size), slice(step.dataset.patch_size)
+    for _, images, truths in _full_batches(step):
+        logits = model.eval()(normalise(images[..., *corner].to(step.device)))
+        for prediction, truth in zip(logits.argmax(1).byte().cpu().numpy(), truths, strict=True):
             matrix.update(truth[corner], prediction)
     return _mean_with_absent_classes(matrix)
 
 
-def _whole_batches(dataset: Dataset, args: Recipe) -> Iterator[tuple[list[str], Tensor, list[np.ndarray]]]:
+def _full_batches(step: Step) -> Iterator[tuple[list[str], Tensor, list[np.ndarray]]]:
     """Yield ids, images (B,3,H,W) uint8 and PIXEL labels (H,W) of the train split, without an incomplete last batch."""
-    ids, batch_size = dataset.ids("train"), args.batch_size
-    whole = ids[: len(ids) // batch_size * batch_size]
-    for some, _, (images,) in image_batches(dataset.images("train"), whole, [1.0], batch_size, args.workers, stop):
-        truths = [load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes) for id in some]
-        yield some, images[: len(some)], truths
+    dataset, batch_size = step.dataset, step.args.batch_size
+    ids = step.ids[: len(step.ids) // batch_size * batch_size]
+    batches = image_batches(dataset.images("train"), ids, [1.0], batch_size, step.args.workers, stop)
+    for batch_ids, _, (images,) in batches:
+        truths = [load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes) for id in batch_ids]
+        yield batch_ids, images, truths
 
 
 def _mean_with_absent_classes(matrix: ConfusionMatrix) -> float:

@@ -1,20 +1,19 @@
-"""What steps 1 to 7 have in common: data set, inputs, output folder, contact sheet, closing lines."""
+"""What the steps have in common: data set, what is read, device, output folder, contact sheet, closing lines."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from tools.command import UserError, check
-from tools.constants import Machine
 from tools.dataset import load_dataset
-from tools.folders import ProcessState, StepFolder
+from tools.folders import StepFolder
 from tools.labels import load_image, load_label
-from tools.pictures import colourise, contact_sheet, sample_ids
+from tools.pictures import colourise, contact_sheet, heat, sample_ids
 from tools.result_checks import check_shares, patch_shares, pixel_shares
 from tools.runs import Run, read_run
 from tools.steps import STEPS, next_step, step_of
@@ -35,7 +34,7 @@ def experiment_folder(root: Path, dataset: str, experiment: str) -> Path:
 def require(folder: Path, args: Any, **others: str) -> Run:
     """The run.json of the finished step that made a folder.
 
-    Raises `UserError` with the command to run, which repeats the data set, experiment and root of `constants`; `others`
+    Raises `UserError` with the command to run, which repeats the data set, experiment and root of `args`; `others`
     replaces some of them.
     """
     step = step_of(folder)
@@ -59,44 +58,84 @@ def _near(folder: Path) -> str:
 
 
 class Step(StepFolder):
-    """One run of a step: what it reads is found and checked at once, its folder is opened by `output`.
+    """One run of a step. Creating it loads the data set, finds what is read, and prints the device; `output` opens the
+    folder that is written.
 
-    `name` is a folder of tools/steps.py. Attributes: `dataset`; `split`; `experiment`, the folder of the experiment;
-    `sources`, name -> folder that is read; `inputs`, name -> its `Run`; `path`, the output folder.
-    A constant with the name of an input (`cams = "other"`) names the experiment to read it from. `reads` replaces the
-    inputs of the table. With `image_labels` the step reads the image-level labels: `labels`.
+    name: a folder of tools/steps.py. reads: the folders that are read, in place of those of that table; a constant of
+    such a name (`cams = "other"`) names the experiment to read it from. With `image_labels` the image-level labels of
+    the split are read. split: for a step without an experiment. precision and bf16_on_cpu: see
+    `tools.devices.choose_precision`; an empty precision is for a step without floating-point work on the device.
+
+    Attributes: `args`, `dataset`, `split`; `experiment`, the folder of the experiment; `reads`, name -> folder that is
+    read; `run_of`, name -> its `Run`; `image_labels`, id -> (K,) bool; `notes`, facts that later tables must show;
+    `accelerator`, `device`, `precision`; `path`, the output folder.
     """
 
-    args: Machine
+    args: Any
 
-    def __init__(self, name: str, args: Any, *, reads: tuple[str, ...] | None = None, image_labels: bool = False):
+    def __init__(
+        self,
+        name: str,
+        args: Any,
+        *,
+        reads: Sequence[str] | None = None,
+        image_labels: bool = False,
+        split: str = "",
+        precision: str | None = None,
+        bf16_on_cpu: bool = True,
+    ):
         self.info = STEPS[name]
         self.dataset = load_dataset(args.dataset, args.root)
-        self.split: str = getattr(args, "split", self.info.split or "train")
-        self.experiment = experiment_folder(args.root, args.dataset, args.experiment)
-        super().__init__(self.experiment / self.info.folder_of(self.split), args)
-        self.sources = {name: self._source(name) for name in (self.info.inputs if reads is None else reads)}
-        self.inputs = {
-            name: require(folder, args, experiment=folder.parent.name) for name, folder in self.sources.items()
-        }
-        self._settings: dict[str, Any] = {}
-        self._announced = False
-        self._origins: dict[str, str] = {}
-        self._reads = {name: run.started for name, run in self.inputs.items()}
+        self.split: str = split or getattr(args, "split", self.info.split or "train")
+        if name == "sam_masks":
+            path = self.dataset.sam_masks(self.split)
+        else:
+            self.experiment = experiment_folder(args.root, args.dataset, args.experiment)
+            path = self.experiment / self.info.folder_of(self.split)
+        super().__init__(path, args)
+        self.reads: dict[str, Path] = {}
+        self.run_of: dict[str, Run] = {}
+        self.notes: dict[str, Any] = {}
+        for source in self.info.reads if reads is None else reads:
+            self.reads[source] = self._folder_of(source)
+            self.run_of[source] = require(self.reads[source], args, experiment=self.reads[source].parent.name)
+            self.notes |= self.run_of[source].notes
+        self._read_from = {source: run.started for source, run in self.run_of.items()}
         if image_labels:
-            self.labels = self.dataset.image_labels(self.split)
-            self._reads["image_labels"] = self.dataset.image_labels_hash(self.split)
+            self.image_labels = self.dataset.image_labels(self.split)
+            self._read_from["image_labels"] = self.dataset.image_labels_hash(self.split)
+        self._settings: dict[str, Any] = {}
+        self._origins: dict[str, str] = {}
+        self._find_device(getattr(args, "precision", "") if precision is None else precision, bf16_on_cpu)
 
-    def _source(self, name: str) -> Path:
+    def _folder_of(self, name: str) -> Path:
         if name == "sam_masks":
             return self.dataset.sam_masks(self.split)
         other = getattr(self.args, name, "")
         experiment = self.experiment.parent / other if other else self.experiment
         return experiment / (STEPS[name].folder_of(self.split) if name in STEPS else name)
 
-    def method_value(self, name: str, key: str) -> float:
-        """The constant `name`; where it is None, the data set's value of `key` in [method]. run.json says which."""
-        value, self._origins[name] = self.dataset.method_value(key, getattr(self.args, name))
+    def _find_device(self, precision: str, bf16_on_cpu: bool) -> None:
+        """Device, precision and processes, printed before anything is downloaded or computed."""
+        from tools.devices import make_accelerator, precision_of, process_state, start_line  # here: torch takes seconds
+
+        self.precision = ""
+        self.state = self.accelerator = (
+            make_accelerator(precision, self.args.device, bf16_on_cpu) if precision else process_state(self.args.device)
+        )
+        if precision:  # a folder is continued in the same precision only, on whatever device
+            self.precision = self._settings["precision"] = precision_of(self.accelerator)
+        self.device = self.accelerator.device
+        if self.is_main:
+            start = start_line(self.accelerator, self.precision, self.args.device)
+            print(f"step {self.info.number}, {start}", flush=True)
+
+    def method_value(self, name: str, key: str = "") -> float:
+        """The constant `name`; where it is None, the data set's value in [method], there called `key`.
+
+        run.json records the value and where it comes from.
+        """
+        value, self._origins[name] = self.dataset.method_value(key or name, getattr(self.args, name))
         self._settings[name] = value
         return value
 
@@ -105,51 +144,29 @@ class Step(StepFolder):
         """The patches of the split."""
         return self.dataset.ids(self.split)
 
-    def announce(self, state: ProcessState, precision: str = "") -> None:
-        """Print device and precision, once; `output` does so for a step that has nothing to download before."""
-        from tools.devices import start_line  # imports torch, which workers need not load
-
-        if state.is_main_process and not self._announced:
-            print(f"step {self.info.number}, {start_line(state, precision, self.args.device)}", flush=True)
-        self._announced = True
-
     @contextmanager
-    def output(
-        self,
-        suffix: str,
-        *,
-        state: ProcessState | None = None,
-        notes: dict[str, Any] | None = None,
-        settings: dict[str, Any] | None = None,
-    ) -> Iterator[Self]:
-        """Open the output folder as `StepFolder.open` does; say first on what device, last what was made.
+    def output(self, suffix: str) -> Iterator[Self]:
+        """Open the output folder as `StepFolder.open` does; say at the end what was made and what comes next."""
+        from tools.devices import device_facts
 
-        The notes of the inputs are carried on. Without `state` the processes and the device are found here.
-        """
-        from tools.devices import device_facts, process_state
-
-        state = state or process_state(self.args.device)
         begin = time.monotonic()
-        carried: dict[str, Any] = {}
-        for run in self.inputs.values():
-            carried |= run.notes
-        settings = self._settings | (settings or {})
-        self.announce(state, settings.get("precision", ""))
         with self.open(
             suffix,
-            state=state,
-            inputs=self._reads,
-            notes=carried | (notes or {}),
-            settings=settings,
-            facts={"origins": self._origins, "hardware": device_facts(state.device)},
+            reads=self._read_from,
+            notes=self.notes,
+            settings=self._settings,
+            facts={"origins": self._origins, "hardware": device_facts(self.device)},
         ):
             yield self
         if self.is_main:
-            following = next_step(self.info)
             print(f"made: {self.path}, {self.run.files} files, {time.monotonic() - begin:.0f} s")
             print(f"look at: {self.path / 'contact_sheet.png'}")
-            if following:
+            if following := next_step(self.info):
                 print(f"next: {following.command(self.args)}")
+
+    def image(self, id: str) -> np.ndarray:
+        """The patch (H,W,3) uint8."""
+        return load_image(self.dataset.images(self.split) / f"{id}.png")
 
     def warn_of_labels(self, folder: Path, remedy: str, learnt_from: Path | None = None) -> None:
         """Warn when the label maps <folder>/<id>.png hardly use a class, or use almost only one.
@@ -166,7 +183,7 @@ class Step(StepFolder):
                     learnt = pixel_shares(learnt_from, self.dataset.ids("train"), classes)
                 self.warn(check_shares(pixel_shares(folder, self.ids, classes), present, remedy, learnt))
 
-    def draw(self, row: Row, titles: Sequence[str], legend: bool = True) -> None:
+    def draw(self, row: Row, titles: Sequence[str], legend: bool = False) -> None:
         """Wait for all processes, then write the contact sheet: `row(id)` of some patches. Bad files are left out."""
         self.join()
         if not self.is_main:
@@ -178,19 +195,41 @@ class Step(StepFolder):
         sheet, colours = self.path / "contact_sheet.png", self.dataset.legend if legend else ()
         contact_sheet(sheet, list(rows.values()), titles, colours, names=list(rows))
 
-    def draw_labels(self, columns: dict[str, Path]) -> None:
-        """The contact sheet of a step that makes label maps: the image, then <folder>/<id>.png of each column.
+    def draw_labels(self, columns: dict[str, Path | Callable[[np.ndarray], np.ndarray]]) -> None:
+        """The contact sheet of a step that makes label maps: the image, then the label map of each column.
 
-        It never shows the truth, so no step opens a pixel label. Unreadable files leave an empty cell.
+        A column is a folder of <id>.png, or a function of the image. It never shows the truth, so no step opens a pixel
+        label. Unreadable files leave an empty cell.
         """
-        self.draw(partial(self._label_row, folders=list(columns.values())), ["image", *columns])
 
-    def _label_row(self, id: str, folders: list[Path]) -> list[np.ndarray | None]:
-        cells: list[np.ndarray | None] = [load_image(self.dataset.images(self.split) / f"{id}.png")]
-        for folder in folders:
-            try:
-                label = load_label(folder / f"{id}.png", self.dataset.num_classes)
-                cells.append(colourise(label, self.dataset.colours))
-            except UserError:
-                cells.append(None)
-        return cells
+        def row(id: str) -> list[np.ndarray | None]:
+            image = self.image(id)
+            cells: list[np.ndarray | None] = [image]
+            for column in columns.values():
+                try:
+                    if isinstance(column, Path):
+                        label = load_label(column / f"{id}.png", self.dataset.num_classes)
+                    else:
+                        label = column(image)
+                    cells.append(colourise(label, self.dataset.colours))
+                except UserError:
+                    cells.append(None)
+            return cells
+
+        self.draw(row, ["image", *columns], legend=True)
+
+    def draw_maps(self, maps_of: Callable[[str, np.ndarray], tuple[np.ndarray, np.ndarray]]) -> None:
+        """The contact sheet of class maps: the image, then a column for each class.
+
+        maps_of(id, image) -> class ids (k,), maps (k,H,W) in 0..1.
+        """
+
+        def row(id: str) -> list[np.ndarray | None]:
+            image = self.image(id)
+            maps = dict(zip(*maps_of(id, image), strict=True))
+            cells: list[np.ndarray | None] = [image]
+            for k in range(self.dataset.num_classes):
+                cells.append(heat(image, maps[k]) if k in maps else None)
+            return cells
+
+        self.draw(row, ["image", *self.dataset.classes])

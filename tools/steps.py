@@ -25,7 +25,7 @@ def command_line(script: str, args: Any, **others: str | None) -> str:
 class StepInfo:
     """One step of the method.
 
-    `split` is the split it is made for, None where it has no split of its own. `inputs` are the folders of the steps
+    `split` is the split it is made for, None where it has no split of its own. `reads` are the folders of the steps
     that it reads. `labels`: its folder holds a label map (or CAMs, whose argmax is one) for each patch.
     """
 
@@ -34,7 +34,7 @@ class StepInfo:
     number: int
     title: str
     split: str | None = None
-    inputs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     labels: bool = False
 
     def folder_of(self, split: str) -> str:

@@ -5,9 +5,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -20,8 +21,8 @@ from models.backbone import Backbone
 from tools.augment import TrainingPatches
 from tools.command import UserError, check
 from tools.files import write_whole
+from tools.labels import IGNORE
 from tools.logs import read_log
-from tools.memory import MicroBatches
 from tools.progress import Progress
 from tools.review import average_precision
 
@@ -32,34 +33,6 @@ FROM_SCRATCH = {  # without pretrained weights
     1: "--train-all --lr 0.003 --momentum 0.9 --epochs 25",
     5: f"--no-freeze-norm --lr 0.003 --momentum 0.9 {SMALL_DATA[5]}",
 }
-
-Losses = dict[str, Tensor]  # "loss", the total, and its parts: scalars
-ComputeLoss = Callable[[nn.Module, Tensor, Tensor], Losses]  # model, images, targets -> losses
-
-
-class Recipe(Protocol):
-    """The constants that a training needs."""
-
-    @property
-    def weights(self) -> str: ...
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def micro_batch(self) -> int: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def momentum(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def compile(self) -> bool: ...
-    @property
-    def workers(self) -> int: ...
 
 
 def parameter_groups(
@@ -81,8 +54,8 @@ def parameter_groups(
     return groups
 
 
-def check_recipe(args: Recipe, patches: int) -> None:
-    """Raise `UserError` for constants that cannot work on this machine or with this many patches."""
+def check_recipe(args: Any, patches: int) -> None:
+    """Raise `UserError` for constants of a training that cannot work on this machine or with this many patches."""
     file = Path(args.weights)
     check(args.weights in ("imagenet", "none") or file.is_file(), f"the weights file {file} is missing")
     compiler = os.environ.get("CXX", "g++")
@@ -93,19 +66,17 @@ def check_recipe(args: Recipe, patches: int) -> None:
     EpochBatches(patches, args.batch_size, args.seed)
 
 
-def advise(args: Recipe, paper: Recipe, patches: int) -> str:
-    """Where few patches meet the rates of `paper`: other constants, to be pasted; otherwise nothing."""
+def advise(args: Any, patches: int) -> None:
+    """Print other constants, to be pasted, where few patches meet the paper's rates, the script's defaults."""
+    paper = type(args)()
     if patches >= FEW_PATCHES or (args.lr, args.momentum) != (paper.lr, paper.momentum):
-        return ""
-    steps = FROM_SCRATCH if args.weights == "none" else SMALL_DATA
-    lines = [f"  step {step}: {words}" for step, words in steps.items()]
-    return "\n".join(
-        [
-            f"note: the paper's constants are made for thousands of patches. For {patches} train patches these do as "
-            'well in less time, or better ("A few hundred patches" in docs/own_data.md):',
-            *lines,
-        ]
+        return
+    print(
+        f"note: the paper's constants are made for thousands of patches. For {patches} train patches these do as "
+        'well in less time, or better ("A few hundred patches" in docs/own_data.md):'
     )
+    for step, words in (FROM_SCRATCH if args.weights == "none" else SMALL_DATA).items():
+        print(f"  step {step}: {words}")
 
 
 def load_backbone(name: str, weights: str) -> Backbone:
@@ -181,29 +152,31 @@ def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
 
 
 class Training:
-    """A model under training: its patches, its loss, its optimiser, and how many epochs it has seen.
+    """A model under training: batches, learning rates, device, checkpoint, log, several processes.
 
-    The `pretrained` modules learn at the base rate, the other children of `model` at ten times the base rate.
-    compute_loss(model, images, targets) -> {"loss": total, ...parts}; `count(targets)`: what a loss is a mean over;
-    `seen`: a list to which compute_loss appends, such as `ClassScores.seen`.
+        training = Training(step, model, patches, pretrained=[model.backbone])
+        with step.output(".pt"), training:
+            for _ in training.epochs():
+                for images, targets in training.batches():
+                    training.descend(the loss of training.model(images) against targets)
+
+    step: a `Step`, of which the constants, the accelerator and the output folder are used. The
+    `pretrained` modules learn at the base rate, the other children of `model` at ten times that
+    rate. `training.model` is the model to call in the loop: where several processes train, it
+    wraps `model`.
+
+    In the output folder: checkpoint.pt, the state after each epoch, from which a stopped training
+    continues with equal results; model.pt, the last epoch's, or with `keep_best` the best one's;
+    log.jsonl, a line for each epoch; tensorboard/.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        pretrained: Sequence[nn.Module],
-        patches: TrainingPatches,
-        compute_loss: ComputeLoss,
-        args: Recipe,
-        accelerator: Accelerator,
-        *,
-        count: Callable[[Tensor], Tensor | int] = len,
-        seen: list | None = None,
-    ):
-        self.args, self.accelerator = args, accelerator
-        self.micro_batches = MicroBatches(accelerator, compute_loss, args.micro_batch, count, seen)
+    def __init__(self, step: Any, model: nn.Module, patches: TrainingPatches, pretrained: Sequence[nn.Module] = ()):
+        args = step.args
+        self.args, self.accelerator, self.folder = args, step.accelerator, step.path
+        self.checkpoint_file, self.log_file = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
+        self.is_main: bool = self.accelerator.is_main_process
         self.sampler = EpochBatches(
-            len(patches), args.batch_size, args.seed, accelerator.process_index, accelerator.num_processes
+            len(patches), args.batch_size, args.seed, self.accelerator.process_index, self.accelerator.num_processes
         )
         # Workers get the epoch through the sampler's (epoch, index), so they may live through all epochs. DataLoader
         # draws seeds of its workers, which nothing uses, from a generator of its own: dropout would draw others.
@@ -211,7 +184,7 @@ class Training:
             patches,
             batch_sampler=self.sampler,
             num_workers=args.workers,
-            pin_memory=accelerator.device.type == "cuda",
+            pin_memory=self.accelerator.device.type == "cuda",
             persistent_workers=args.workers > 0,
             generator=torch.Generator(),
         )
@@ -224,35 +197,153 @@ class Training:
             fused=True,  # one pass over the weights instead of one for each operation
         )
         self.base_rates = [group["lr"] for group in self.optimiser.param_groups]
-        self.raw: nn.Module = model  # without the wrapper of several processes
-        self.model: nn.Module = model
-        self.epoch, self.best = 0, -math.inf
+        self.raw = self.model = model
+        self.epoch, self.best = 0, -math.inf  # epochs that are finished; the highest score of `keep_best`
 
-    @property
-    def steps(self) -> int:
-        """Batches of the whole training."""
-        return self.args.epochs * len(self.sampler)
+    def __enter__(self) -> Self:
+        """Continue after the last finished epoch of a stopped training; model and optimiser go to the device."""
+        self._resume()
+        self._prepare()
+        self.writer: Any = None
+        done = self.epoch * len(self.sampler)
+        if self.is_main:
+            _cut_log(self.log_file, self.epoch)
+            if self.epoch < self.args.epochs:
+                self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done)
+        steps = self.args.epochs * len(self.sampler)
+        self.bar = Progress(steps, "training", "batch", initial=min(done, steps), shown=self.is_main)
+        return self
 
-    def resume(self, checkpoint_file: Path) -> None:
-        """Continue after the last finished epoch of a stopped training; raises `UserError` for a broken checkpoint."""
-        if not checkpoint_file.exists():
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.writer:
+            self.writer.close()
+
+    def epochs(self) -> Iterator[int]:
+        """Yield the number of each epoch that is left, from 1; after its loop the epoch is logged and saved."""
+        while self.epoch < self.args.epochs:
+            self.epoch += 1
+            self._sums: dict[str, Tensor] = {}
+            self._row: dict[str, Any] = {}
+            self._score: float | None = None
+            self.bar.set_description(f"training, epoch {self.epoch} of {self.args.epochs}", refresh=False)
+            yield self.epoch
+            self._end_epoch()
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images (B,3,S,S) and targets of each batch on the device.
+
+        With `micro_batch` a batch comes in parts, and the optimiser makes its step after the last
+        one. The gradients of the parts add up to those of the whole batch within rounding where
+        BatchNorm's statistics are frozen (step 5). In step 1 BatchNorm uses the statistics of each
+        part, so that `micro_batch` changes results.
+        """
+        device, epoch, steps = self.accelerator.device, self.epoch - 1, self.args.epochs * len(self.sampler)
+        # dropout is random through (seed, epoch, process) alone, so that a resumed run repeats an uninterrupted one
+        torch.manual_seed((self.args.seed * 100_003 + epoch) * 4_099 + self.accelerator.process_index)
+        self.sampler.epoch = epoch
+        self.model.train()
+        start = time.perf_counter()
+        for step, (images, targets) in enumerate(self.loader, start=epoch * len(self.sampler)):
+            for group, rate in zip(self.optimiser.param_groups, self.base_rates, strict=True):
+                group["lr"] = rate * (1 - step / steps) ** 0.9
+            self.optimiser.zero_grad(set_to_none=True)  # before the forward pass, which needs the memory
+            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            targets = targets.to(device, non_blocking=True)
+            yield from self._parts(images, targets)
+            self.optimiser.step()
+            self.bar.update()
+        seconds = time.perf_counter() - start
+        self._row["images_per_second"] = round(len(self.sampler) * self.args.batch_size / seconds, 2)
+
+    def _parts(self, images: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batch in parts of `micro_batch` patches; sets the weight of each part's loss."""
+        size = self.args.micro_batch or len(images)
+        parts = list(zip(images.split(size), targets.split(size), strict=True))
+        # A loss is a mean over labelled pixels, or over the values of image-level labels, which are never 255
+        counts = [(part != IGNORE).sum() for _, part in parts]
+        # Gradients are averaged over processes, whose counts differ
+        total = self.accelerator.reduce(torch.stack(counts).sum().float(), "mean").clamp_min(1)
+        for number, (part, count) in enumerate(zip(parts, counts, strict=True), start=1):
+            self._weight = count / total
+            # Processes exchange their gradients once, after the last part
+            with nullcontext() if number == len(parts) else self.accelerator.no_sync(self.model):
+                yield part
+
+    def descend(self, loss: Tensor, **losses: Tensor) -> None:
+        """Add the gradients of a loss, a mean over the batch that `batches` gave; `losses` are further ones to log."""
+        self.accelerator.backward(loss * self._weight)
+        for name, value in {"loss": loss, **losses}.items():  # summed on the device: reading them would stall a GPU
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach() * self._weight
+
+    def log(self, **values: Any) -> None:
+        """Add values, such as {class: value}, to this epoch's line of the log."""
+        self._row |= values
+
+    def keep_best(self, **score: float) -> None:
+        """Log a score of this epoch; model.pt becomes this epoch only if the score is the highest so far."""
+        self._row |= score
+        (self._score,) = score.values()
+
+    def _end_epoch(self) -> None:
+        means = {
+            name: float(self.accelerator.reduce(value, "mean")) / len(self.sampler)
+            for name, value in self._sums.items()
+        }
+        self.bar.note(f"loss {means['loss']:.4f}")
+        kept = f"; the state after epoch {self.epoch - 1} is kept in {self.checkpoint_file}" if self.epoch > 1 else ""
+        check(
+            math.isfinite(means["loss"]),
+            f"the loss became {means['loss']} in epoch {self.epoch}: lower lr ({self.args.lr}){kept}",
+        )
+        if not self.is_main:
             return
-        checkpoint = load_checkpoint(checkpoint_file, self.raw)
+        row = {"epoch": self.epoch, "step": self.epoch * len(self.sampler)} | means
+        row["lr"] = self.optimiser.param_groups[0]["lr"]
+        row |= self._row
+        with open(self.log_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._write_scalars(row)
+        if self._score is None or self._score > self.best:
+            save_checkpoint(self.folder / "model.pt", self.raw, epoch=self.epoch)
+        self.best = max(self.best, self.best if self._score is None else self._score)
+        save_checkpoint(
+            self.checkpoint_file,
+            self.raw,
+            optimiser=self.optimiser.state_dict(),
+            epoch=self.epoch,
+            best=self.best,
+        )
+
+    def _write_scalars(self, row: dict[str, Any]) -> None:
+        """A line of the log for TensorBoard; an entry with a value for each class becomes a group of curves."""
+        for name, value in row.items():
+            if isinstance(value, dict):
+                for part, number in value.items():
+                    self.writer.add_scalar(f"{name}/{part}", number, row["step"])
+            elif name not in ("epoch", "step"):
+                self.writer.add_scalar(name, value, row["step"])
+
+    def _resume(self) -> None:
+        """Load checkpoint.pt, if there is one; raises `UserError` for a broken one."""
+        if not self.checkpoint_file.exists():
+            return
+        checkpoint = load_checkpoint(self.checkpoint_file, self.raw)
         try:
-            before = checkpoint["optimiser"]
+            optimiser = checkpoint["optimiser"]
             parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-            for index, state in before["state"].items():  # the fused optimiser does not check shapes itself
+            for index, state in optimiser["state"].items():  # the fused optimiser does not check shapes itself
                 buffer = state.get("momentum_buffer")
                 if buffer is not None and buffer.shape != parameters[index].shape:
                     raise ValueError("momentum of another shape")
-            self.optimiser.load_state_dict(before)
+            self.optimiser.load_state_dict(optimiser)
             self.epoch, self.best = int(checkpoint["epoch"]), float(checkpoint["best"])
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{checkpoint_file} cannot be continued from: train again with --overwrite") from None
+            raise UserError(f"{self.checkpoint_file} cannot be continued from: train again with --overwrite") from None
         done = "is finished" if self.epoch >= self.args.epochs else "continues"
         self.accelerator.print(f"the training {done} after epoch {self.epoch} of {self.args.epochs}")
 
-    def prepare(self) -> None:
+    def _prepare(self) -> None:
         """Move model and optimiser to the device and, where there are several, into all processes."""
         device = self.accelerator.device
         model = self.raw.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -263,123 +354,30 @@ class Training:
         self.model, self.optimiser = self.accelerator.prepare(model, self.optimiser)
         self.raw = self.accelerator.unwrap_model(self.model)
 
-    def train_one_epoch(self, bar: Progress) -> dict[str, float]:
-        """One pass over the patches -> means of the losses over it."""
-        args, device, epoch = self.args, self.accelerator.device, self.epoch
-        # dropout is random through (seed, epoch, process) alone, so that a resumed run repeats an uninterrupted one
-        torch.manual_seed((args.seed * 100_003 + epoch) * 4_099 + self.accelerator.process_index)
-        self.sampler.epoch = epoch
-        self.model.train()
-        sums: dict[str, Tensor] = {}
-        for step, (images, targets) in enumerate(self.loader, start=epoch * len(self.sampler)):
-            for group, rate in zip(self.optimiser.param_groups, self.base_rates, strict=True):
-                group["lr"] = rate * (1 - step / self.steps) ** 0.9
-            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-            targets = targets.to(device, non_blocking=True)
-            losses = self.micro_batches(self.model, self.optimiser, images, targets)
-            self.optimiser.step()
-            for name, value in losses.items():  # summed on the device: reading them each step would stall it
-                sums[name] = sums.get(name, torch.zeros((), device=device)) + value
-            bar.update()
-        self.epoch += 1
-        return {name: float(self.accelerator.reduce(value, "mean")) / len(self.sampler) for name, value in sums.items()}
-
 
 class ClassScores:
     """Logits of the training patches, as they pass through the model, and the labels they should meet."""
 
     def __init__(self, classes: tuple[str, ...], accelerator: Accelerator):
         self.classes, self.accelerator = classes, accelerator
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.batches: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
+    def add(self, logits: Tensor, image_labels: Tensor) -> None:
         """A batch: logits (B,K), image-level labels (B,K)."""
-        self.seen.append((logits.detach().float(), labels))
+        self.batches.append((logits.detach().float(), image_labels))
 
-    def average_precision(self) -> dict[str, dict[str, float]]:
-        """{"average_precision": {class: value}} of the patches added since the last call, in all processes."""
-        logits, labels = (
-            self.accelerator.gather(torch.cat(parts)).cpu().numpy() for parts in zip(*self.seen, strict=True)
+    def average_precision(self) -> dict[str, float]:
+        """Class -> average precision, of the patches added since the last call, in all processes."""
+        logits, image_labels = (
+            self.accelerator.gather(torch.cat(parts)).cpu().numpy() for parts in zip(*self.batches, strict=True)
         )
-        self.seen.clear()
-        return {
-            "average_precision": {
-                name: round(average_precision(labels[:, k] > 0, logits[:, k]), 4)
-                for k, name in enumerate(self.classes)
-                if (labels[:, k] > 0).any()
-            }
-        }
-
-
-def train(
-    training: Training,
-    folder: Path,
-    select: Callable[[nn.Module], float] | None = None,
-    measure: Callable[[], dict[str, Any]] | None = None,
-) -> None:
-    """Train the epochs that are left; write model.pt, checkpoint.pt, log.jsonl and TensorBoard files to `folder`.
-
-    After each epoch the state goes to checkpoint.pt, from which a stopped training continues with equal results, and
-    one line of figures to log.jsonl, which `measure` may add to. model.pt is the last epoch's, or, with `select`, that
-    of the highest `select(model)`.
-    """
-    checkpoint_file, log_file = folder / "checkpoint.pt", folder / "log.jsonl"
-    main = training.accelerator.is_main_process
-    training.resume(checkpoint_file)
-    training.prepare()
-    left, steps = training.args.epochs - training.epoch, len(training.sampler)
-    if main:
-        _cut_log(log_file, training.epoch)
-    if left <= 0:
-        return
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=training.epoch * steps) if main else None
-    bar = Progress(training.steps, "training", "batch", initial=training.epoch * steps, shown=main)
-    while training.epoch < training.args.epochs:
-        start = time.perf_counter()
-        bar.set_description(f"training, epoch {training.epoch + 1} of {training.args.epochs}", refresh=False)
-        means = training.train_one_epoch(bar)
-        bar.note(f"loss {means['loss']:.4f}")
-        check(
-            math.isfinite(means["loss"]),
-            f"the loss became {means['loss']} in epoch {training.epoch}: lower lr ({training.args.lr}); the state "
-            f"after epoch {training.epoch - 1} is kept in {checkpoint_file}",
-        )
-        row: dict[str, Any] = {"epoch": training.epoch, "step": training.epoch * steps, **means}
-        row["lr"] = training.optimiser.param_groups[0]["lr"]
-        row["images_per_second"] = round(steps * training.args.batch_size / (time.perf_counter() - start), 2)
-        if (size := training.micro_batches.parts.size) != training.args.micro_batch:
-            row["micro_batch"] = size  # halved because the memory was full: changes step 1's BatchNorm statistics
-        if measure:
-            row |= measure()
-        if select:
-            row["train_miou"] = select(training.raw)
-        if not main or writer is None:
-            continue
-        _log(log_file, row)
-        for name, value in row.items():
-            if isinstance(value, dict):  # one value for each class
-                for key, part in value.items():
-                    writer.add_scalar(f"{name}/{key}", part, row["step"])
-            elif name not in ("epoch", "step"):
-                writer.add_scalar(name, value, row["step"])
-        if not select or row["train_miou"] > training.best:
-            save_checkpoint(folder / "model.pt", training.raw, epoch=training.epoch)
-        training.best = max(training.best, row.get("train_miou", training.best))
-        save_checkpoint(
-            checkpoint_file,
-            training.raw,
-            optimiser=training.optimiser.state_dict(),
-            epoch=training.epoch,
-            best=training.best,
-        )
-    bar.close()
-    if writer:
-        writer.close()
-
-
-def _log(path: Path, row: dict[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        self.batches.clear()
+        values = {}
+        for k, name in enumerate(self.classes):
+            present = image_labels[:, k] > 0
+            if present.any():
+                values[name] = round(average_precision(present, logits[:, k]), 4)
+        return values
 
 
 def _cut_log(path: Path, epochs: int) -> None:

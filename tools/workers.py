@@ -1,4 +1,4 @@
-"""A pool of worker processes that ends with its parent and explains a killed worker."""
+"""Work beside the main process: worker processes that end with their parent, and threads that write files."""
 
 import multiprocessing
 import os
@@ -6,8 +6,9 @@ import signal
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
@@ -96,3 +97,24 @@ def _end_with_parent() -> None:
     assert parent is not None
     wait([parent.sentinel])
     os._exit(1)
+
+
+@contextmanager
+def in_background(threads: int = 2) -> Iterator[Callable[..., None]]:
+    """Yield `submit(work, *arguments)`, which runs the call in a thread while the caller goes on.
+
+    For compression and writing, which release Python's global lock. At most two calls for each thread wait or run, so
+    that results cannot fill the memory. The first error of a call is raised by a later submit or at the end of the
+    block, which waits for all calls.
+    """
+    running: deque[Future] = deque()
+
+    def submit(work: Callable, *arguments) -> None:
+        if len(running) == 2 * threads:
+            running.popleft().result()
+        running.append(pool.submit(work, *arguments))
+
+    with ThreadPoolExecutor(threads) as pool:
+        yield submit
+        for call in running:
+            call.result()
