@@ -13,7 +13,6 @@ from tools.image_labels import write_image_labels
 from tools.labels import save_label
 from tools.selection import cam_miou, segmentation_miou
 
-CPU = torch.device("cpu")
 MEAN, STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
 DESCRIPTION = """
 patch_size = 16
@@ -50,7 +49,7 @@ def colours(image, cell):
 
 @pytest.fixture
 def made(tmp_path):
-    """A data set of 8 train patches of 20 x 24 pixels, and the recipe of a batch of 3: the last two are dropped."""
+    """A step on 8 train patches of 20 x 24 pixels, in batches of 3: the last two patches are dropped."""
     random, folder = np.random.default_rng(0), tmp_path / "datasets" / "fields"
     labels = {}
     (folder / "train" / "images").mkdir(parents=True)
@@ -64,7 +63,14 @@ def made(tmp_path):
         labels[id] = np.array([index % 2 == 0, True, index % 3 == 0, False])
     dataset = load_dataset("fields", tmp_path)
     write_image_labels(dataset.image_labels_file("train"), dataset.classes, labels)
-    return dataset, labels, SimpleNamespace(batch_size=3, workers=0)
+    step = SimpleNamespace(
+        dataset=dataset,
+        ids=dataset.ids("train"),
+        image_labels=dataset.image_labels("train"),
+        device=torch.device("cpu"),
+        args=SimpleNamespace(batch_size=3, workers=0),
+    )
+    return step, labels
 
 
 def read(dataset, id):
@@ -84,39 +90,39 @@ def mean_iou(pairs):
 
 
 def test_step_1(made):
-    dataset, labels, recipe = made
+    step, labels = made
     pairs = []
     for id in "abcdef":
-        image, truth = read(dataset, id)
+        image, truth = read(step.dataset, id)
         maps = np.maximum(colours(image, 4), 0)
         maps = np.maximum(maps - 1e-5, 0) / (maps.max((1, 2), keepdims=True) + 1e-5)
         classes = np.flatnonzero(labels[id])
         small = np.asarray(Image.fromarray(truth).resize((6, 5), Image.Resampling.NEAREST))
         pairs.append((small, classes[maps[classes].argmax(0)]))
     expected = mean_iou(pairs)
-    assert cam_miou(Pixels(4).train(), dataset, recipe, CPU) == pytest.approx(expected, abs=1e-9)
+    assert cam_miou(Pixels(4).train(), step) == pytest.approx(expected, abs=1e-9)
     assert 0.1 < expected < 0.6
     assert {int(k) for _, prediction in pairs for k in np.unique(prediction)} == {0, 1, 2}
 
 
 def test_step_5(made):
-    dataset, _, recipe = made
+    step, _ = made
     pairs = []
     for id in "abcdef":
-        image, truth = read(dataset, id)
+        image, truth = read(step.dataset, id)
         pairs.append((truth[:16, :16], colours(image[:16, :16], 1).argmax(0)))
     expected = mean_iou(pairs)
-    assert segmentation_miou(Pixels(1).train(), dataset, recipe, CPU) == pytest.approx(expected, abs=1e-9)
+    assert segmentation_miou(Pixels(1).train(), step) == pytest.approx(expected, abs=1e-9)
     assert 0.1 < expected < 0.6
 
 
 @pytest.mark.parametrize(("measure", "cell"), [(cam_miou, 4), (segmentation_miou, 1)])
 def test_no_gradient_is_kept_and_what_is_dropped_does_not_count(made, measure, cell):
-    dataset, _, recipe = made
-    before = measure(Pixels(cell), dataset, recipe, CPU)
+    step, _ = made
+    before = measure(Pixels(cell), step)
     for id in "gh":
-        (dataset.labels("train") / f"{id}.png").unlink()
-    assert measure(Pixels(cell), dataset, recipe, CPU) == before
-    recipe.batch_size = 4  # now the last two count, and their labels are read
+        (step.dataset.labels("train") / f"{id}.png").unlink()
+    assert measure(Pixels(cell), step) == before
+    step.args.batch_size = 4  # now the last two count, and their labels are read
     with pytest.raises(Exception, match=r"g\.png is missing"):
-        measure(Pixels(cell), dataset, recipe, CPU)
+        measure(Pixels(cell), step)

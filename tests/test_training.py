@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,13 +14,28 @@ from torch.nn import functional as F
 
 import train_classification
 import train_segmentation
+from models.backbone import Backbone
+from models.classifier import Classifier
+from models.deeplab import DeepLabV3Plus
+from models.ir_loss import image_reconstruction_loss
 from tests.conftest import ROOT
-from tests.steps import Recipe
+from tests.steps import TRAIN, Recipe, experiment, step
 from tools.augment import TrainingPatches
 from tools.command import UserError
 from tools.devices import make_accelerator
 from tools.folders import StepFolder
-from tools.training import FEW_PATCHES, FROM_SCRATCH, SMALL_DATA, Training, advise, check_recipe, save_checkpoint, train
+from tools.image_labels import read_image_labels
+from tools.training import (
+    FEW_PATCHES,
+    FROM_SCRATCH,
+    SMALL_DATA,
+    EpochBatches,
+    Training,
+    advise,
+    check_recipe,
+    parameter_groups,
+    save_checkpoint,
+)
 
 
 class Net(nn.Module):
@@ -51,17 +65,22 @@ def images(tmp_path_factory):
 
 @pytest.fixture
 def training(images, tmp_path):
-    """training(name, constants, loss, select) trains Net in tmp_path/name, from the same beginning each time."""
+    """training(name, constants, loss, score) trains Net in tmp_path/name, from the same beginning each time."""
 
-    def start(name, constants=None, loss=compute_loss, select=None, ids=11):
+    def start(name, constants=None, loss=compute_loss, score=None, ids=11):
         constants = constants or Recipe()
         labels = {f"{index:02}": np.array([index % 2, index % 3 == 0], bool) for index in range(ids)}
         torch.manual_seed(7)
         model = Net()
         patches = TrainingPatches(sorted(labels), images, labels, 2, 16, constants.seed)
-        with StepFolder(tmp_path / name, constants).open(".pt"):
-            course = Training(model, [model.features], patches, loss, constants, make_accelerator("fp32"))
-            train(course, tmp_path / name, select)
+        with StepFolder(tmp_path / name, constants).open(".pt") as folder:
+            folder.accelerator = make_accelerator("fp32")
+            with Training(folder, model, patches, [model.features]) as course:
+                for _ in course.epochs():
+                    for batch in course.batches():
+                        course.descend(**loss(course.model, *batch))
+                    if score:
+                        course.keep_best(train_miou=score(model))
         return model
 
     start.folder = tmp_path
@@ -80,14 +99,11 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_the_log_tells_schedule_and_losses(training):
+def test_the_log_holds_schedule_and_losses(training):
     training("run")
     rows = log(training.folder / "run")
-    assert [row["epoch"] for row in rows] == [1, 2, 3] and [row["step"] for row in rows] == [
-        2,
-        4,
-        6,
-    ]  # 11 patches, batch 4
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    assert [row["step"] for row in rows] == [2, 4, 6]  # 11 patches, batch 4
     assert [row["lr"] for row in rows] == pytest.approx([0.05 * (1 - step / 6) ** 0.9 for step in (1, 3, 5)], rel=1e-12)
     for row in rows:
         assert row["half"] == pytest.approx(row["loss"] / 2) and row["images_per_second"] > 0
@@ -235,33 +251,33 @@ def test_nothing_is_read_from_the_device_within_an_epoch(training, monkeypatch):
     assert few == many and few[0] == 2  # the loss and its half
 
 
-def test_nan_is_told_and_the_checkpoint_kept(training):
+def test_nan_ends_the_training_and_the_checkpoint_is_kept(training):
     steps = []
 
     def loss(*arguments):
         steps.append(None)
         return {"loss": compute_loss(*arguments)["loss"] * (float("nan") if len(steps) > 2 else 1)}
 
-    with pytest.raises(
-        UserError,
-        match=r"the loss became nan in epoch 2: lower lr \(0\.05\).*after epoch 1 is kept in .*checkpoint\.pt",
-    ):
+    with pytest.raises(UserError, match=r"nan in epoch 2: lower lr .*after epoch 1 is kept in .*checkpoint\.pt"):
         training("run", loss=loss)
     kept = weights(training.folder / "run" / "checkpoint.pt")
     assert all(value.isfinite().all() for value in kept.values())
     assert all(value.isfinite().all() for value in weights(training.folder / "run" / "model.pt").values())
     assert len(log(training.folder / "run")) == 1
+    with pytest.raises(UserError, match="nan in epoch 1: lower lr") as caught:
+        training("first", loss=loss)
+    assert "checkpoint" not in str(caught.value)  # there is none yet
 
 
 @pytest.mark.parametrize(("scores", "best"), [([0.2, 0.7, 0.3], 2), ([0.5, 0.5, 0.5], 1), ([0.1, 0.2, 0.3], 3)])
-def test_select_keeps_the_best_epoch(training, scores, best):
+def test_the_best_epoch_is_kept(training, scores, best):
     states, values = [], iter(scores)
 
-    def select(model):
+    def score(model):
         states.append({key: value.clone() for key, value in model.state_dict().items()})
         return next(values)
 
-    training("run", select=select)
+    training("run", score=score)
     assert equal(weights(training.folder / "run" / "model.pt"), states[best - 1])
     assert equal(weights(training.folder / "run" / "checkpoint.pt"), states[-1])
     assert [row["train_miou"] for row in log(training.folder / "run")] == scores
@@ -270,10 +286,10 @@ def test_select_keeps_the_best_epoch(training, scores, best):
 def test_the_best_epoch_survives_a_kill(training):
     values = iter([0.7])
     with pytest.raises(RuntimeError, match="killed"):
-        training("run", loss=breaking(2), select=lambda model: next(values))
+        training("run", loss=breaking(2), score=lambda model: next(values))
     best = weights(training.folder / "run" / "model.pt")
     later = iter([0.3, 0.6])
-    training("run", select=lambda model: next(later))
+    training("run", score=lambda model: next(later))
     assert equal(weights(training.folder / "run" / "model.pt"), best)
 
 
@@ -282,38 +298,36 @@ def test_fewer_patches_than_a_batch(training):
         training("run", ids=3)
 
 
-def test_other_constants_are_advised_for_few_patches_and_the_papers_rates():
-    paper = Recipe()
-    advice = advise(replace(paper, epochs=9), paper, FEW_PATCHES - 1)
-    assert f"For {FEW_PATCHES - 1} train patches" in advice and "A few hundred patches" in advice
-    assert advice.splitlines()[1:] == [f"  step {step}: {words}" for step, words in FROM_SCRATCH.items()]
-    pretrained = advise(replace(paper, weights="imagenet"), paper, 10)
+def test_other_constants_are_advised_for_few_patches_and_the_papers_rates(capsys):
+    def advice(patches, **changes):
+        advise(Recipe(**changes), patches)
+        return capsys.readouterr().out
+
+    text = advice(FEW_PATCHES - 1, epochs=9)
+    assert f"For {FEW_PATCHES - 1} train patches" in text
+    assert text.splitlines()[1:] == [f"  step {step}: {words}" for step, words in FROM_SCRATCH.items()]
+    pretrained = advice(10, weights="imagenet")
     assert pretrained.splitlines()[1:] == [f"  step {step}: {words}" for step, words in SMALL_DATA.items()]
-    assert advise(paper, paper, FEW_PATCHES) == ""
-    for other in ({"lr": 0.01}, {"momentum": 0.5}):
-        assert advise(replace(paper, **other), paper, 10) == ""
+    assert advice(FEW_PATCHES) == advice(10, lr=0.01) == advice(10, momentum=0.5) == ""
 
 
 def test_the_advised_constants_can_be_pasted():
     scripts = {1: train_classification, 5: train_segmentation}
-    for step, words in [*SMALL_DATA.items(), *FROM_SCRATCH.items()]:
-        given = tyro.cli(scripts[step].Constants, args=words.split())
+    for number, words in [*SMALL_DATA.items(), *FROM_SCRATCH.items()]:
+        given = tyro.cli(scripts[number].Constants, args=words.split())
         assert given.epochs in (25, 30)
         assert words in (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
 
 
-def test_a_damaged_image_ends_with_its_name(training, images, tmp_path):
-    for workers in (0, 1):
-        for file in images.glob("*.png"):
-            (tmp_path / file.name).write_bytes(file.read_bytes()[: 100 if file.stem == "05" else None])
-        constants = Recipe(workers=workers, batch_size=11)
-        labels = {f"{index:02}": np.ones(2, bool) for index in range(11)}
-        patches, model = TrainingPatches(sorted(labels), tmp_path, labels, 2, 16, 0), Net()
-        with pytest.raises(UserError, match=r"05\.png cannot be read as a PNG image"):
-            train(
-                Training(model, [model.features], patches, compute_loss, constants, make_accelerator("fp32")),
-                tmp_path / f"run{workers}",
-            )
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_ends_with_its_name(training, images, workers):
+    good = (images / "05.png").read_bytes()
+    (images / "05.png").write_bytes(good[:100])
+    try:
+        with pytest.raises(UserError, match=r"05\.png cannot be read"):
+            training("run", Recipe(workers=workers, batch_size=11))
+    finally:
+        (images / "05.png").write_bytes(good)
 
 
 def test_a_damaged_log_does_not_end_a_training(training):
@@ -362,9 +376,177 @@ def test_every_step_is_taken_in_training_mode(training):
         modes.append(model.training)
         return compute_loss(model, *batch)
 
-    def select(model):
+    def score(model):
         model.eval()
         return 0.5
 
-    training("run", loss=loss, select=select)
+    training("run", loss=loss, score=score)
     assert modes == [True] * 6
+
+
+def test_dropout_differs_between_epochs(training):
+    """The random numbers of an epoch are given by seed, epoch and process: a second epoch draws others."""
+    draws = []
+
+    def loss(model, images, targets):
+        draws.append(torch.rand(3))
+        return compute_loss(model, images, targets)
+
+    training("run", loss=loss)
+    assert not torch.equal(draws[0], draws[2]) and not torch.equal(draws[2], draws[4])
+    again = draws[:6]
+    draws.clear()
+    training("again", loss=loss)
+    assert all(torch.equal(*pair) for pair in zip(again, draws, strict=True))
+
+
+class Fixed(torch.utils.data.Dataset):
+    """The same images and targets in every epoch."""
+
+    def __init__(self, images, targets):
+        self.images, self.targets = images, targets
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        return self.images[key[1]], self.targets[key[1]]
+
+
+def classification():
+    def loss(model, images, targets):
+        logits, maps = model(images)
+        classification = F.multilabel_soft_margin_loss(logits, targets)
+        return {"loss": classification + 0.1 * image_reconstruction_loss(maps, images, targets, 4)}
+
+    return Classifier(Backbone("resnet18", "none"), 3, train_all=True), loss, (torch.rand(5, 3) < 0.5).double()
+
+
+def segmentation():
+    """Labelled pixels differ between images, and one image has none."""
+    labels = torch.randint(0, 3, (5, 32, 32))
+    labels[0, 4:], labels[1, :, 9:], labels[3] = 255, 255, 255
+
+    def loss(model, images, targets):
+        summed = F.cross_entropy(model(images), targets, ignore_index=255, reduction="sum")
+        return {"loss": summed / (targets != 255).sum().clamp_min(1)}
+
+    return DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16), loss, labels
+
+
+def in_evaluation_mode(module, mode=True):
+    """In place of Module.train: BatchNorm's statistics stay, and nothing is dropped."""
+    for child in module.modules():
+        child.training = False
+    return module
+
+
+@pytest.mark.parametrize("make", [classification, segmentation], ids=lambda make: make.__name__)
+def test_micro_batches_equal_the_batch(make, tmp_path, monkeypatch):
+    """Gradients and logged losses, with BatchNorm's statistics frozen and without dropout, in float64."""
+    torch.manual_seed(0)
+    model, loss, targets = make()
+    model.double()
+    images, gradients = torch.randn(5, 3, 32, 32, dtype=torch.float64), {}
+    monkeypatch.setattr(type(model), "train", in_evaluation_mode)
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *_: None)
+    for size in (0, 1, 2, 3, 9):
+        args = Recipe(epochs=1, batch_size=5, micro_batch=size)
+        with StepFolder(tmp_path / f"{size}", args).open(".pt") as folder:
+            folder.accelerator = make_accelerator("fp32")
+            with Training(folder, model, Fixed(images, targets), [model.backbone]) as course:
+                for _ in course.epochs():
+                    for batch in course.batches():
+                        course.descend(**loss(course.model, *batch))
+        gradients[size] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        assert log(tmp_path / f"{size}")[0]["loss"] == pytest.approx(log(tmp_path / "0")[0]["loss"], rel=1e-6)
+    assert sum(bool(gradient.any()) for gradient in gradients[0]) > 20
+    for found in gradients.values():
+        for one, other in zip(found, gradients[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.fixture
+def tiny(tmp_path, make_tiny_dataset, run_script):
+    """The root of the tiny data set with its image-level labels."""
+    make_tiny_dataset(tmp_path)
+    run_script("datasetsprocess/process.py", "--dataset", "tiny", "--root", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def first_batch(tiny):
+    """The one batch of the first epoch: targets of `TrainingPatches` -> images and targets of the batch."""
+
+    def batch(targets):
+        images = tiny / "datasets" / "tiny" / "train" / "images"
+        patches = TrainingPatches(TRAIN, images, targets, 3, 64, 0)
+        (keys,) = EpochBatches(10, 10, 0)
+        return [torch.stack(parts) for parts in zip(*(patches[key] for key in keys), strict=True)]
+
+    return batch
+
+
+def assert_steps_along(loss, model, before, file, decay):
+    """The weights in `file` are `before` after one step of SGD without momentum, at the rates for new weights.
+
+    Rounding moves single gradients, so the steps of all weights are compared together.
+    """
+    loss.backward()
+    after, squares, error = weights(file), 0.0, 0.0
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in parameter_groups([], list(model.children()), 1e-3, decay):
+        for parameter in group["params"]:
+            name = names[parameter]
+            expected = -group["lr"] * (parameter.grad + group["weight_decay"] * before[name])
+            squares += float(expected.square().sum())
+            error += float((after[name] - before[name] - expected).square().sum())
+    assert squares > 0 and error < 0.01 * squares
+
+
+def test_the_loss_of_step_1(tiny, first_batch):
+    """One step of the script against the sum of both losses, written out here."""
+    options = {"epochs": 1, "batch_size": 10, "lr": 1e-3, "momentum": 0.0, "ir_weight": 0.4, "experiment": "one"}
+    step("train_classification", tiny, **options)
+    file = tiny / "datasets" / "tiny" / "train" / "image_labels.csv"
+    images, targets = first_batch(read_image_labels(file, ("ground", "roof", "tree"), TRAIN))
+    torch.manual_seed(0)
+    model = Classifier(Backbone("resnet18", "none"), 3, train_all=True).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    logits, maps = model(images)
+    signs = 2 * targets - 1
+    classification = F.softplus(-signs * logits).mean()
+    reconstruction = image_reconstruction_loss(maps, images, targets, 4)
+    (row,) = log(experiment(tiny, "one") / "classifier")
+    assert row["classification"] == pytest.approx(classification.item(), rel=1e-4)
+    assert row["reconstruction"] == pytest.approx(reconstruction.item(), rel=1e-4)
+    assert row["loss"] == pytest.approx(row["classification"] + 0.4 * row["reconstruction"], rel=1e-6)
+    loss = classification + 0.4 * reconstruction
+    assert_steps_along(loss, model, before, experiment(tiny, "one") / "classifier" / "model.pt", 1e-4)
+
+
+def test_the_loss_of_step_5(tiny, first_batch, monkeypatch):
+    """One step of the script against the cross-entropy of the labelled pixels in NumPy; without dropout."""
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    labels = tiny / "datasets" / "tiny" / "train" / "labels"
+    options = {"epochs": 1, "batch_size": 10, "lr": 1e-3, "momentum": 0.0, "labels": "truth", "experiment": "one"}
+    step("train_segmentation", tiny, **options)
+    images, targets = first_batch(labels)
+    torch.manual_seed(0)
+    model = DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=False).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    log_p = model(images).log_softmax(1)
+    labelled = targets != 255
+    assert 0 < labelled.float().mean() < 1
+    loss = -log_p.permute(0, 2, 3, 1)[labelled].gather(1, targets[labelled][:, None]).mean()
+    (row,) = log(experiment(tiny, "one") / "segmenter")
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert_steps_along(loss, model, before, experiment(tiny, "one") / "segmenter" / "model.pt", 4e-5)
+
+
+def test_labels_that_are_all_ignored_cost_nothing(tiny):
+    for file in (tiny / "datasets" / "tiny" / "train" / "labels").glob("*.png"):
+        Image.new("L", (64, 64), 255).save(file)
+    step("train_segmentation", tiny, labels="truth", experiment="ignored")
+    (row,) = log(experiment(tiny, "ignored") / "segmenter")
+    assert row["loss"] == 0

@@ -62,7 +62,8 @@ def load_maps(path: Path, num_classes: int, size: Sequence[int]) -> tuple[np.nda
     """
     most = 4 * num_classes * size[0] * size[1] + (1 << 16)  # bytes: full-size maps of all classes, and headers
     with _opened(path, most) as file:
-        holds, classes, peaks = str(file["holds"]), file["classes"], file["peaks"]
+        check("holds" in file, "it was written by version 0.1.0 or by another program")
+        holds, classes, peaks = str(file["holds"]), file["classes"], file["peaks"].astype(np.float32)
         check(holds in MAKERS, f"it holds {holds[:40]}, not {' or '.join(MAKERS)}")
         image_size = tuple(file["size"].tolist())
         check(image_size == tuple(size), f"it belongs to an image of {image_size} pixels, not {tuple(size)}")
@@ -74,13 +75,14 @@ def load_maps(path: Path, num_classes: int, size: Sequence[int]) -> tuple[np.nda
         shares = [file[name] for name in sorted(file.files) if name.startswith("scale")]
         shapes = {peaks.shape, *(share.shape[:-2] for share in shares)}
         check(len(shares) > 0 and shapes == {classes.shape}, "its arrays do not fit together")
-        maximum = peaks.astype(np.float32)[:, None, None]
-        fused = fuse_scales([share.astype(np.float32) * maximum for share in shares], size)
+        in_range = all(np.isfinite(values).all() and (values >= 0).all() for values in (peaks, *shares))
+        check(in_range, "its maps hold values outside 0 to 1")
+        maps = fuse_scales([share.astype(np.float32) * peaks[:, None, None] for share in shares], size)
         if holds == "cams":
-            fused = relative(fused)
+            maps = relative(maps)
         rounding = 1e-5  # of the interpolation between probabilities of 1
-        check(bool(((fused >= 0) & (fused <= 1 + rounding)).all()), "its maps hold values outside 0 to 1")
-        return np.array(ids), fused
+        check(maps.max() <= 1 + rounding, "its maps hold values outside 0 to 1")
+        return np.array(ids), maps
 
 
 def load_logits(path: Path) -> np.ndarray:
