@@ -61,7 +61,7 @@ def experiment(root, name="prc"):
     return root / "experiments" / "tiny" / name
 
 
-def account(folder):
+def record(folder):
     return json.loads((folder / "run.json").read_text())
 
 

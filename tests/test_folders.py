@@ -45,7 +45,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def account(folder):
+def record(folder):
     return json.loads((folder / "run.json").read_text())
 
 
@@ -100,7 +100,7 @@ def test_the_table_of_steps():
     for name, step in STEPS.items():
         assert step.folder == name and (scripts / step.script).is_file()
         assert step.script in step.hint(Constants()) and f"step {step.number}," in step.hint(Constants())
-        assert set(step.inputs) <= STEPS.keys()
+        assert set(step.reads) <= STEPS.keys()
         for split in ("train", "test"):
             assert step_of(step.folder_of(split)) == step
     assert STEPS["cams"].folder_of("train") == "cams" and STEPS["cams"].folder_of("test") == "cams_test"
@@ -137,11 +137,11 @@ def test_the_step_that_makes_a_missing_folder_is_named(tmp_path):
         (folder / "run.json").write_bytes(content)
         with refused(r"run\.json is damaged .*: run step 2, .* --overwrite"):
             require(folder, Constants())
-    account = {"constants": {}, "started": "then", "seconds": 1}
-    write_json(folder / "run.json", account | {"finished": False})
+    fields = {"constants": {}, "started": "then", "seconds": 1}
+    write_json(folder / "run.json", fields | {"finished": False})
     with refused("cams is not finished: run step 2, .* again, it continues"):
         require(folder, Constants())
-    write_json(folder / "run.json", account | {"finished": True, "x": 1})
+    write_json(folder / "run.json", fields | {"finished": True, "x": 1})
     assert require(folder, Constants()).started == "then"
 
 
@@ -172,7 +172,7 @@ def opened(path, given=None, **rest):
 
 
 def make(path, ids=(), given=None, **rest):
-    """A run that makes these ids -> its account."""
+    """A run that makes these ids -> its record."""
     with opened(path, given, **rest) as folder:
         folder.each(partial(write, folder=path), folder.pending(ids, ".txt"), "files")
     return read_run(path)
@@ -189,12 +189,12 @@ def kill(path, ids=(), given=None, **rest):
         raise Killed
 
 
-def test_a_run_and_its_account(tmp_path):
+def test_a_run_and_its_record(tmp_path):
     path = tmp_path / "cams"
     with opened(
-        path, inputs={"classifier": "then"}, notes={"stand_in": "made"}, settings={"rules": {"share": 0.1}}
+        path, reads={"classifier": "then"}, notes={"stand_in": "made"}, settings={"rules": {"share": 0.1}}
     ) as folder:
-        assert not account(path)["finished"] and (path / LOCK).exists()
+        assert not record(path)["finished"] and (path / LOCK).exists()
         with refused("is not finished"):
             require(path, Constants())
         folder.each(partial(write, folder=path), folder.pending(["a", "b"], ".txt"), "files")
@@ -213,11 +213,11 @@ def test_a_run_and_its_account(tmp_path):
         "overwrite": False,
         "rules": {"share": 0.1},
     }
-    assert found.inputs == {"classifier": "then"} and found.notes == {"stand_in": "made"}
+    assert found.reads == {"classifier": "then"} and found.notes == {"stand_in": "made"}
     assert {"torch", "numpy", "python"} <= found.packages.keys() and found.commit and found.command
 
 
-def test_the_account_names_the_runs_that_made_the_files(tmp_path, monkeypatch):
+def test_the_record_names_the_runs_that_made_the_files(tmp_path, monkeypatch):
     """A later program that finds everything finished is not recorded."""
 
     def visit(program):
@@ -245,7 +245,7 @@ def test_a_killed_run_continues(tmp_path):
     with opened(path, other) as folder:
         assert not any(leftover.exists() for leftover in leftovers)
         assert folder.pending(["a", "b", "c"], ".txt") == ["a", "c"]
-        assert account(path)["started"] == started  # later steps see one and the same run
+        assert record(path)["started"] == started  # later steps see one and the same run
         for id in ("a", "c"):
             write(id, path)
     assert read_run(path).finished and read_run(path).files == 3
@@ -256,23 +256,23 @@ def test_a_killed_run_continues(tmp_path):
 
 def test_other_settings_are_refused_with_the_difference(tmp_path):
     path, before = tmp_path / "cams", {"classifier": "monday"}
-    make(path, ["a"], inputs=before)
+    make(path, ["a"], reads=before)
     with refused(
         r"made with other settings \(gamma: 0\.7 there, 0\.6 now; scales: \[0\.5, 1\.0\] there, \[1\.0\] now\): "
         "--overwrite replaces it, or choose another --experiment"
     ):
-        make(path, given=Constants(gamma=0.6, scales=(1.0,)), inputs=before)
+        make(path, given=Constants(gamma=0.6, scales=(1.0,)), reads=before)
     with refused("sigma: 3 there, 4 now"):
-        make(path, given=Constants(inner=Inner(sigma=4)), inputs=before)
+        make(path, given=Constants(inner=Inner(sigma=4)), reads=before)
     for other in ({"classifier": "tuesday"}, {}):
         with refused(r"made from another run of classifier"):
-            make(path, inputs=other)
+            make(path, reads=other)
     with refused("rules: None there, 3 now"):
-        make(path, inputs=before, settings={"rules": 3})
+        make(path, reads=before, settings={"rules": 3})
     assert (path / "a.txt").exists()
-    make(path, given=Constants(gamma=0.6, overwrite=True), inputs=before)
-    assert names(path) == ["run.json"] and account(path)["constants"]["gamma"] == 0.6
-    make(path, given=Constants(gamma=0.6), inputs=before)  # overwrite itself is no setting
+    make(path, given=Constants(gamma=0.6, overwrite=True), reads=before)
+    assert names(path) == ["run.json"] and record(path)["constants"]["gamma"] == 0.6
+    make(path, given=Constants(gamma=0.6), reads=before)  # overwrite itself is no setting
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
@@ -287,7 +287,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("content", BROKEN, ids=range(len(BROKEN)))
-def test_a_damaged_account(tmp_path, content):
+def test_a_damaged_record(tmp_path, content):
     make(tmp_path / "cams")
     (tmp_path / "cams" / "run.json").write_bytes(content)
     with refused(r"run\.json is damaged .*: --overwrite starts .*cams again"):
@@ -304,7 +304,7 @@ def test_failures_are_reported_after_the_good_files_are_done(tmp_path, workers):
     ):
         folder.each(partial(write, folder=path, bad="bd"), folder.pending(ids, ".txt"), "files")
     assert {line.strip() for line in str(caught.value).splitlines()[1:]} == {"b is bad", "d is bad"}
-    assert account(path)["files"] == 3 and not account(path)["finished"]
+    assert record(path)["files"] == 3 and not record(path)["finished"]
     with opened(path, given) as folder:
         assert folder.pending(ids, ".txt") == ["b", "d"]
         folder.each(partial(write, folder=path), ["b", "d"], "files")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.programs import PROGRAMS, finish, living, started, until
-from tests.steps import account, experiment, same_results
+from tests.steps import experiment, record, same_results
 from tests.test_splitting import describe, digests, script, small_vaihingen
 from tools.command import UserError
 from tools.files import write_json
@@ -150,11 +150,11 @@ def test_overwriting_that_is_interrupted(copy, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         step("make_pseudo_labels", copy, **constants, crf_iterations=3, overwrite=True)
     monkeypatch.undo()
-    assert not account(folder)["finished"] and account(folder)["constants"]["crf_iterations"] == 10
+    assert not record(folder)["finished"] and record(folder)["constants"]["crf_iterations"] == 10
     with pytest.raises(UserError, match="crf_iterations: 10 there, 3 now"):
         step("make_pseudo_labels", copy, **constants, crf_iterations=3)
     step("make_pseudo_labels", copy, **constants, crf_iterations=3, overwrite=True)
-    assert account(folder)["finished"] and account(folder)["files"] == 10
+    assert record(folder)["finished"] and record(folder)["files"] == 10
 
 
 def test_a_folder_of_links_is_emptied_without_following_them(tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import ROOT
 from tests.programs import PROGRAMS, finish, living, started, torchrun, until
-from tests.steps import account, experiment, same_results
+from tests.steps import experiment, record, same_results
 from tests.test_interruption import stalled
 
 PER_IMAGE = [name for name in PROGRAMS if not name.startswith("train_")]
@@ -38,7 +38,7 @@ def test_images_shared_out_give_the_results_of_one_process(finished, copy, name)
     finish(program.command(copy, workers=0), torchrun(3))
     assert same_results(copy / program.output, expected, program.files)
     if name not in ("process", "evaluate_miou"):  # which the first process does alone
-        assert account(copy / program.output)["processes"] == 3 and account(copy / program.output)["finished"]
+        assert record(copy / program.output)["processes"] == 3 and record(copy / program.output)["finished"]
 
 
 def log(folder):
@@ -61,7 +61,7 @@ def test_a_training_of_two_processes_has_the_losses_of_one(copy, tmp_path, scrip
         finish([str(driver), *words[1:]], launcher)
         folder = experiment(copy, name) / program.output.rsplit("/", 1)[1]
         rows[name] = log(folder)
-        assert account(folder)["processes"] == len(rows)
+        assert record(folder)["processes"] == len(rows)
     assert len(rows["one"]) == 3
     for one, two in zip(*rows.values(), strict=True):
         for key in one.keys() - {"images_per_second"}:

@@ -1,16 +1,11 @@
 """What steps 1 to 7 say about missing, damaged and ill-fitting input, and how they continue after being killed."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from tests.steps import STEPS, TRAIN, account, experiment, options, same_results, step
+from tests.programs import PROGRAMS, finish, living, started, torchrun, until
+from tests.steps import STEPS, TRAIN, experiment, options, record, same_results, step
 from tools.command import UserError
 
 
@@ -48,7 +43,7 @@ def test_missing_masks_are_named(copy):
         (
             "train_classification",
             {"gamma": 0.6},
-            r"classifier was made with other settings \(gamma: 0\.7 there, 0\.6 now\): --overwrite",
+            r"classifier was made .*gamma: 0\.7 there, 0\.6 now",
         ),
         ("infer_classification", {"scales": (1.0,)}, r"scales: \[0\.5, 1\.0, 1\.5, 2\.0\] there, \[1\.0\] now"),
         ("make_pseudo_labels", {"bilateral_sigma_rgb": 4.0}, "bilateral_sigma_rgb: 3.0 there, 4.0 now"),
@@ -59,47 +54,47 @@ def test_missing_masks_are_named(copy):
         (
             "train_classification",
             {"weights": "none", "train_all": False},
-            "weights is none, .*add --train-all, or give weights",
+            "weights is none, .*--train-all",
         ),
-        ("train_classification", {"gamma": 1.0}, "gamma is 1.0, but it must be at most 0.999"),
+        ("train_classification", {"gamma": 1.0}, "gamma is 1.0, .*at most 0.999"),
         ("train_classification", {"iterations": -1}, "iterations is -1"),
         ("train_classification", {"tiles": 3}, "tiles is 3, but it must be a square"),
-        ("train_classification", {"tiles": 25}, "tiles is 25, but class maps of 4 x 4 cannot have 5 x 5 tiles"),
+        ("train_classification", {"tiles": 25}, "tiles is 25, .*4 x 4"),
         ("train_classification", {"ir_weight": -0.1}, "ir_weight is -0.1"),
-        ("train_classification", {"epochs": 0}, "epochs is 0, but it must be at least 1"),
+        ("train_classification", {"epochs": 0}, "epochs is 0, .*at least 1"),
         (
             "train_classification",
             {"batch_size": 11},
-            r"there are 10 training patches, fewer than one batch: lower batch_size \(11\)",
+            r"10 training patches.*batch_size",
         ),
         ("train_classification", {"weights": "nowhere.pth"}, "the weights file nowhere.pth is missing"),
         ("train_classification", {"experiment": "../x"}, 'experiment is "../x"'),
         ("train_segmentation", {"batch_size": 0}, "batch_size is 0"),
-        ("train_segmentation", {"width": 6}, "width is 6, but it must be a multiple of 4"),
-        ("train_segmentation", {"freeze_norm": True}, "weights is none, .*add --no-freeze-norm"),
-        ("train_segmentation", {"labels": "thoughts"}, "thoughts is missing: run the step that makes it"),
+        ("train_segmentation", {"width": 6}, "width is 6, .*multiple of 4"),
+        ("train_segmentation", {"freeze_norm": True}, "weights is none, .*--no-freeze-norm"),
+        ("train_segmentation", {"labels": "thoughts"}, "thoughts is missing"),
         ("train_segmentation", {"labels": "../../x"}, 'labels is "../../x"'),
-        ("infer_classification", {"scales": ()}, r"scales is \(\), but it must hold at least 1 value"),
-        ("infer_classification", {"scales": (0.0, 1.0)}, "scales is 0.0, but it must be above 0"),
+        ("infer_classification", {"scales": ()}, r"scales is \(\)"),
+        ("infer_classification", {"scales": (0.0, 1.0)}, "scales is 0.0, .*above 0"),
         ("infer_classification", {"images_at_once": 0}, "images_at_once is 0"),
         ("infer_classification", {"workers": -1}, "workers is -1"),
         ("inference_segmentation", {"workers": -1}, "workers is -1"),
-        ("make_pseudo_labels", {"bilateral_sigma_xy": 0.0}, "bilateral_sigma_xy is 0.0, but it must be above 0"),
-        ("make_pseudo_labels", {"bilateral_weight": -4.0}, "bilateral_weight is -4.0, but it must be at least 0"),
+        ("make_pseudo_labels", {"bilateral_sigma_xy": 0.0}, "bilateral_sigma_xy is 0.0, .*above 0"),
+        ("make_pseudo_labels", {"bilateral_weight": -4.0}, "bilateral_weight is -4.0"),
         ("make_pseudo_labels", {"crf_iterations": -1}, "crf_iterations is -1"),
         (
             "generate_refined_pseudo",
             {"tau": 1.5},
-            r"tau is 1.5, but it must be at most 1: change the constant .* or --tau",
+            r"tau is 1.5, .*at most 1.*--tau",
         ),
         ("generate_refined_seg", {"tau": -0.1}, "tau is -0.1"),
     ],
 )
 def test_constants_are_checked_at_the_start(finished, script, change, sentence):
-    before = account(experiment(finished) / STEPS[script][0])
+    before = record(experiment(finished) / STEPS[script][0])
     with refused(sentence):
         step(script, finished, **change)
-    assert account(experiment(finished) / STEPS[script][0]) == before
+    assert record(experiment(finished) / STEPS[script][0]) == before
     if " there, " in sentence or sentence == "other settings":
         return
     if script.startswith(
@@ -140,7 +135,7 @@ def test_a_damaged_image_among_good_ones(finished, copy, run_script):
     assert "error: files that failed: 1; all others are finished." in result.stderr
     assert "train_3.png cannot be read as a PNG image" in result.stderr
     cams = experiment(copy) / "cams"
-    assert {path.stem for path in cams.glob("*.npz")} == {*TRAIN} - {"train_3"} and not account(cams)["finished"]
+    assert {path.stem for path in cams.glob("*.npz")} == {*TRAIN} - {"train_3"} and not record(cams)["finished"]
     shutil.rmtree(experiment(copy) / "pseudo_labels")
     with refused("cams is not finished: run step 2"):
         step("make_pseudo_labels", copy)
@@ -149,7 +144,7 @@ def test_a_damaged_image_among_good_ones(finished, copy, run_script):
     image.write_bytes(content)
     times = {path: path.stat().st_mtime_ns for path in cams.glob("*.npz")}
     step("infer_classification", copy)
-    assert account(cams)["finished"] and all(path.stat().st_mtime_ns == old for path, old in times.items())
+    assert record(cams)["finished"] and all(path.stat().st_mtime_ns == old for path, old in times.items())
     assert same_results(cams, experiment(finished) / "cams", ".npz")
 
 
@@ -159,7 +154,7 @@ def test_a_damaged_image_among_good_ones(finished, copy, run_script):
         (
             "make_pseudo_labels",
             "experiments/tiny/prc/cams/train_2.npz",
-            r"train_2\.npz cannot be read as class activation maps",
+            r"train_2\.npz cannot be read",
         ),
         ("make_pseudo_labels", "datasets/tiny/train/images/train_2.png", r"train_2\.png cannot be read as a PNG image"),
         ("generate_refined_pseudo", "experiments/tiny/prc/pseudo_labels/train_2.png", r"train_2\.png cannot be read"),
@@ -214,7 +209,7 @@ def test_a_checkpoint_that_is_damaged_or_another_s(copy):
     good = file.read_bytes()
     for damage in (b"", good[:2000]):
         file.write_bytes(damage)
-        with refused(r"model\.pt cannot be read as a checkpoint"):
+        with refused(r"model\.pt cannot be read"):
             step("infer_classification", copy)
     file.write_bytes((experiment(copy) / "segmenter" / "model.pt").read_bytes())
     with refused(r"model\.pt was made for another backbone or number of classes"):
@@ -226,7 +221,7 @@ def test_a_checkpoint_that_is_damaged_or_another_s(copy):
 
 def test_a_new_training_makes_the_later_steps_refuse(copy):
     step("train_classification", copy, overwrite=True)
-    with refused("cams was made with other settings .made from another run of classifier"):
+    with refused("cams was made .*another run of classifier"):
         step("infer_classification", copy)
     step("infer_classification", copy, overwrite=True)
     with refused("made from another run of cams"):
@@ -234,70 +229,31 @@ def test_a_new_training_makes_the_later_steps_refuse(copy):
 
 
 @pytest.mark.long
-def test_a_training_killed_by_the_system_continues(finished, copy):
-    """kill -9 after the first of three epochs, then the same command: weights equal to the uninterrupted training's."""
-    script, constants = "train_classification", STEPS["train_classification"][1] | {"epochs": 3}
-    command = [
-        sys.executable,
-        f"{script}.py",
-        "--dataset",
-        "tiny",
-        "--root",
-        copy,
-        "--experiment",
-        "killed",
-        *options(constants),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    root, folder = Path(__file__).resolve().parents[1], experiment(copy, "killed") / "classifier"
-    process = subprocess.Popen(
-        [*map(str, command)], cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "checkpoint.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (folder / "checkpoint.pt").exists() and not account(folder)["finished"]
-    subprocess.run([*map(str, command)], cwd=root, env=environment, check=True)
-    step(script, copy, experiment="whole", epochs=3)
+def test_a_training_killed_between_two_epochs_continues(copy):
+    """kill -9 after the first of three epochs, then the same command: weights equal to an uninterrupted training's."""
+    program = PROGRAMS["train_classification"]
+    command = program.command(copy, experiment="killed", epochs=3)
+    folder = experiment(copy, "killed") / "classifier"
+    with started(command) as process:
+        until((folder / "checkpoint.pt").exists)
+        process.kill()
+        until(lambda: not living(process), 15)
+    assert not record(folder)["finished"]
+    finish(command)
+    finish(program.command(copy, experiment="whole", epochs=3))
     assert same_results(folder, experiment(copy, "whole") / "classifier", ".pt")
 
 
 @pytest.mark.long
-def test_two_processes_share_the_images(finished, copy):
-    """Results of two processes are those of one, and a bad file of the second process is reported and recorded."""
+def test_a_bad_file_of_the_second_process(finished, copy):
+    """Reported and recorded as by one process; the images of both are those of one."""
     shutil.rmtree(experiment(copy) / "cams")
-    image = copy / "datasets" / "tiny" / "train" / "images" / "train_3.png"  # an odd place: the second process's share
+    image = copy / "datasets" / "tiny" / "train" / "images" / "train_3.png"  # an odd place: the second one's share
     content = image.read_bytes()
     image.write_bytes(content[:300])
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "infer_classification.py",
-        "--dataset",
-        "tiny",
-        "--root",
-        copy,
-        *options(STEPS["infer_classification"][1]),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    run = {
-        "cwd": Path(__file__).resolve().parents[1],
-        "env": environment,
-        "capture_output": True,
-        "text": True,
-        "timeout": 120,
-    }
-    result = subprocess.run([*map(str, command)], **run)
-    cams = experiment(copy) / "cams"
-    assert result.returncode != 0 and "train_3.png cannot be read as a PNG image" in result.stderr
-    assert not account(cams)["finished"] and account(cams)["files"] == 9 and account(cams)["processes"] == 2
+    command, cams = PROGRAMS["infer_classification"].command(copy), experiment(copy) / "cams"
+    assert "train_3.png cannot be read" in finish(command, torchrun(2), fails=True)
+    assert not record(cams)["finished"] and record(cams)["files"] == 9 and record(cams)["processes"] == 2
     image.write_bytes(content)
-    result = subprocess.run([*map(str, command)], **run)
-    assert result.returncode == 0, result.stderr
-    assert account(cams)["finished"] and same_results(cams, experiment(finished) / "cams", ".npz")
+    finish(command, torchrun(2))
+    assert record(cams)["finished"] and same_results(cams, experiment(finished) / "cams", ".npz")

@@ -1,4 +1,4 @@
-"""Steps 1 to 7 on patches small enough for one processor: outputs, accounts, the two protocols."""
+"""Steps 1 to 7 on patches small enough for one processor: outputs, records, the two protocols."""
 
 import json
 import shutil
@@ -8,18 +8,18 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.steps import STEPS, TEST, TRAIN, account, experiment, same_results, step
-from tools.cams import load_cams
+from tests.steps import STEPS, TEST, TRAIN, experiment, record, same_results, step
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.labels import load_label
+from tools.map_files import load_maps
 
 
 @pytest.mark.parametrize("script", STEPS)
-def test_outputs_and_account(finished, script):
+def test_outputs_and_record(finished, script):
     name, constants, ids, suffix = STEPS[script]
     folder = experiment(finished) / name
-    run = account(folder)
+    run = record(folder)
     assert run["finished"] and run["script"] == f"{script}.py" and run["seconds"] > 0
     assert run["constants"].items() >= ({"dataset": "tiny", "experiment": "prc"} | constants).items()
     assert run["device"] == "cpu" and run["packages"]["torch"] and script in run["command"]
@@ -33,7 +33,7 @@ def test_outputs_and_account(finished, script):
 
 def test_each_step_knows_what_it_was_made_from(finished):
     folder = experiment(finished)
-    for name, inputs in {
+    for name, sources in {
         "cams": ["classifier"],
         "pseudo_labels": ["cams"],
         "refined_pseudo_labels": ["pseudo_labels"],
@@ -41,11 +41,11 @@ def test_each_step_knows_what_it_was_made_from(finished):
         "segmentation": ["segmenter"],
         "refined_segmentation": ["segmentation"],
     }.items():
-        found = account(folder / name)["inputs"]
-        assert {input: account(folder / input)["started"] for input in inputs}.items() <= found.items()
-    assert "sam_masks" in account(folder / "refined_pseudo_labels")["inputs"]
+        reads = record(folder / name)["reads"]
+        assert {source: record(folder / source)["started"] for source in sources}.items() <= reads.items()
+    assert "sam_masks" in record(folder / "refined_pseudo_labels")["reads"]
     for name in ("refined_pseudo_labels", "segmenter", "segmentation", "refined_segmentation"):
-        assert "felzenszwalb" in account(folder / name)["notes"]["stand_in"]  # a stand-in is reported to the end
+        assert "felzenszwalb" in record(folder / name)["notes"]["stand_in"]  # a stand-in is reported to the end
 
 
 def test_trainings_log_their_losses(finished):
@@ -59,7 +59,7 @@ def test_pseudo_labels_hold_the_classes_of_the_image_alone(finished):
     dataset = load_dataset("tiny", finished)
     labels = dataset.image_labels("train")
     for id in TRAIN:
-        classes, maps = load_cams(experiment(finished) / "cams" / f"{id}.npz", 3, (64, 64))
+        classes, maps = load_maps(experiment(finished) / "cams" / f"{id}.npz", 3, (64, 64))
         assert classes.tolist() == np.flatnonzero(labels[id]).tolist() and maps.shape == (len(classes), 64, 64)
         assert maps.min() >= 0 and maps.max() <= 1
         for stage in ("pseudo_labels", "refined_pseudo_labels"):
@@ -90,9 +90,9 @@ def test_the_released_protocol(copy):
         assert len(rows) == 2 and all(0 <= row["train_miou"] <= 100 for row in rows)
         best = max(rows, key=lambda row: row["train_miou"])["epoch"]
         assert torch.load(folder / "model.pt", weights_only=True)["epoch"] == best
-        assert account(folder)["constants"]["protocol"] == "released"
+        assert record(folder)["constants"]["protocol"] == "released"
     step("infer_classification", copy, experiment="borrower", classifier="prc")
-    assert account(experiment(copy, "borrower") / "cams")["notes"]["protocol_of_the_steps"] == "released"
+    assert record(experiment(copy, "borrower") / "cams")["notes"]["protocol_of_the_steps"] == "released"
     labels = dataset.image_labels("test")
     step("inference_segmentation", copy, overwrite=True)
     step("generate_refined_seg", copy, protocol="released", overwrite=True)
@@ -117,14 +117,14 @@ def test_the_other_split(copy):
         ("refined_pseudo_labels_test", TEST),
         ("segmentation_train", TRAIN),
     ):
-        assert account(experiment(copy) / name)["files"] == len(ids)
-    assert account(experiment(copy) / "cams")["files"] == 10  # untouched
+        assert record(experiment(copy) / name)["files"] == len(ids)
+    assert record(experiment(copy) / "cams")["files"] == 10  # untouched
 
 
 def test_the_fully_supervised_bound(copy):
     step("train_segmentation", copy, experiment="supervised", labels="truth")
     folder = experiment(copy, "supervised") / "segmenter"
-    assert account(folder)["notes"]["supervision"] and "stand_in" not in account(folder)["notes"]
+    assert record(folder)["notes"]["supervision"] and "stand_in" not in record(folder)["notes"]
     shutil.rmtree(copy / "datasets" / "tiny" / "train" / "labels")
     with pytest.raises(UserError, match="has no label of 10 train images: train_0, train_1, train_2, and 7 more"):
         step("train_segmentation", copy, experiment="again", labels="truth")
@@ -137,7 +137,7 @@ def test_other_constants_change_the_maps(finished, copy):
     step("make_pseudo_labels", copy, experiment="plain", crf_iterations=0)
     assert not same_results(experiment(finished) / "classifier", experiment(copy, "plain") / "classifier", ".pt")
     for id in TRAIN:
-        classes, maps = load_cams(experiment(copy, "plain") / "cams" / f"{id}.npz", 3, (64, 64))
+        classes, maps = load_maps(experiment(copy, "plain") / "cams" / f"{id}.npz", 3, (64, 64))
         found = load_label(experiment(copy, "plain") / "pseudo_labels" / f"{id}.png", 3)
         assert np.array_equal(found, classes[maps.argmax(0)])
 
@@ -154,7 +154,7 @@ def test_without_ir_the_classifier_does_not_depend_on_prc(copy):
     step("infer_classification", copy, experiment="shared", classifier="without", iterations=1)
     step("infer_classification", copy, experiment="without")
     cams = {
-        name: load_cams(experiment(copy, name) / "cams" / f"{TRAIN[1]}.npz", 3, (64, 64))[1]
+        name: load_maps(experiment(copy, name) / "cams" / f"{TRAIN[1]}.npz", 3, (64, 64))[1]
         for name in ("with", "shared", "without")
     }
     # weight decay alone moved the projection of one of them, and its length does not count
