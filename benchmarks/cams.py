@@ -30,28 +30,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from infer_classification import class_maps
+from inference_segmentation import summed_logits
 from models.backbone import Backbone
 from models.classifier import Classifier
-from models.crf import CRF, dense_crf
+from models.crf import dense_crf
 from models.deeplab import DeepLabV3Plus
 from tools.augment import normalise, to_tensor
-from tools.cams import (
-    OUTPUT_STRIDE,
-    at_scales,
-    for_inference,
-    image_batches,
-    in_background,
-    load_cams,
-    mirrored_cams,
-    mirrored_scales,
-    save_cams,
-    stack_scales,
-)
 from tools.command import stop
 from tools.devices import make_accelerator
+from tools.inference import at_scales, for_inference, image_batches, stack_scales
 from tools.labels import load_image
+from tools.map_files import OUTPUT_STRIDE, load_maps, save_maps
+from tools.memory import Halving
 from tools.runs import read_run
 from tools.training import load_checkpoint
+from tools.workers import in_background
 
 
 @dataclass(frozen=True)
@@ -113,15 +107,15 @@ def ours(
     """As infer_classification.py."""
     device = next(model.parameters()).device
     at_once = min(args.images_at_once, len(present))
+    halving = Halving(at_once)
     batches = image_batches(images, sorted(present), args.scales, at_once, args.workers, stop)
-    with in_background() as submit:
+    with in_background() as submit, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for ids, size, batch in batches:
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits, maps = mirrored_cams(model, batch, device)
-            scores, arrays = logits.cpu().numpy(), [scale.cpu().numpy() for scale in maps]
+            outputs = halving.predict(partial(class_maps, model, device=device), batch)
+            logits, *maps = (values.cpu().numpy() for values in outputs)
             for index, id in enumerate(ids):
-                kept = [scale[index, present[id]] for scale in arrays]
-                submit(save_cams, output / f"{id}.npz", present[id], kept, size, scores[index])
+                kept = [scale[index, present[id]] for scale in maps]
+                submit(save_maps, output / f"{id}.npz", "cams", present[id], kept, size, logits[index])
 
 
 def write_images(folder: Path, size: int, count: int, args: Constants) -> None:
@@ -140,7 +134,7 @@ def labels(folder: Path, images: Path) -> dict[str, tuple[np.ndarray, np.ndarray
     found = {}
     for file in sorted(folder.iterdir()):
         image = load_image(images / f"{file.stem}.png")
-        maps = np.load(file) if file.suffix == ".npy" else load_cams(file, 255, image.shape[:2])[1]
+        maps = np.load(file) if file.suffix == ".npy" else load_maps(file, 255, image.shape[:2])[1]
         q = dense_crf(maps, image, CRF())
         found[file.stem] = maps.argmax(0), q.argmax(0)
     return found
@@ -191,13 +185,12 @@ def compare(
 def network_seconds(model: nn.Module, images: list[Tensor], device: torch.device, bf16: bool) -> float:
     """Seconds an image of the network alone, at all scales with mirror images."""
 
-    def predict(x: Tensor) -> Tensor:
-        found = model(x)
-        return found[1] if isinstance(found, tuple) else found  # class maps, or a segmenter's logits
-
     def work() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            mirrored_scales(predict, images, device)
+            if isinstance(model, Classifier):
+                class_maps(model, images, device)
+            else:
+                summed_logits(model, images, images[0].shape[-2:], device)
 
     work()  # chooses kernels: not a part of the cost
     return measured(work, 3, device)[1] / len(images[0])

@@ -11,10 +11,10 @@ Command: OMP_NUM_THREADS=1 python benchmarks/training.py, or with --images FOLDE
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ import tyro
 from measure import aerial_patch, measured
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_classification
@@ -29,11 +31,11 @@ import train_segmentation
 from models.backbone import Backbone
 from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
+from models.ir_loss import image_reconstruction_loss
 from tools.augment import TrainingPatches
 from tools.devices import make_accelerator, precision_of, start_line
-from tools.labels import save_label
-from tools.memory import MicroBatches
-from tools.training import ComputeLoss, Recipe, parameter_groups
+from tools.labels import IGNORE, save_label
+from tools.training import Training, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Constants:
     backbone: str = "resnet50"
     num_classes: int = 6
     batch_sizes: tuple[int, int] = (8, 16)  # of classification and segmentation, as in the paper
-    steps: int = 2  # timed, after one untimed step
+    steps: int = 2  # timed, after as many untimed ones
     compile: bool = False  # ours with torch.compile
     precision: str = "auto"  # of ours
     micro_batch: int = 0  # of ours: patches computed at once; 0: the whole batch
@@ -61,55 +63,104 @@ def batch_of(training: str, size: int, args: Constants) -> tuple[Tensor, Tensor]
     return images, torch.randint(0, args.num_classes, (count, size, size))
 
 
-def model_of(training: str, args: Constants) -> tuple[nn.Module, nn.Module, ComputeLoss, Recipe]:
-    """Model, its backbone, its loss, and the constants of its step."""
+def model_of(training: str, args: Constants) -> tuple[nn.Module, nn.Module]:
+    """Model and its backbone."""
     torch.manual_seed(0)
     backbone = Backbone(args.backbone, "none")
     if training == "classification":
-        step1 = train_classification.Constants(weights="none")
-        compute_loss = partial(train_classification.compute_loss, ir_weight=step1.ir_weight, tiles=step1.tiles)
-        return Classifier(backbone, args.num_classes), backbone, compute_loss, step1
+        return Classifier(backbone, args.num_classes), backbone
     model = DeepLabV3Plus(backbone, args.num_classes, freeze_norm=False)
     for module in model.modules():  # with dropout the two ways would not have the same losses
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return model, backbone, train_segmentation.compute_loss, train_segmentation.Constants(weights="none")
+    return model, backbone
 
 
-def time_steps(training: str, ours: bool, size: int, args: Constants) -> tuple[float, list[float], int]:
-    """Seconds a step, the loss of each step, patches computed at once (0: the whole batch)."""
-    raw, backbone, compute_loss, recipe = model_of(training, args)
-    accelerator = make_accelerator(args.precision if ours else "fp32")
-    device, losses = accelerator.device, []
-    layout = torch.channels_last if ours else torch.contiguous_format
-    raw = raw.to(device, memory_format=layout).train()  # type: ignore[call-overload]
-    new = [module for module in raw.children() if module is not backbone]
-    groups = parameter_groups([backbone], new, 1e-3, recipe.weight_decay)
-    if ours and args.compile:
-        raw.compile()
-    model, optimiser = accelerator.prepare(
-        raw, torch.optim.SGD(groups, 1e-3, recipe.momentum, nesterov=True, fused=ours or None)
-    )
-    images, targets = batch_of(training, size, args)
-    count: Callable = train_segmentation.labelled_pixels if training == "segmentation" else len
-    micro_batches = MicroBatches(accelerator, compute_loss, args.micro_batch if ours else 0, count)
-
-    def step() -> float | None:
-        found = micro_batches(model, optimiser, images.to(device, memory_format=layout), targets.to(device))
-        optimiser.step()
-        losses.append(found["loss"])
-        return None if ours else sum(value.item() for value in found.values())
-
-    step()
-    _, seconds, _ = measured(lambda: [step() for _ in range(args.steps)], 1, device)
-    return seconds / args.steps, [float(loss) for loss in losses], micro_batches.parts.size
+def losses_of(training: str, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """As in steps 1 and 5."""
+    if training == "segmentation":
+        summed = F.cross_entropy(model(images).float(), targets, ignore_index=IGNORE, reduction="sum")
+        return {"loss": summed / (targets != IGNORE).sum().clamp_min(1)}
+    logits, maps = model(images)
+    classification = F.multilabel_soft_margin_loss(logits.float(), targets)
+    reconstruction = image_reconstruction_loss(maps, images, targets)
+    loss = classification + train_classification.Constants().ir_weight * reconstruction
+    return {"loss": loss, "classification": classification, "reconstruction": reconstruction}
 
 
-def measure(training: str, ours: bool, size: int, args: Constants) -> tuple[float, float, list[float], int]:
-    """Seconds a step, peak memory in MB, the loss of each step, patches computed at once (0: the whole batch)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    (seconds, losses, at_once), _, memory = measured(lambda: time_steps(training, ours, size, args), 1, device)
-    return seconds, memory, losses, at_once
+def recipe_of(training: str, args: Constants) -> Any:
+    """The constants of the step."""
+    script: Any = train_segmentation if training == "segmentation" else train_classification
+    micro_batch, size = args.micro_batch, args.batch_sizes[training == "segmentation"]
+    recipe = script.Constants(weights="none", batch_size=size, micro_batch=micro_batch, compile=args.compile)
+    return replace(recipe, lr=1e-3, epochs=2, workers=0)
+
+
+class Repeated(Dataset):
+    """The patches of one batch, as often as there are steps."""
+
+    def __init__(self, images: Tensor, targets: Tensor, steps: int):
+        self.images, self.targets, self.steps = images, targets, steps
+
+    def __len__(self) -> int:
+        return len(self.images) * self.steps
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        index = key[1] % len(self.images)
+        return self.images[index], self.targets[index]
+
+
+def time_ours(training: str, size: int, args: Constants) -> tuple[float, list[float]]:
+    """Seconds a step, and the loss of each step, by the loop of steps 1 and 5: the second of two epochs."""
+    (model, backbone), recipe, losses = model_of(training, args), recipe_of(training, args), []
+    accelerator = make_accelerator(args.precision)
+    with tempfile.TemporaryDirectory() as folder:
+        step = SimpleNamespace(args=recipe, accelerator=accelerator, path=Path(folder))
+        patches: Any = Repeated(*batch_of(training, size, args), args.steps)
+        with Training(step, model, patches, [backbone]) as course:
+
+            def epoch() -> None:
+                for images, targets in course.batches():
+                    parts = losses_of(training, course.model, images, targets)
+                    course.descend(**parts)
+                    losses.append(parts["loss"].detach())
+
+            for _ in course.epochs():
+                _, seconds, _ = measured(epoch, 1, accelerator.device)
+    return seconds / args.steps, [float(loss) for loss in losses]
+
+
+def time_plain(training: str, size: int, args: Constants) -> tuple[float, list[float]]:
+    """Seconds a step, and the loss of each step, as a simple script trains: the second of two epochs."""
+    (model, backbone), recipe, losses = model_of(training, args), recipe_of(training, args), []
+    device = make_accelerator("fp32").device
+    model.to(device).train()
+    new = [module for module in model.children() if module is not backbone]
+    groups = parameter_groups([backbone], new, recipe.lr, recipe.weight_decay)
+    optimiser = torch.optim.SGD(groups, recipe.lr, recipe.momentum, nesterov=True)
+    steps = 2 * args.steps
+
+    def epoch() -> None:
+        for images, targets in [batch_of(training, size, args)] * args.steps:
+            for group in optimiser.param_groups:
+                rate = group.setdefault("base", group["lr"])
+                group["lr"] = rate * (1 - len(losses) / steps) ** 0.9
+            optimiser.zero_grad()
+            parts = losses_of(training, model, images.to(device), targets.to(device))
+            parts["loss"].backward()
+            optimiser.step()
+            losses.append([value.item() for value in parts.values()][0])
+
+    epoch()
+    _, seconds, _ = measured(epoch, 1, device)
+    return seconds / args.steps, losses
+
+
+def measure(training: str, ours: bool, size: int, args: Constants) -> tuple[float, float, list[float]]:
+    """Seconds a step, peak memory in MB, the loss of each step."""
+    device, way = "cuda" if torch.cuda.is_available() else "cpu", time_ours if ours else time_plain
+    (seconds, losses), _, memory = measured(lambda: way(training, size, args), 1, device)
+    return seconds, memory, losses
 
 
 def load(size: int, args: Constants, folder: Path) -> dict[str, float]:
@@ -146,8 +197,8 @@ def main(args: Constants) -> None:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for size in sizes:
             for training, count in zip(("classification", "segmentation"), args.batch_sizes, strict=True):
-                plain, plain_memory, plain_losses, _ = pool.apply(measure, (training, False, size, args))
-                ours, memory, losses, _ = pool.apply(measure, (training, True, size, args))
+                plain, plain_memory, plain_losses = pool.apply(measure, (training, False, size, args))
+                ours, memory, losses = pool.apply(measure, (training, True, size, args))
                 rates[training, size] = count / ours
                 apart = max(abs(a - b) / abs(b) for a, b in zip(losses, plain_losses, strict=True))
                 print(
