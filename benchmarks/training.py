@@ -149,7 +149,8 @@ def time_plain(training: str, size: int, args: Constants) -> tuple[float, list[f
             parts = losses_of(training, model, images.to(device), targets.to(device))
             parts["loss"].backward()
             optimiser.step()
-            losses.append([value.item() for value in parts.values()][0])
+            values = [value.item() for value in parts.values()]
+            losses.append(values[0])
 
     epoch()
     _, seconds, _ = measured(epoch, 1, device)
