@@ -1,4 +1,4 @@
-"""What the documents promise: every command of the README runs, those of docs/ are understood, links lead somewhere."""
+"""What the documents promise: every command of the README runs, those of docs/ are understood."""
 
 import importlib
 import inspect
@@ -125,13 +125,10 @@ def test_every_command_of_the_readme(raw_scenes):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_are_understood_and_links_lead_somewhere(page):
-    text = page.read_text()
-    for script, *arguments in commands(text):
+def test_commands_are_understood(page):
+    for script, *arguments in commands(page.read_text()):
         if script != "make" and arguments and "..." not in arguments:
             parse(script, [{"N": "1"}.get(word, word) for word in arguments])
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (page.parent / link).exists(), link
 
 
 def test_commands_of_the_makefile_are_understood():
