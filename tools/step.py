@@ -16,7 +16,7 @@ from tools.labels import load_image, load_label
 from tools.pictures import colourise, contact_sheet, heat, sample_ids
 from tools.result_checks import check_shares, patch_shares, pixel_shares
 from tools.runs import Run, read_run
-from tools.steps import STEPS, next_step, step_of
+from tools.steps import SCENES, STEPS, next_step, step_of
 
 Row = Callable[[str], Sequence[np.ndarray | None]]  # patch id -> the pictures of one row of a contact sheet
 
@@ -61,7 +61,7 @@ class Step(StepFolder):
     """One run of a step. Creating it loads the data set, finds what is read, and prints the device; `output` opens the
     folder that is written.
 
-    name: a folder of tools/steps.py. reads: the folders that are read, in place of those of that table; a constant of
+    name: a folder of the table in tools/steps.py. reads: the folders that are read, in place of those of that table; a constant of
     such a name (`cams = "other"`) names the experiment to read it from. With `image_labels` the image-level labels of
     the split are read. split: for a step without an experiment. precision and bf16_on_cpu: see
     `tools.devices.choose_precision`; an empty precision is for a step without floating-point work on the device.
@@ -84,7 +84,7 @@ class Step(StepFolder):
         precision: str | None = None,
         bf16_on_cpu: bool = True,
     ):
-        self.info = STEPS[name]
+        self.info = SCENES if name == SCENES.folder else STEPS[name]
         self.dataset = load_dataset(args.dataset, args.root)
         self.split: str = split or getattr(args, "split", self.info.split or "train")
         if name == "sam_masks":

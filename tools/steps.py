@@ -11,7 +11,7 @@ SPLITS = ("train", "test")
 
 
 def command_line(script: str, args: Any, **others: str | None) -> str:
-    """The command that runs a script on the data set, experiment and root of `constants`, quoted for a shell.
+    """The command that runs a script on the data set, experiment and root of `args`, quoted for a shell.
 
     `others` replaces some of these constants or adds further ones; None leaves one out.
     """
@@ -81,6 +81,7 @@ STEPS = {
         StepInfo("scores", "evaluate_miou.py", 8, "scores"),
     )
 }
+SCENES = StepInfo("scenes", "segment_scene.py", 6, "scenes", None, ("segmenter",))  # step 6 for whole large images
 LABEL_STEPS = {name: step for name, step in STEPS.items() if step.labels}
 
 
