@@ -72,9 +72,9 @@ def vote(label: np.ndarray, masks: Masks, classes: Sequence[int]) -> np.ndarray:
 def mean_cam(label: np.ndarray, masks: Masks, maps: Mapping[int, np.ndarray]) -> np.ndarray:
     """A mask takes the class, of those in `maps` (ascending), whose map has the highest mean in the mask."""
     check_size(masks, label.shape)
-    values = np.array(list(maps.values()), np.float32).reshape(len(maps), *label.shape)
+    float32 = np.array(list(maps.values()), np.float32).reshape(len(maps), *label.shape)
     # Multiples of 2^-23: float64 sums them without rounding, so that equal means are equal in any order of the pixels.
-    values = (values + np.float32(1)).astype(np.float64) - 1
+    values = (float32 + np.float32(1)).astype(np.float64) - 1
     sums = np.zeros((len(maps), len(masks)))  # within a mask, the highest sum is the highest mean
     for m in range(len(masks)):
         box, inside = _pixels(masks, m)
