@@ -6,17 +6,25 @@ Writes experiments/<dataset>/<experiment>/refined_pseudo_labels/<id>.png
     python generate_refined_pseudo.py --dataset vaihingen
 """
 
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
-from PRC_SAM.refine import Refinement, Rule, refine_folder
+import numpy as np
+
+from PRC_SAM.refine import Refinement, Rule
 from report.page import renew
 from tools.command import run
 from tools.constants import Machine, Share, checked_constants
+from tools.dataset import Dataset
+from tools.labels import load_label, save_label
+from tools.masks import load_masks
 from tools.step import Step
+from tools.steps import STEPS
 
 
 @checked_constants
-class Constants(Machine):
+class Constants(Machine):  # and root, overwrite, workers, samples, device
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
@@ -25,12 +33,48 @@ class Constants(Machine):
     cams: str = ""  # mean_cam: the experiment whose CAMs are used; empty: this one
 
 
+def refine_patch(
+    patch: tuple[str, np.ndarray],
+    *,
+    sources: dict[str, Path],
+    output: Path,
+    dataset: Dataset,
+    refinement: Refinement,
+    maker: str,
+) -> None:
+    """One patch, id and image-level label (K,) bool: pseudo-label and masks -> the rule -> refined pseudo-label.
+
+    `maker` is the command that makes the masks, for the error of a bad mask file.
+    """
+    id, image_label = patch
+    label = load_label(sources["pseudo_labels"] / f"{id}.png", dataset.num_classes)
+    masks = load_masks(sources["sam_masks"] / f"{id}.npz", label.shape, maker)
+    maps = {}
+    if refinement.rule == "mean_cam":
+        from tools.cams import load_cams  # imports torch, which takes seconds and no other rule needs
+
+        ids, values = load_cams(sources["cams"] / f"{id}.npz", dataset.num_classes, label.shape)
+        maps = dict(zip(ids, values, strict=True))
+    refined = refinement(label, masks, np.flatnonzero(image_label), maps)
+    save_label(output / f"{id}.png", refined, dataset.colours)
+
+
 def main(args: Constants) -> None:
-    maps = ("cams",) if args.rule == "mean_cam" else ()
-    step = Step("refined_pseudo_labels", args, reads=("pseudo_labels", "sam_masks", *maps), image_labels=True)
+    cams = ("cams",) if args.rule == "mean_cam" else ()
+    step = Step("refined_pseudo_labels", args, reads=("pseudo_labels", "sam_masks", *cams), image_labels=True)
     tau = step.method_value("tau", "tau_pseudo_labels")
     with step.output(".png"):
-        refine_folder(step, "pseudo_labels", Refinement(args.rule, tau, step.dataset.background), step.labels)
+        work = partial(
+            refine_patch,
+            sources=step.sources,
+            output=step.path,
+            dataset=step.dataset,
+            refinement=Refinement(args.rule, tau, step.dataset.background),
+            maker=STEPS["sam_masks"].hint(args, split=step.split),
+        )
+        # a patch travels with its image-level label: inside `work` all of them would travel with every patch
+        patches = [(id, step.labels[id]) for id in step.pending(step.ids, ".png")]
+        step.each(work, patches, step.info.title)
         step.draw_labels({"pseudo-label": step.sources["pseudo_labels"], "refined": step.path})
 
 

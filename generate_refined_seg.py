@@ -7,24 +7,60 @@ Writes experiments/<dataset>/<experiment>/refined_segmentation/<id>.png
     python generate_refined_seg.py --dataset vaihingen
 """
 
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
-from PRC_SAM.refine import Refinement, Rule, refine_folder
+import numpy as np
+
+from PRC_SAM.refine import Refinement, Rule
 from report.page import renew
 from tools.command import check, run
 from tools.constants import Machine, Share, checked_constants
+from tools.dataset import Dataset
+from tools.labels import IGNORE, load_label, save_label
+from tools.masks import load_masks
 from tools.step import Step
 from tools.steps import STEPS
 
 
 @checked_constants
-class Constants(Machine):
+class Constants(Machine):  # and root, overwrite, workers, samples, device
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     protocol: Literal["clean", "released"] = "clean"  # writes the predicted classes | released: those in the truth
     split: Literal["train", "test"] = "test"  # test | train (to measure only)
     rule: Rule = "ios"  # ios (the paper's) | sepl | vote | mean_cam, see PRC_SAM/refine.py
     tau: Share | None = None  # ios: minimum overlap, area(P and S) / min(area P, area S); None: the data set's
+
+
+def refine_patch(
+    patch: tuple[str, np.ndarray | None],
+    *,
+    sources: dict[str, Path],
+    output: Path,
+    dataset: Dataset,
+    refinement: Refinement,
+    maker: str,
+) -> None:
+    """One patch, id and image-level label (K,) bool or None: label map and masks -> the rule -> refined label map.
+
+    Without an image-level label the classes of the label map may be written. `maker` is the command that makes the
+    masks, for the error of a bad mask file.
+    """
+    id, image_label = patch
+    label = load_label(sources["segmentation"] / f"{id}.png", dataset.num_classes)
+    masks = load_masks(sources["sam_masks"] / f"{id}.npz", label.shape, maker)
+    classes = np.setdiff1d(label, [IGNORE]) if image_label is None else np.flatnonzero(image_label)
+    maps = {}
+    if refinement.rule == "mean_cam":
+        from tools.cams import load_cams  # imports torch, which takes seconds and no other rule needs
+
+        file = sources["segmentation"] / f"{id}.npz"
+        ids, values = load_cams(file, dataset.num_classes, label.shape, relative=False)
+        maps = dict(zip(ids, values, strict=True))
+    refined = refinement(label, masks, classes, maps)
+    save_label(output / f"{id}.png", refined, dataset.colours)
 
 
 def main(args: Constants) -> None:
@@ -36,9 +72,19 @@ def main(args: Constants) -> None:
         f"{STEPS['segmentation'].hint(args, split=step.split)} --keep-probabilities",
     )
     tau = step.method_value("tau", "tau_segmentation")
-    refinement = Refinement(args.rule, tau, step.dataset.background)
+    image_labels = step.labels if released else {}
     with step.output(".png"):
-        refine_folder(step, "segmentation", refinement, step.labels if released else None, maps="segmentation")
+        work = partial(
+            refine_patch,
+            sources=step.sources,
+            output=step.path,
+            dataset=step.dataset,
+            refinement=Refinement(args.rule, tau, step.dataset.background),
+            maker=STEPS["sam_masks"].hint(args, split=step.split),
+        )
+        # a patch travels with its image-level label: inside `work` all of them would travel with every patch
+        patches = [(id, image_labels.get(id)) for id in step.pending(step.ids, ".png")]
+        step.each(work, patches, step.info.title)
         step.draw_labels({"segmentation": step.sources["segmentation"], "refined": step.path})
 
 

@@ -6,39 +6,36 @@ Writes experiments/<dataset>/<experiment>/pseudo_labels/<id>.png: class ids, no 
     python make_pseudo_labels.py --dataset vaihingen
 """
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from skimage.filters import threshold_otsu
-from tyro.conf import OmitArgPrefixes
 
-from models.crf import CRF, dense_crf
+from models.crf import dense_crf
 from report.page import renew
 from tools.cams import load_cams
 from tools.command import UserError, check, run
-from tools.constants import Machine, checked_constants
+from tools.constants import Count, Machine, NonNegative, Positive, checked_constants
 from tools.dataset import Dataset
-from tools.devices import process_state
 from tools.labels import load_image, save_label
 from tools.step import Step
 
 
 @checked_constants
-class Crf(CRF):
-    """Constants of the dense CRF."""
-
-
-@checked_constants
-class Constants(Machine):
+class Constants(Machine):  # and root, overwrite, workers, samples, device
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
     cams: str = ""  # the experiment whose CAMs are used; empty: this one
     background: Literal["cam", "threshold"] = "cam"  # threshold: an extension, see thresholded_background
-    crf: OmitArgPrefixes[Crf] = Crf()  # the dense CRF; constants and comments in models/crf.py
+    crf_iterations: Count = 10  # mean-field iterations; 0: no CRF, the highest map wins
+    gaussian_sigma: Positive = 1.0  # of the kernel on position; pixels, above 0
+    gaussian_weight: NonNegative = 3.0  # of that kernel; 0 leaves it out
+    bilateral_sigma_xy: Positive = 67.0  # of the kernel on position and colour; pixels, above 0
+    bilateral_sigma_rgb: Positive = 3.0  # of that kernel; colour values (0 to 255), above 0
+    bilateral_weight: NonNegative = 4.0  # of that kernel; 0 leaves it out
 
 
 def thresholded_background(classes: np.ndarray, maps: np.ndarray, background: int) -> np.ndarray:
@@ -55,15 +52,24 @@ def thresholded_background(classes: np.ndarray, maps: np.ndarray, background: in
     return maps
 
 
-def make_label(id: str, cams: Path, output: Path, dataset: Dataset, args: Constants, device: str) -> None:
+def make_label(id: str, *, cams: Path, output: Path, dataset: Dataset, args: Constants) -> None:
     """One patch: maps of its classes -> CRF -> the most probable class of each pixel."""
     image = load_image(dataset.images(args.split) / f"{id}.png")
     classes, maps = load_cams(cams / f"{id}.npz", dataset.num_classes, image.shape[:2])
     if args.background == "threshold" and dataset.background is not None:
         maps = thresholded_background(classes, maps, dataset.background)
-    if args.crf.crf_iterations and len(classes) > 1:
+    if args.crf_iterations > 0 and len(classes) > 1:
         try:
-            maps = dense_crf(maps, image, args.crf, device)
+            maps = dense_crf(
+                maps,
+                image,
+                iterations=args.crf_iterations,
+                gaussian_sigma=args.gaussian_sigma,
+                gaussian_weight=args.gaussian_weight,
+                bilateral_sigma_xy=args.bilateral_sigma_xy,
+                bilateral_sigma_rgb=args.bilateral_sigma_rgb,
+                bilateral_weight=args.bilateral_weight,
+            )
         except ValueError as error:  # whether the sigmas are too small for the lattice depends on the image
             raise UserError(f"{id}: {error}") from None
     save_label(output / f"{id}.png", classes[maps.argmax(0)].astype(np.uint8), dataset.colours)
@@ -80,20 +86,9 @@ def check_constants(args: Constants, dataset: Dataset) -> None:
 def main(args: Constants) -> None:
     step = Step("pseudo_labels", args)
     check_constants(args, step.dataset)
-    state = process_state(args.device)
-    on_gpu = args.crf.crf_mode == "exact" and state.device.type == "cuda"
-    if on_gpu:  # the GPU computes; worker processes would only compete for it
-        step.args = replace(args, workers=0)
     notes = {"extension": "background by Otsu's threshold"} if args.background == "threshold" else {}
-    with step.output(".png", state=state, notes=notes):
-        work = partial(
-            make_label,
-            cams=step.sources["cams"],
-            output=step.path,
-            dataset=step.dataset,
-            args=args,
-            device=str(state.device) if on_gpu else "cpu",
-        )
+    with step.output(".png", notes=notes):
+        work = partial(make_label, cams=step.sources["cams"], output=step.path, dataset=step.dataset, args=args)
         step.each(work, step.pending(step.ids, ".png"), "pseudo-labels")
         step.warn_of_labels(step.path, "look at the contact sheet of step 2, and train the classifier of step 1 better")
         step.draw_labels({"pseudo-label": step.path})

@@ -7,8 +7,7 @@ Writes experiments/<dataset>/tables-*/ (one experiment for each setting and seed
     python reproduce_tables.py --table ablation --dataset vaihingen --seeds 0 1 2
 
 Finished rows are not run again; a stopped table continues with the same command. The constants of steps 1, 3 and 5 are
-set by --classification.<constant>, --pseudo.<constant> and --segmentation.<constant>; those of the CRF have the same
-names as in step 3, such as --crf-iterations.
+set by --classification.<constant>, --pseudo.<constant> and --segmentation.<constant>, such as --pseudo.crf-iterations.
 """
 
 from collections.abc import Callable, Mapping

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from crf import ours as dense_crf
 from measure import aerial_patch, measured
 from PIL import Image
 from torch import Tensor, nn
@@ -34,7 +35,6 @@ from infer_classification import class_maps
 from inference_segmentation import summed_logits
 from models.backbone import Backbone
 from models.classifier import Classifier
-from models.crf import dense_crf
 from models.deeplab import DeepLabV3Plus
 from tools.augment import normalise, to_tensor
 from tools.command import stop
@@ -135,8 +135,7 @@ def labels(folder: Path, images: Path) -> dict[str, tuple[np.ndarray, np.ndarray
     for file in sorted(folder.iterdir()):
         image = load_image(images / f"{file.stem}.png")
         maps = np.load(file) if file.suffix == ".npy" else load_maps(file, 255, image.shape[:2])[1]
-        q = dense_crf(maps, image, CRF())
-        found[file.stem] = maps.argmax(0), q.argmax(0)
+        found[file.stem] = maps.argmax(0), dense_crf(maps, image).argmax(0)
     return found
 
 

@@ -1,8 +1,8 @@
-"""Dense CRF: modes lattice and exact against the plain way; time, memory, agreement, growth with pixels and classes.
+"""The dense CRF against the plain way: time, memory, agreement, growth with pixels and classes.
 
 The plain way is NumPy with both N x N kernels in memory, for small sizes. Each line is measured in a process of its
-own; its memory is the peak above what the process held before. Ratio: the time divided by the time of the lattice.
-Agreement: the share of labels equal to those of mode exact, where it was run.
+own; its memory is the peak above what the process held before. Ratio: the time divided by our time. Agreement: the
+share of labels equal to those of the plain way, where it was run.
 
 Command: python benchmarks/crf.py, or with --image FILE for the centre of an image of your own.
 """
@@ -18,9 +18,13 @@ import numpy as np
 import torch
 import tyro
 from measure import measured
+from scipy.special import softmax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from models.crf import CRF, dense_crf
+from make_pseudo_labels import Constants as Step3
+from models.crf import dense_crf
+
+STEP_3 = Step3()  # the constants of the paper
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,9 @@ class Constants:
     sizes: tuple[int, ...] = (64, 128, 256, 512, 1024)  # sides of the square images in pixels, with num_classes[0]
     num_classes: tuple[int, ...] = (4, 2, 8, 16)  # the others are measured at classes_size
     classes_size: int = 512  # side of the images for the other numbers of classes
-    exact_up_to: int = 128  # largest side for mode exact: its time grows with the 4th power of the side
     plain_up_to: int = 64  # largest side for the plain way: its memory grows with the 4th power of the side
-    iterations: int = 10  # of the mean field
     repeats: int = 3  # the fastest of them is reported
     threads: int = 1  # of torch and OpenCV; set OMP_NUM_THREADS for NumPy
-    device: str = "cpu"  # of mode exact: cpu | cuda
     seed: int = 0  # of the synthetic image and the class maps
 
 
@@ -59,35 +60,50 @@ def smooth_maps(random: np.random.Generator, classes: int, size: int, sigma: flo
     return maps / maps.sum(0)
 
 
-def plain(p: np.ndarray, image: np.ndarray, iterations: int) -> np.ndarray:
-    """The plain way, with whole kernels."""
-    size = image.shape[0]
-    position = np.moveaxis(np.mgrid[:size, :size], 0, -1).reshape(-1, 2).astype(np.float32)
-    kernels = []
-    for weight, features in ((3, position), (4, np.hstack([position / 67, image.reshape(-1, 3) / np.float32(3)]))):
-        kernel = np.exp(-((features[:, None] - features[None]) ** 2).sum(-1) / 2)
-        scale = 1 / np.sqrt(kernel.sum(1))
-        kernels.append(weight * scale[:, None] * kernel * scale)
+def ours(p: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """The dense CRF with the constants of step 3."""
+    return dense_crf(
+        p,
+        image,
+        iterations=STEP_3.crf_iterations,
+        gaussian_sigma=STEP_3.gaussian_sigma,
+        gaussian_weight=STEP_3.gaussian_weight,
+        bilateral_sigma_xy=STEP_3.bilateral_sigma_xy,
+        bilateral_sigma_rgb=STEP_3.bilateral_sigma_rgb,
+        bilateral_weight=STEP_3.bilateral_weight,
+    )
+
+
+def plain(p: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """The plain way, with both N x N kernels in memory."""
+    height, width = image.shape[:2]
+    position = np.moveaxis(np.mgrid[:height, :width], 0, -1).reshape(-1, 2).astype(np.float32)
+    colour = image.reshape(-1, 3).astype(np.float32)
+    bilateral = np.hstack([position / STEP_3.bilateral_sigma_xy, colour / STEP_3.bilateral_sigma_rgb])
+    gaussian_kernel = STEP_3.gaussian_weight * normalised_kernel(position / STEP_3.gaussian_sigma)
+    bilateral_kernel = STEP_3.bilateral_weight * normalised_kernel(bilateral)
     log_p = np.log(np.clip(p, 1e-5, 1)).reshape(len(p), -1)
-    q = log_p
-    for iteration in range(iterations + 1):
-        q = np.exp(log_p + sum(q @ kernel for kernel in kernels) if iteration else log_p)
-        q /= q.sum(0)
+    q = softmax(log_p, axis=0)
+    for _ in range(STEP_3.crf_iterations):
+        q = softmax(log_p + q @ gaussian_kernel + q @ bilateral_kernel, axis=0)
     return q.reshape(p.shape)
 
 
+def normalised_kernel(features: np.ndarray) -> np.ndarray:
+    """(N,d) in units of the standard deviation -> (N,N), scaled on both sides by 1 / sqrt(row sums)."""
+    kernel = np.exp(-((features[:, None] - features[None]) ** 2).sum(-1) / 2)
+    scale = 1 / np.sqrt(kernel.sum(1))
+    return scale[:, None] * kernel * scale
+
+
 def measure(way: str, size: int, classes: int, args: Constants) -> tuple[float, float, np.ndarray]:
-    """Fastest time in seconds, peak memory in MB (of the GPU where one is used), labels (size, size)."""
+    """Fastest time in seconds, peak memory in MB, labels (size, size)."""
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(args.threads)
     image, p = load_image(args, size), smooth_maps(np.random.default_rng(args.seed + 1), classes, size)
-    if way == "plain":
-        q, seconds, memory = measured(lambda: plain(p, image, args.iterations), args.repeats)
-    else:
-        crf = CRF(crf_iterations=args.iterations, crf_mode="exact" if way == "exact" else "lattice")
-        dense_crf(p[:, :8, :8], image[:8, :8], crf, args.device)  # loads libraries: not a part of the cost
-        work = partial(dense_crf, p, image, crf, args.device)
-        q, seconds, memory = measured(work, args.repeats, args.device)
+    work = plain if way == "plain" else ours
+    work(p[:, :8, :8], image[:8, :8])  # loads libraries: not a part of the cost
+    q, seconds, memory = measured(partial(work, p, image), args.repeats)
     return seconds, memory, q.argmax(0)
 
 
@@ -100,12 +116,12 @@ def main(args: Constants) -> None:
             if load_image(args, size).size == 0:
                 print(f"{size:5} x {size:<4} not measured: {args.image} is smaller")
                 continue
-            limits = {"lattice": size, "exact": args.exact_up_to, "plain": args.plain_up_to}
-            found = {way: pool.apply(measure, (way, size, classes, args)) for way in limits if size <= limits[way]}
-            for way, (seconds, memory, labels) in found.items():
-                agreement = f"{(labels == found['exact'][2]).mean():9.2%}" if "exact" in found else ""
+            ways = ["ours", "plain"] if size <= args.plain_up_to else ["ours"]
+            results = {way: pool.apply(measure, (way, size, classes, args)) for way in ways}
+            for way, (seconds, memory, labels) in results.items():
+                agreement = f"{(labels == results['plain'][2]).mean():9.2%}" if "plain" in results else ""
                 print(
-                    f"{size:5} x {size:<4} {classes:7} {way:>7} {seconds:8.3f} {seconds / found['lattice'][0]:7.1f} "
+                    f"{size:5} x {size:<4} {classes:7} {way:>7} {seconds:8.3f} {seconds / results['ours'][0]:7.1f} "
                     f"{seconds / size**2 * 1e6:8.2f} {memory:6.0f} {agreement}",
                     flush=True,
                 )

@@ -1,9 +1,9 @@
 """Everything that docs/performance.md says about a GPU, measured on this one in at most eight minutes.
 
 First the tests that need a GPU, then: SAM ViT-H's encoder and mask generation against segment-anything's own, training
-steps (plain, ours, compiled), inference of steps 2 and 6, the exact CRF; time and memory of each. Weights are random
-and images synthetic, so that no file is needed. Each part runs in a process of its own; a part that fails, or for which
-no time is left, is listed as not measured, and the other parts go on. The most important parts come first.
+steps (plain, ours, compiled), inference of steps 2 and 6; time and memory of each. Weights are random and images
+synthetic, so that no file is needed. Each part runs in a process of its own; a part that fails, or for which no time is
+left, is listed as not measured, and the other parts go on. The most important parts come first.
 
 Writes gpu.json and gpu.md, a table for docs/performance.md: to docs/, or to the folder `output`. Without a GPU (also
 with CUDA_VISIBLE_DEVICES="") the same code runs with tiny sizes ("reduced"), to try the program; then the files go to a
@@ -26,7 +26,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import crf as crf_benchmark
 import numpy as np
 import psutil
 import torch
@@ -80,7 +79,6 @@ class Sizes:
     patches: tuple[int, ...] = (256, 512, 128)  # sides in pixels
     batches: tuple[int, int] = (8, 16)  # of steps 1 and 5
     classes: int = 6
-    crf: tuple[int, ...] = (128, 256, 512)
     repeats: int = 3
 
 
@@ -97,7 +95,6 @@ REDUCED = Sizes(
     patches=(64,),
     batches=(2, 2),
     classes=3,
-    crf=(32,),
     repeats=1,
 )
 
@@ -270,19 +267,6 @@ def inference(sizes: Sizes, device: torch.device, name: str, size: int) -> Itera
         yield Row(step, f"{size} px, 8 at once, {precision}", "image", first, found, fits(first, found))
 
 
-def exact_crf(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """Step 3's exact mode on this device, beside the lattice on one thread of the CPU."""
-    for size in sizes.crf:
-        on_cpu = crf_benchmark.Constants(repeats=1)
-        on_device = crf_benchmark.Constants(repeats=1, device=str(device))
-        lattice, exact = (
-            crf_benchmark.measure(way, size, 4, args) for way, args in (("lattice", on_cpu), ("exact", on_device))
-        )
-        equal = f"{(lattice[2] == exact[2]).mean():.2%} of labels equal"
-        what = "step 3, exact CRF against the lattice on the CPU"
-        yield Row(what, f"{size} px, 4 classes", "image", lattice[:2], exact[:2], equal)
-
-
 def parts(sizes: Sizes, device: torch.device) -> dict[str, partial]:
     """Name -> what yields rows, the most important first."""
     found = {
@@ -296,7 +280,6 @@ def parts(sizes: Sizes, device: torch.device) -> dict[str, partial]:
     for size in sizes.patches:
         for name in ("CAMs", "segmentation"):
             found[f"inference, {name} {size} px"] = partial(inference, sizes, device, name, size)
-    found["exact CRF"] = partial(exact_crf, sizes, device)
     for size in sizes.patches:
         for name in ("classification", "segmentation"):
             found[f"compiled {name} {size} px"] = partial(training, sizes, device, name, size, True)

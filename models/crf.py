@@ -5,44 +5,36 @@ model and its iteration); Adams, Baek, Davis, "Fast High-Dimensional Filtering U
 
 Two kernels couple every pixel with every other pixel: one on position (x, y), one on position and colour
 (x, y, r, g, b). The first kernel is separable and summed directly. The second kernel is approximated on the
-permutohedral lattice, in time linear in the number of pixels (mode "lattice"), or summed over all pairs of pixels (mode
-"exact": the reference, for small patches and for GPUs).
+permutohedral lattice, in time linear in the number of pixels.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import combinations
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from scipy import sparse
 
 PROBABILITY_FLOOR = 1e-5  # as in the usual densecrf helper: unary = -log of the probability clipped to [1e-5, 1]
 Filter = Callable[[torch.Tensor], torch.Tensor]  # (N, K) -> (N, K): each column summed over all pixels with a kernel
-Sigma = Annotated[float, Field(gt=0, allow_inf_nan=False)]  # standard deviation of a Gaussian
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # 0 leaves the kernel out
 
 
-@dataclass(frozen=True, kw_only=True)
-class CRF:
-    """Constants of the dense CRF. The types carry their ranges, which step 3's constants block checks."""
-
-    crf_iterations: Annotated[int, Field(ge=0)] = 10  # mean-field iterations; 0: no CRF, the highest map wins
-    crf_mode: Literal["lattice", "exact"] = "lattice"  # exact: slow above 128 px without a GPU
-    gaussian_sigma: Sigma = 1.0  # pixels
-    gaussian_weight: Weight = 3.0  # of the kernel on position; 0 switches it off
-    bilateral_sigma_xy: Sigma = 67.0  # pixels
-    bilateral_sigma_rgb: Sigma = 3.0  # colour values, 0 to 255
-    bilateral_weight: Weight = 4.0  # of the kernel on position and colour; 0 switches it off
-
-
-def dense_crf(probabilities: np.ndarray, image: np.ndarray, crf: CRF, device: str | torch.device = "cpu") -> np.ndarray:
+def dense_crf(
+    probabilities: np.ndarray,
+    image: np.ndarray,
+    *,
+    iterations: int,
+    gaussian_sigma: float,
+    gaussian_weight: float,
+    bilateral_sigma_xy: float,
+    bilateral_sigma_rgb: float,
+    bilateral_weight: float,
+) -> np.ndarray:
     """Class probabilities (K, H, W) of the image (H, W, 3) uint8 -> mean-field marginals (K, H, W) float32.
 
     The probabilities need not sum to one: the unary is -log p, with p clipped to [1e-5, 1]. Potts compatibility. With
-    0 iterations the result is the softmax of -unary. device: where mode "exact" computes; the lattice uses the CPU.
+    0 iterations the result is the softmax of -unary. The sigmas (above 0) are in pixels and in colour values; a weight
+    of 0 leaves its kernel out. The values of the paper stand in make_pseudo_labels.py.
     Raises `ValueError` where shapes, types or values do not fit.
     """
     probabilities, image = np.asarray(probabilities), np.asarray(image)
@@ -54,20 +46,17 @@ def dense_crf(probabilities: np.ndarray, image: np.ndarray, crf: CRF, device: st
     if probabilities.dtype.kind != "f" or not np.isfinite(probabilities).all():
         raise ValueError("the probabilities must be finite floating-point numbers")
     clipped = np.clip(probabilities.astype(np.float32), PROBABILITY_FLOOR, 1).reshape(len(probabilities), -1)
-    device = torch.device(device if crf.crf_mode == "exact" else "cpu")
-    log_p = torch.from_numpy(np.log(clipped)).to(device).T.contiguous()  # (N, K): one pixel, one cache line
+    log_p = torch.from_numpy(np.log(clipped)).T.contiguous()  # (N, K): one pixel, one cache line
     messages = []
-    if crf.gaussian_weight > 0:
-        messages.append(_message(crf.gaussian_weight, gaussian_filter((height, width), crf.gaussian_sigma), log_p))
-    if crf.bilateral_weight > 0:
-        sigmas = crf.bilateral_sigma_xy, crf.bilateral_sigma_rgb
-        exact = crf.crf_mode == "exact"
-        bilateral = exact_filter(image, *sigmas, device) if exact else lattice_filter(image, *sigmas)
-        messages.append(_message(crf.bilateral_weight, bilateral, log_p))
+    if gaussian_weight > 0:
+        messages.append(_message(gaussian_weight, gaussian_filter((height, width), gaussian_sigma), log_p))
+    if bilateral_weight > 0:
+        bilateral = lattice_filter(image, bilateral_sigma_xy, bilateral_sigma_rgb)
+        messages.append(_message(bilateral_weight, bilateral, log_p))
     q = _softmax(log_p)
-    for _ in range(crf.crf_iterations):
+    for _ in range(iterations):
         q = _softmax(sum((message(q) for message in messages), start=log_p))
-    return q.T.contiguous().cpu().numpy().reshape(probabilities.shape)
+    return q.T.contiguous().numpy().reshape(probabilities.shape)
 
 
 def _message(weight: float, kernel: Filter, like: torch.Tensor) -> Filter:
@@ -101,49 +90,8 @@ def gaussian_filter(shape: tuple[int, int], sigma: float) -> Filter:
     return run
 
 
-def exact_filter(image: np.ndarray, sigma_xy: float, sigma_rgb: float, device: torch.device) -> Filter:
-    """The bilateral kernel summed over all pairs of pixels in float32, tile by tile; each tile serves both its sides.
-
-    Time grows with the square of the number of pixels, memory does not.
-    """
-    height, width = image.shape[:2]
-    position = np.moveaxis(np.mgrid[:height, :width], 0, -1).reshape(-1, 2) - np.array([height, width]) / 2
-    colour = image.reshape(-1, 3) - 128.0  # whole and half numbers: their squared distances are exact in float32
-
-    def factors(x: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """left, right with left[i] . right[j] = -|x_i - x_j|^2 / 2"""
-        half, one = np.square(x).sum(1, keepdims=True) / -2, np.ones((len(x), 1))
-        left, right = np.hstack([x, half, one]), np.hstack([x, one, half])
-        return torch.tensor(left).to(device, torch.float32), torch.tensor(right).to(device, torch.float32)
-
-    (xy, xy_other), (rgb, rgb_other) = factors(position), factors(colour)
-    tile = 512 if device.type == "cpu" else 8192  # 1 MB stays in a core's cache; 256 MB keep a GPU busy
-
-    def run(values: torch.Tensor) -> torch.Tensor:
-        values = values.T.contiguous()
-        total, memory = torch.zeros_like(values), torch.empty(tile, tile, device=device)
-        parts = [slice(start, min(start + tile, len(xy))) for start in range(0, len(xy), tile)]
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # TF32 would ruin the exponents
-        try:
-            for i, row in enumerate(parts):
-                for column in parts[i:]:
-                    kernel = memory[: row.stop - row.start, : column.stop - column.start]
-                    torch.mm(xy[row], xy_other[column].T, out=kernel)
-                    kernel.addmm_(rgb[row], rgb_other[column].T, beta=1 / sigma_xy**2, alpha=1 / sigma_rgb**2)
-                    kernel.clamp_(min=-80).exp_()  # denormal numbers are 30 times slower on some CPUs
-                    total[:, column] += values[:, row] @ kernel
-                    if row != column:
-                        total[:, row] += values[:, column] @ kernel.T
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return total.T.contiguous()
-
-    return run
-
-
 def lattice_filter(image: np.ndarray, sigma_xy: float, sigma_rgb: float) -> Filter:
-    """The bilateral kernel on the permutohedral lattice, on the CPU: splat, blur along d + 1 directions, slice.
+    """The bilateral kernel on the permutohedral lattice: splat, blur along d + 1 directions, slice.
 
     Only vertices touched by a pixel exist. The blurs therefore do not commute, and one fixed order of them is not a
     symmetric kernel. The mean of an order and its reverse is symmetric, and much closer to the Gaussian at little cost.
@@ -186,7 +134,7 @@ def permutohedral_lattice(features: np.ndarray) -> tuple[sparse.csr_array, list[
     # follows from the zero sum. The margin in each direction: rounding (2 steps of d + 1), simplex (1) and blur (1).
     radix = (np.ceil(np.ptp(elevated[:d], axis=1).astype(np.float64) / (d + 1)) + 8) * (d + 1)
     if not np.prod(radix) < 2**62:
-        raise ValueError("the bilateral sigmas are too small for the lattice: enlarge them, or use crf_mode exact")
+        raise ValueError("the bilateral sigmas are too small for the lattice: enlarge them")
     stride = np.append(np.cumprod(np.append(1, radix[:-1]).astype(np.int64)), 0)
 
     # The nearest point of remainder 0, and the rank of each coordinate's distance from that point (0: the largest).
@@ -225,10 +173,10 @@ def permutohedral_lattice(features: np.ndarray) -> tuple[sparse.csr_array, list[
     # the key.
     blurs, identity = [], sparse.eye_array(m, dtype=np.float32, format="csr")
     for i in range(d + 1):
-        wanted = vertices + ((d + 1) * stride[i] - stride.sum())
-        found = np.minimum(np.searchsorted(vertices, wanted), m - 1).astype(np.int32)
-        here = np.flatnonzero(vertices[found] == wanted).astype(np.int32)
-        half = np.full(len(here), 0.5, np.float32)
-        neighbour = sparse.coo_array((half, (here, found[here])), (m, m)).tocsr()
+        next_keys = vertices + ((d + 1) * stride[i] - stride.sum())
+        candidates = np.minimum(np.searchsorted(vertices, next_keys), m - 1).astype(np.int32)
+        having_next = np.flatnonzero(vertices[candidates] == next_keys).astype(np.int32)
+        half = np.full(len(having_next), 0.5, np.float32)
+        neighbour = sparse.coo_array((half, (having_next, candidates[having_next])), (m, m)).tocsr()
         blurs.append(identity + neighbour + neighbour.T.tocsr())
     return sparse.csr_array((weights.T.ravel(), columns, rows), (n, m)), blurs

@@ -1,6 +1,6 @@
 """What the refinement rules give, and what each part could give at most: measures that open the TRUTH, for tables."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -35,22 +35,23 @@ def refined(
     the folder of the class maps for rule mean_cam: CAMs, or `folder` itself, which then holds probabilities. Each file
     is read once for all rules. Raises `UserError` for missing and damaged files.
     """
-    labels, ids = dataset.image_labels(split), dataset.ids(split)
+    ids = dataset.ids(split)
+    image_labels = dataset.image_labels(split) if from_image else {}
     work = partial(_refined_patch, dataset=dataset, folder=folder, split=split, rules=rules, maps=maps)
-    items = [(id, np.flatnonzero(labels[id]) if from_image else None) for id in ids]
+    patches = [(id, image_labels.get(id)) for id in ids]
     counts = np.zeros((len(MASKS), len(rules), dataset.num_classes, dataset.num_classes + 1), np.int64)
     with Progress(len(ids), f"{folder.name} refined") as bar:
-        for found in in_workers(work, items, workers):
-            counts += found
+        for patch_counts in in_workers(work, patches, workers):
+            counts += patch_counts
             bar.update()
     return {
-        name: [_matrix(dataset.num_classes, each) for each in of_masks]
+        name: [_matrix(dataset.num_classes, of_rule) for of_rule in of_masks]
         for name, of_masks in zip(MASKS, counts, strict=True)
     }
 
 
 def _refined_patch(
-    item: tuple[str, np.ndarray | None],
+    patch: tuple[str, np.ndarray | None],
     *,
     dataset: Dataset,
     folder: Path,
@@ -58,15 +59,15 @@ def _refined_patch(
     rules: Sequence[Refinement],
     maps: Path | None,
 ) -> np.ndarray:
-    """(2,R,K,K+1) int64: counts of one patch with both kinds of masks and each rule."""
-    (id, classes), num_classes = item, dataset.num_classes
+    """One patch, id and image-level label (K,) bool or None -> (2,R,K,K+1) int64: kinds of masks, rules, counts."""
+    (id, image_label), num_classes = patch, dataset.num_classes
     truth = load_label(dataset.labels(split) / f"{id}.png", num_classes)
     label = load_label(folder / f"{id}.png", num_classes)
-    if classes is None:
-        classes = np.setdiff1d(label, [IGNORE])
-    class_maps = None
+    classes = np.setdiff1d(label, [IGNORE]) if image_label is None else np.flatnonzero(image_label)
+    class_maps = {}
     if maps:
-        class_maps = dict(zip(*load_cams(maps / f"{id}.npz", num_classes, truth.shape, maps != folder), strict=True))
+        ids, values = load_cams(maps / f"{id}.npz", num_classes, truth.shape, relative=maps != folder)
+        class_maps = dict(zip(ids, values, strict=True))
     counts = []
     for masks in (load_masks(dataset.sam_masks(split) / f"{id}.npz", truth.shape), perfect_regions(truth, num_classes)):
         for rule in rules:
@@ -85,25 +86,25 @@ def _matrix(num_classes: int, counts: np.ndarray) -> ConfusionMatrix:
 def on_true_background(dataset: Dataset, cams: Path, background: int) -> ConfusionMatrix:
     """The CAMs' argmax with the truth's background: how well the maps distinguish the other classes."""
     matrix = ConfusionMatrix(dataset.num_classes)
-    for id, truth in _truths(dataset, "train", "CAMs on the true background"):
-        classes, maps = load_cams(cams / f"{id}.npz", dataset.num_classes, truth.shape)
-        others = classes != background
-        found = classes[others][maps[others].argmax(0)] if others.any() else np.full(truth.shape, background)
-        matrix.update(truth, np.where(truth == background, background, found).astype(np.uint8))
+    ids = dataset.ids("train")
+    with Progress(len(ids), "CAMs on the true background") as bar:
+        for id in ids:
+            truth = load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes)
+            classes, maps = load_cams(cams / f"{id}.npz", dataset.num_classes, truth.shape)
+            others = classes != background
+            prediction = np.full(truth.shape, background, np.uint8)
+            if others.any():
+                foreground = truth != background
+                prediction[foreground] = classes[others][maps[others].argmax(0)][foreground]
+            matrix.update(truth, prediction)
+            bar.update()
     return matrix
 
 
 def perfect_regions(truth: np.ndarray, num_classes: int) -> Masks:
     """The connected components of every class of the truth (H,W), as masks."""
-    components = [ndimage.label(truth == c) for c in range(num_classes)]
-    regions = [numbered == i for numbered, count in components for i in range(1, count + 1)]
-    return pack_masks(np.stack(regions) if regions else np.zeros((0, *truth.shape), bool))
-
-
-def _truths(dataset: Dataset, split: str, what: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield id and the truth (H,W) of each patch."""
-    ids = dataset.ids(split)
-    with Progress(len(ids), what) as bar:
-        for id in ids:
-            yield id, load_label(dataset.labels(split) / f"{id}.png", dataset.num_classes)
-            bar.update()
+    regions = [np.zeros((0, *truth.shape), bool)]
+    for c in range(num_classes):
+        components, count = ndimage.label(truth == c)
+        regions.append(components == np.arange(1, count + 1)[:, None, None])
+    return pack_masks(np.concatenate(regions))

@@ -3,7 +3,6 @@
 import filecmp
 import importlib
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -72,9 +71,6 @@ def step(script, root, **constants):
     try:
         module = importlib.import_module(script)
         values = STEPS[script][1] | {"workers": 0} | constants
-        if script == "make_pseudo_labels":  # as on the command line, the constants of the CRF stand beside the others
-            of_crf = {field.name: values.pop(field.name) for field in fields(module.Crf) if field.name in values}
-            values["crf"] = module.Crf(**of_crf)
         given = module.Constants(dataset="tiny", root=root, **values)
         module.main(given)
         module.renew(given)

@@ -35,7 +35,6 @@ DEFAULTS = {  # script -> the constants that decide about its results
     "make_pseudo_labels": {
         "split": "train",
         "crf_iterations": 10,
-        "crf_mode": "lattice",
         "gaussian_sigma": 1.0,
         "gaussian_weight": 3.0,
         "bilateral_sigma_xy": 67.0,

@@ -21,7 +21,6 @@ import train_classification
 import train_segmentation
 from models.backbone import Backbone
 from models.classifier import Classifier
-from models.crf import _message, _softmax, exact_filter, gaussian_filter
 from models.deeplab import DeepLabV3Plus
 from models.ir_loss import image_reconstruction_loss
 from models.prc import PixelRelationshipConstraint
@@ -341,9 +340,3 @@ def test_sam(fake_gpu, precision):
     assert len(embeddings) == 3 and embeddings[0].shape == (32, 8, 8) and full.shape == (48, 96, 70)
     check([pack_bits(masks)], torch.uint8)
     check([count_pixels(masks), outer_boxes(masks)], torch.int64)
-
-
-def test_exact_crf(fake_gpu):
-    log_p, image = torch.empty(72, 3, device=GPU), np.zeros((8, 9, 3), np.uint8)
-    for kernel in (gaussian_filter((8, 9), 1.0), exact_filter(image, 67.0, 3.0, GPU)):
-        check([kernel(log_p), _softmax(_message(4.0, kernel, log_p)(log_p))])

@@ -15,7 +15,6 @@ import train_classification
 import train_segmentation
 from models.backbone import Backbone
 from models.classifier import Classifier
-from models.crf import CRF, dense_crf
 from models.deeplab import DeepLabV3Plus
 from PRC_SAM.checkpoints import build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
@@ -132,14 +131,6 @@ def test_multi_scale_inference_equals_the_cpus():
     found = mirrored_scales(model.to(DEVICE), images, DEVICE)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
-
-
-def test_the_exact_crf_equals_the_cpus():
-    rng = np.random.default_rng(0)
-    image, p = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8), rng.dirichlet(np.ones(3), 2000)
-    p = p.T.reshape(3, 40, 50)
-    expected, found = (dense_crf(p, image, CRF(crf_mode="exact"), device) for device in (CPU, DEVICE))
-    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def test_masks_on_the_gpu_are_packed_counted_and_boxed_as_in_numpy():

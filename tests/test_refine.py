@@ -82,17 +82,16 @@ def cases(draw):
 def test_rules_equal_the_loop(rule, case):
     label, masks, classes, maps, background = case
     before = label.copy()
-    refinement = Refinement(rule, background=background)
-    expected = reference(rule, label, masks, classes, maps, background)
-    np.testing.assert_array_equal(refinement(label, pack_masks(masks), classes, maps), expected)
-    np.testing.assert_array_equal(refinement(label, masks, classes, maps), expected)
+    refined = Refinement(rule, background=background)(label, pack_masks(masks), classes, maps)
+    np.testing.assert_array_equal(refined, reference(rule, label, masks, classes, maps, background))
     np.testing.assert_array_equal(label, before)
 
 
 @given(cases(), st.floats(0, 1))
 def test_ios_is_one_of_the_rules(case, tau):
     label, masks, classes, *_ = case
-    np.testing.assert_array_equal(Refinement("ios", tau)(label, masks, classes), literal(label, masks, classes, tau))
+    refined = Refinement("ios", tau)(label, pack_masks(masks), classes)
+    np.testing.assert_array_equal(refined, literal(label, masks, classes, tau))
 
 
 def test_means_are_exact():
@@ -102,16 +101,16 @@ def test_means_are_exact():
     larger[300, 17] += 2.0**-23
     label, masks = np.full((512, 512), 3, np.uint8), np.ones((1, 512, 512), bool)
     masks[0, 0, :70] = False
-    for first, second, taken in ((plain, larger, 1), (larger, plain, 0), (larger, larger, 0)):
-        found = Refinement("mean_cam")(label, masks, [0, 1], {0: first, 1: second})
-        assert (found[masks[0]] == taken).all() and (found[~masks[0]] == 3).all()
+    for first, second, winner in ((plain, larger, 1), (larger, plain, 0), (larger, larger, 0)):
+        refined = Refinement("mean_cam")(label, pack_masks(masks), [0, 1], {0: first, 1: second})
+        assert (refined[masks[0]] == winner).all() and (refined[~masks[0]] == 3).all()
 
 
 def test_more_than_half_is_more_than_half():
     label = np.array([[1, 1, 0, 0, 2, 2, 2, 0]], np.uint8)
     masks = np.array([[1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1]], bool).reshape(2, 1, 8)
     expected = [[1, 1, 0, 2, 2, 2, 2, 2]]  # class 1 holds half of the first mask
-    np.testing.assert_array_equal(Refinement("sepl", background=0)(label, masks, [0, 1, 2]), expected)
+    np.testing.assert_array_equal(Refinement("sepl", background=0)(label, pack_masks(masks), [0, 1, 2]), expected)
 
 
 def test_of_masks_of_equal_size_the_lower_class_is_on_top():
@@ -119,14 +118,15 @@ def test_of_masks_of_equal_size_the_lower_class_is_on_top():
     masks = np.array([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]], bool).reshape(2, 1, 5)
     for order in ([0, 1], [1, 0]):
         for rule in ("sepl", "vote"):
-            found = Refinement(rule, background=0)(label, masks[order], [1, 2])
-            np.testing.assert_array_equal(found, [[2, 2, 1, 1, 1]])
+            refined = Refinement(rule, background=0)(label, pack_masks(masks[order]), [1, 2])
+            np.testing.assert_array_equal(refined, [[2, 2, 1, 1, 1]])
 
 
-def test_masks_of_another_size_are_refused():
-    for rule in ("ios", "sepl", "vote", "mean_cam"):
-        with pytest.raises(UserError, match="4 x 4 pixels, but the masks have 4 x 5"):
-            Refinement(rule)(np.zeros((4, 4), np.uint8), np.ones((1, 4, 5), bool), [0], {0: np.ones((4, 4))})
+@pytest.mark.parametrize("rule", ["ios", "sepl", "vote", "mean_cam"])
+def test_masks_of_another_size_are_refused(rule):
+    masks = pack_masks(np.ones((1, 4, 5), bool))
+    with pytest.raises(UserError, match="4 x 5"):
+        Refinement(rule)(np.zeros((4, 4), np.uint8), masks, [0], {0: np.ones((4, 4))})
 
 
 LABELS = {"p": [1, 0, 1], "q": [0, 1, 1], "r": [1, 1, 0]}

@@ -132,7 +132,7 @@ NO_WEIGHTS = {"weights": "none", "train_all": True}
         ({"pseudo": {"cams": "other"}}, r"pseudo\.cams was set, but the tables set it"),
         ({"pseudo": {"background": "threshold"}}, 'the \\[rules\\] of "tiny" name no background class'),
         ({"pseudo": {"background": "threshold"}, "table": "ablation"}, r"pseudo\.background is threshold, but"),
-        ({"pseudo": {"crf": {"bilateral_weight": -1}}}, "bilateral_weight is -1, but it must be at least 0"),
+        ({"pseudo": {"bilateral_weight": -1}}, "bilateral_weight is -1, but it must be at least 0"),
         ({"segmentation": {"width": 7, "batch_size": 4}}, "width is 7, but it must be a multiple of 4"),
         ({"segmentation": {"batch_size": 99}}, "there are 10 training patches"),
         ({"segment": False}, "segment is False, but the table main"),
