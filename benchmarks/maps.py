@@ -19,7 +19,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.backbone import Backbone
 from models.classifier import Classifier
-from report.label_folders import load_prediction
+from report.stages import load_prediction
 from tables.oracles import on_true_background
 from tools.augment import normalise, to_tensor
 from tools.command import run
