@@ -7,7 +7,6 @@ without the truth. The data is prepared here; page.html.j2 lays it out and escap
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ MOST_BYTES = 4_800_000  # of the page: samples beyond this size are left out
 MOST_CLASSES = 60  # of a confusion matrix in the page
 UNSCORED_SAMPLES = 3  # patches of each split that are shown before there are scores to choose them by
 NOT_CURVES = {"epoch", "step", "steps", "lr", "learning_rate", "images_per_second", "seconds", "time"}
+Points = list[tuple[int, float]]
 
 
 def renew(args: Any) -> None:
@@ -152,49 +152,33 @@ def read_review(experiment: Experiment) -> Review | None:
         return None
 
 
-@dataclass
-class Group:
-    """Curves of one training; those that share their axis lie in 0 to 1, where all values do."""
-
-    title: str
-    share_axis: bool
-    points: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # name -> (epoch, value)
-
-    @property
-    def curves(self) -> list[dict[str, Any]]:
-        """Each curve with the ends of its axis."""
-        values = {name: [value for _, value in points] for name, points in self.points.items()}
-        if self.share_axis:
-            together = [value for part in values.values() for value in part]
-            if min(together) >= 0 and max(together) <= 1:
-                together = [0, 1]
-            values = dict.fromkeys(values, together)
-        return [
-            {"name": name, "points": points, "low": min(values[name]), "high": max(values[name])}
-            for name, points in self.points.items()
-        ]
-
-
-def curves(folder: Path) -> list[Group]:
-    """What the log.jsonl of each training holds: one group for its losses, one for each entry with parts (classes)."""
-    groups: dict[tuple[str, str], Group] = {}
+def curves(folder: Path) -> list[dict[str, Any]]:
+    """What the log.jsonl of each training holds: a group of its losses, and one for each entry with parts (classes)."""
+    groups: dict[tuple[str, bool], dict[str, Points]] = {}
     for file in sorted(folder.glob("*/log.jsonl")):
-        training = file.parent.name
         for entry in read_log(file):
             for name, value in entry.items():
-                if isinstance(value, dict):
-                    key, parts = (training, name), value
-                    group = groups.get(key, Group(f"{training}: {name.replace('_', ' ')}", share_axis=True))
-                elif name not in NOT_CURVES:
-                    key, parts = (training, ""), {name: value}
-                    group = groups.get(key, Group(training, share_axis=False))
-                else:
+                title, values, has_parts = file.parent.name, {name: value}, isinstance(value, dict)
+                if has_parts:
+                    title, values = f"{title}: {name.replace('_', ' ')}", value
+                elif name in NOT_CURVES:
                     continue
-                for part, number in parts.items():
+                for part, number in values.items():
                     if isinstance(number, int | float) and abs(number) < 1e300:  # not NaN either
-                        group.points.setdefault(part, []).append((entry["epoch"], number))
-                        groups[key] = group
-    return list(groups.values())
+                        points = groups.setdefault((title, has_parts), {}).setdefault(part, [])
+                        points.append((entry["epoch"], number))
+    return [_group(title, points, has_parts) for (title, has_parts), points in groups.items()]
+
+
+def _group(title: str, curves: dict[str, Points], share_axis: bool) -> dict[str, Any]:
+    """Each curve with the ends of its axis; a shared one goes from 0 to 1 where all values lie there."""
+    values = {name: [value for _, value in points] for name, points in curves.items()}
+    if share_axis:
+        together = [value for part in values.values() for value in part]
+        in_unit = min(together) >= 0 and max(together) <= 1
+        values = dict.fromkeys(values, [0, 1] if in_unit else together)
+    ends = {name: {"low": min(values[name]), "high": max(values[name])} for name in curves}
+    return {"title": title, "curves": [{"name": name, "points": curves[name]} | ends[name] for name in curves]}
 
 
 def cards(summary: Summary) -> list[dict[str, Any]]:

@@ -2,11 +2,11 @@
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from report.summary import Summary, percent, plain
+from report.summary import Row, Summary, percent
 from tools.dataset import Dataset
 from tools.files import write_json, write_whole
 from tools.review import Review
@@ -14,15 +14,16 @@ from tools.review import Review
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its title, and `cell`, the text of its cell in a row of the table."""
+    """A column of a table. A row is a dict: the text of a cell is `show` of the row's value of `key`."""
 
     title: str
-    cell: Callable[[Any], str]
-    style: Literal["text", "number", "headline"] = "number"  # of its cells; the headline stands in bold
-    key: str = (
-        ""  # of the value in `Summary.rows` that scores.csv shows in a column of this name; "": not in scores.csv
-    )
-    shown: bool = True  # in the page and in scores.md
+    key: str
+    show: Callable[[Any], str] = percent
+    style: Literal["text", "number", "headline"] = "number"  # the headline stands in bold
+    in_page: bool = True  # and in scores.md
+
+    def cell(self, row: Row) -> str:
+        return self.show(row.get(self.key))
 
 
 @dataclass(frozen=True)
@@ -30,37 +31,28 @@ class Table:
     """Columns and rows. `references`: rows to compare with, which stand in grey below the others."""
 
     columns: list[Column]
-    rows: Sequence[Any]
-    references: Sequence[Any] = ()
+    rows: list[Row]
+    references: list[Row] = field(default_factory=list)
 
 
 def score_columns(dataset: Dataset) -> list[Column]:
-    """The columns of the main table in the page, in scores.md and in scores.csv: one line for each.
+    """The columns of the main table in the page and in scores.md; scores.csv has those in per cent, as fractions.
 
-    A cell is made from one of `Summary.rows` with the entries that `score_table` adds.
+    To add a score of `ConfusionMatrix.scores` to all three, add a line.
     """
     return [
-        _text("stage", "name"),
-        _text("split", "split"),
-        _score("mIoU", "miou", style="headline"),
-        _score("share of supervised", "share_of_supervised"),
-        Column("paper: mIoU", lambda row: row["paper_miou"], shown=bool(dataset.paper)),
-        Column("paper: share", lambda row: row["paper_share"], shown=bool(dataset.paper)),
-        _score(f"mIoU, all {dataset.num_classes} classes", "miou_all_classes", shown=bool(dataset.left_out_of_mean)),
-        _score("mean F1", "mean_f1"),
-        _score("overall accuracy", "overall_accuracy"),
-        _score("kappa", "kappa"),
-        Column("images", lambda row: str(row["images"])),
+        Column("stage", "name", str, "text"),
+        Column("split", "split", str, "text"),
+        Column("mIoU", "miou", style="headline"),
+        Column("share of supervised", "share_of_supervised"),
+        Column("paper: mIoU", "paper_miou", str, in_page=bool(dataset.paper)),
+        Column("paper: share", "paper_share", str, in_page=bool(dataset.paper)),
+        Column(f"mIoU, all {dataset.num_classes} classes", "miou_all_classes", in_page=bool(dataset.left_out_of_mean)),
+        Column("mean F1", "mean_f1"),
+        Column("overall accuracy", "overall_accuracy"),
+        Column("kappa", "kappa"),
+        Column("images", "images", str),
     ]
-
-
-def _text(title: str, key: str) -> Column:
-    return Column(title, lambda row: row[key], style="text")
-
-
-def _score(title: str, key: str, **others: Any) -> Column:
-    """A score of `Summary.rows`, in per cent; in scores.csv a fraction."""
-    return Column(title, lambda row: percent(row.get(key)), key=key, **others)
 
 
 def score_table(summary: Summary) -> Table:
@@ -80,59 +72,62 @@ def score_table(summary: Summary) -> Table:
     for split, row in summary.constant.items():
         name = f"every pixel {row['class']}, the most frequent class"
         references.append(row | {"name": name, "split": split, "paper_miou": "–", "paper_share": "–"})
-    return Table([column for column in score_columns(summary.dataset) if column.shown], rows, references)
+    return Table([column for column in score_columns(summary.dataset) if column.in_page], rows, references)
 
 
 def class_table(summary: Summary) -> Table:
-    """IoU of every class in each scored stage; the rows are class ids."""
-    columns = [Column("IoU", summary.class_title, style="text")]
-    columns += [_of_classes(f"{row['title']}, {row['split']}", summary.class_ious(row)) for row in summary.rows]
-    return Table(columns, range(summary.dataset.num_classes))
+    """IoU of every class in each scored stage."""
+    columns = {f"{row['title']}, {row['split']}": summary.class_ious(row) for row in summary.rows}
+    return _by_class("IoU", summary.class_titles, columns)
 
 
 def share_table(summary: Summary) -> Table:
     """Share of each class of the labelled pixels, in the truth and in the last stage of each split."""
-    columns = [Column("share of pixels", lambda k: summary.dataset.classes[k], style="text")]
-    for row in summary.last.values():
-        columns.append(_of_classes(f"truth, {row['split']}", row["truth_share"]))
-        columns.append(_of_classes(f"{row['title']}, {row['split']}", row["predicted_share"]))
-    return Table(columns, range(summary.dataset.num_classes))
+    columns = {}
+    for split, row in summary.last.items():
+        columns[f"truth, {split}"] = row["truth_share"]
+        columns[f"{row['title']}, {split}"] = row["predicted_share"]
+    return _by_class("share of pixels", summary.dataset.classes, columns)
 
 
-def _of_classes(title: str, values: Sequence[float | None]) -> Column:
-    """A column whose rows are class ids, from the value of each class."""
-    return Column(title, lambda k: percent(values[k]))
+def _by_class(title: str, classes: Sequence[str], columns: dict[str, list[float | None]]) -> Table:
+    """A row for each class; `columns`: title -> a value for each class."""
+    rows: list[Row] = [{title: name} for name in classes]
+    for column, values in columns.items():
+        for row, value in zip(rows, values, strict=True):
+            row[column] = value
+    return Table([Column(title, title, str, "text"), *(Column(column, column) for column in columns)], rows)
 
 
 def time_table(summary: Summary) -> Table:
     """How long each step took, without the start of its program, which takes some seconds."""
     runs = summary.experiment.runs | {f"{name}, fully supervised": run for name, run in summary.bound_runs.items()}
     finished = {name: run for name, run in runs.items() if run.finished}
-    rows = [{"name": name, "device": run.device, "seconds": f"{run.seconds:.0f}"} for name, run in finished.items()]
-    rows.append({"name": "all", "device": "", "seconds": f"{sum(run.seconds for run in finished.values()):.0f}"})
-    seconds = Column("seconds", lambda row: row["seconds"])
-    return Table([_text("made", "name"), _text("device", "device"), seconds], rows)
+    rows: list[Row] = [{"name": name, "device": run.device, "seconds": run.seconds} for name, run in finished.items()]
+    rows.append({"name": "all", "device": "", "seconds": sum(run.seconds for run in finished.values())})
+    columns = [Column("made", "name", str, "text"), Column("device", "device", str, "text")]
+    return Table([*columns, Column("seconds", "seconds", "{:.0f}".format)], rows)
 
 
 def label_table(review: Review) -> Table:
     """How well the classifier ranks the patches by each class."""
     columns = [
-        Column("class", lambda row: row.name, style="text"),
-        Column("patches with it", lambda row: str(row.patches)),
-        Column("average precision", lambda row: percent(plain(row.average_precision))),
+        Column("class", "name", str, "text"),
+        Column("patches with it", "patches", str),
+        Column("average precision", "average_precision"),
     ]
-    return Table(columns, review.classes)
+    return Table(columns, [vars(row) for row in review.classes])
 
 
 def doubt_table(review: Review) -> Table:
     """The image-level labels that the classifier contradicts most."""
     columns = [
-        Column("patch", lambda doubt: doubt.id, style="text"),
-        Column("class", lambda doubt: doubt.name, style="text"),
-        Column("label", lambda doubt: "present" if doubt.labelled else "absent", style="text"),
-        Column("probability", lambda doubt: percent(doubt.probability)),
+        Column("patch", "id", str, "text"),
+        Column("class", "name", str, "text"),
+        Column("label", "labelled", {True: "present", False: "absent"}.__getitem__, "text"),
+        Column("probability", "probability"),
     ]
-    return Table(columns, review.doubts)
+    return Table(columns, [vars(doubt) for doubt in review.doubts])
 
 
 def notes(summary: Summary) -> list[str]:
@@ -160,15 +155,9 @@ def markdown(summary: Summary) -> str:
 
 def _markdown(table: Table) -> str:
     rules = {"text": "---", "number": "---:", "headline": "---:"}
-    titles = [_escaped(column.title) for column in table.columns]
-    lines = [titles, [rules[column.style] for column in table.columns]]
-    for row in (*table.rows, *table.references):
-        lines.append([_escaped(column.cell(row)) for column in table.columns])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+    lines = [[column.title for column in table.columns], [rules[column.style] for column in table.columns]]
+    lines += [[column.cell(row) for column in table.columns] for row in table.rows + table.references]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
 def write_scores(folder: Path, summary: Summary) -> None:
@@ -177,7 +166,7 @@ def write_scores(folder: Path, summary: Summary) -> None:
     with write_whole(folder / "scores.md") as temporary:
         temporary.write_text(markdown(summary) + "\n", encoding="utf-8")
     facts = ("experiment", "stage", "split", "images", "partial")
-    keys = [*facts, *(column.key for column in score_columns(summary.dataset) if column.key)]
+    keys = [*facts, *(column.key for column in score_columns(summary.dataset) if column.show is percent)]
     of_classes = ("iou", "f1", "precision", "recall", "support", "truth_share", "predicted_share")
     titles = keys + [f"{score}_{name}" for score in of_classes for name in summary.dataset.classes]
     with write_whole(folder / "scores.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:

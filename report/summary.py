@@ -146,10 +146,12 @@ class Summary:
             rows[stage.split] = scores | {"class": self.dataset.classes[k], "images": stage.images}
         return rows
 
-    def class_title(self, k: int) -> str:
-        """The name of a class, which says where the mean leaves it out."""
-        name = self.dataset.classes[k]
-        return f"{name} (left out of the mean)" if name in self.dataset.left_out_of_mean else name
+    @cached_property
+    def class_titles(self) -> list[str]:
+        """The names of the classes, which say what the mean leaves out."""
+        titles = dict(zip(self.dataset.classes, self.dataset.classes, strict=True))
+        titles |= {name: f"{name} (left out of the mean)" for name in self.dataset.left_out_of_mean}
+        return list(titles.values())
 
     def class_ious(self, row: Row) -> list[float | None]:
         """IoU of each class in one of `rows`; of a left-out class, its IoU with all classes counted."""
@@ -248,4 +250,4 @@ def plain(value: Any) -> Any:
 
 def percent(value: float | None, digits: int = 2) -> str:
     """0.6385 -> 63.85; a dash for a score that is not defined."""
-    return "–" if value is None else f"{100 * value:.{digits}f}"
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import numpy as np
 
@@ -28,29 +28,16 @@ from tools.scores import ConfusionMatrix
 from tools.step import experiment_folder
 from tools.steps import SPLITS
 
-
-class Changes(TypedDict, total=False):
-    """Constants of step 1 that a row changes."""
-
-    gamma: float
-    iterations: int
-    ir_weight: float
-    tiles: int
-
-
-class PseudoChanges(TypedDict, total=False):
-    """Constants of step 3 that a row changes."""
-
-    background: Literal["cam", "threshold"]
+Changes = dict[str, Any]  # constant -> value
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what it changes in steps 1 and 3, and whether a segmenter is trained as well."""
+    """One line of a table: what it changes, and whether a segmenter is trained as well."""
 
     name: str
-    changes: Changes = field(default_factory=Changes)
-    pseudo: PseudoChanges = field(default_factory=PseudoChanges)
+    changes: Changes = field(default_factory=dict)  # constants of step 1
+    pseudo: Changes = field(default_factory=dict)  # constants of step 3
     segment: bool = False
 
 
@@ -82,16 +69,15 @@ class Runner:
     def pseudo_labels(self, row: Row) -> str:
         """Steps 1 to 4 of a row -> its experiment. Rows whose changes are the defaults share the plain experiment."""
         base = self.args.classification
-        trained: Changes = row.changes
-        applied: Changes = {}
+        trained, applied = row.changes, {}
         iterations = row.changes.get("iterations", base.iterations)
         if row.changes.get("ir_weight", base.ir_weight) == 0 and iterations > 0 and self.args.protocol == "clean":
             # The logits come from the raw maps, so without IR no gradient reaches PRC: the classifier is the one that
             # was trained without PRC, and step 2 applies PRC to its maps. Under the released protocol the maps choose
             # the epoch, so that PRC can change the classifier.
             trained, applied = {"iterations": 0, **row.changes}, {"iterations": iterations}
-        classifier, cams = self.experiment({**trained}), self.experiment({**row.changes})
-        experiment = self.experiment({**row.changes, **row.pseudo})
+        classifier, cams = self.experiment(trained), self.experiment(row.changes)
+        experiment = self.experiment(row.changes | row.pseudo)
         self.step(train_classification, classifier, base, **trained)
         self.step(infer_classification, cams, classifier="" if classifier == cams else classifier, **applied)
         source = "" if cams == experiment else cams
@@ -99,7 +85,7 @@ class Runner:
         self.step(generate_refined_pseudo, experiment)
         return experiment
 
-    def experiment(self, changes: dict[str, Any]) -> str:
+    def experiment(self, changes: Changes) -> str:
         """The name of the experiment in which these constants of steps 1 and 3 differ from the given ones."""
         defaults = flat(self.args.pseudo) | flat(self.args.classification)
         defaults["gamma"], _ = self.dataset.method_value("gamma", defaults["gamma"])

@@ -37,10 +37,6 @@ def show(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def _mean(values: list[float]) -> float:
-    return statistics.mean(values) if values else np.nan
-
-
 def _deviation(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0
 
@@ -78,7 +74,7 @@ def _draw(path: Path, title: str, table: Table) -> None:
     groups = np.arange(len(table.rows))
     for index, column in enumerate(columns):
         values = [cells.get(column, []) for cells in table.rows.values()]
-        means = [_mean(seeds) for seeds in values]
+        means = [statistics.mean(seeds or [np.nan]) for seeds in values]
         spreads = [_deviation(seeds) for seeds in values]
         hatch = HATCHES[index % len(HATCHES)]
         axes.bar(groups + index * width, means, width, yerr=spreads, label=column, hatch=hatch)
