@@ -83,10 +83,10 @@ def teraflops(training: str, classes: int, size: int, backward: bool, prc: bool 
     """TFLOP of one image through the model; with `backward`, of a training step."""
     model = model_of(training, classes, prc).train(backward)
     with FAKE, FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-        found = model(torch.zeros(2, 3, size, size))
+        result = model(torch.zeros(2, 3, size, size))
         if backward:
-            outputs = [found] if training == "segmentation" else list(found)
-            sum(value.sum() for value in outputs).backward()
+            outputs = [result] if training == "segmentation" else list(result)
+            sum(output.sum() for output in outputs).backward()
     return counter.get_total_flops() / 2 / 1e12
 
 
