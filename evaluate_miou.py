@@ -10,7 +10,7 @@ Writes experiments/<dataset>/<experiment>/scores/: scores.json and scores.csv (f
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,11 +18,11 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from report.label_folders import LabelFolder, load_prediction
 from report.page import read_experiment, write_report
 from report.patch_pictures import SamplesFile, draw_split
 from report.score_tables import markdown, write_scores
-from report.summary import scored
+from report.stages import Stage, load_prediction
+from report.summary import Summary, scored
 from tools.command import UserError, and_more, check, run
 from tools.constants import Place, checked_constants
 from tools.dataset import Dataset, load_dataset
@@ -37,7 +37,7 @@ from tools.workers import in_workers
 
 
 @checked_constants
-class Constants(Place):
+class Constants(Place):  # and root, overwrite, workers
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # its label folders in experiments/<dataset>/<experiment>/ are scored
     stages: tuple[str, ...] = ()  # folders to score, such as segmentation; empty: every one that exists
@@ -49,53 +49,63 @@ class Constants(Place):
 PATCHES_A_PROCESS = 100  # for fewer patches, starting a process takes longer than scoring them here
 
 
-def find_folders(dataset: Dataset, folder: Path, args: Constants) -> list[LabelFolder]:
+def find_stages(dataset: Dataset, experiment: Path, args: Constants) -> list[Stage]:
     """The label folders to score, in the order of the steps, then the fully supervised ones of the same splits."""
-    known = {step.folder_of(split): split for step in LABEL_STEPS.values() for split in SPLITS}
+    splits = {step.folder_of(split): split for step in LABEL_STEPS.values() for split in SPLITS}  # of each folder
     for name in args.stages:
         check(
-            name in known,
+            name in splits,
             f'stages holds "{name}", but label folders are called {", ".join(LABEL_STEPS)}, the last two with _train '
             "and the others with _test when they were made for the other split",
         )
-    names = [name for name in known if (name in args.stages if args.stages else (folder / name).is_dir())]
-    if not names:
-        require(folder / "cams", args)  # its sentence says what to run
-    found = [_label_folder(dataset, folder / name, known[name], args) for name in names]
+    names = [name for name in splits if (name in args.stages if args.stages else (experiment / name).is_dir())]
+    names = names or ["cams"]  # where there is none, the message says how to make the first
+    stages = [_stage(dataset, experiment / name, splits[name], args) for name in names]
     bound = experiment_folder(args.root, args.dataset, args.supervised)
-    for split in dict.fromkeys(folder.split for folder in found):
+    for split in dict.fromkeys(stage.split for stage in stages):
         path = bound / LABEL_STEPS["segmentation"].folder_of(split)
-        if bound != folder and path.is_dir():
-            found.append(_label_folder(dataset, path, split, args))
-    with_truth = [each for each in found if dataset.labels(each.split).is_dir()]
-    for split in sorted({each.split for each in found} - {each.split for each in with_truth}):
+        if bound != experiment and path.is_dir():
+            stages.append(_stage(dataset, path, split, args))
+    with_truth = [stage for stage in stages if dataset.labels(stage.split).is_dir()]
+    for split in sorted({stage.split for stage in stages} - {stage.split for stage in with_truth}):
         print(f"{dataset.labels(split)} is missing, so the {split} split is not scored")
     check(
         len(with_truth) > 0,
-        f"{dataset.labels(found[0].split)} is missing: scores need label maps of the truth; without them, "
-        f"{folder / 'scores' / 'report.html'} shows the pictures of each step",
+        f"{dataset.labels(stages[0].split)} is missing: scores need label maps of the truth; without them, "
+        f"{experiment / 'scores' / 'report.html'} shows the pictures of each step",
     )
-    return sorted(with_truth, key=lambda each: SPLITS.index(each.split))
+    return sorted(with_truth, key=lambda stage: SPLITS.index(stage.split))
 
 
-def _label_folder(dataset: Dataset, path: Path, split: str, args: Constants) -> LabelFolder:
+def _stage(dataset: Dataset, path: Path, split: str, args: Constants) -> Stage:
     experiment = path.parent.name
     try:
         run = read_run(path)  # an unfinished folder is scored in part
     except FileNotFoundError:
         run = require(path, args, experiment=experiment, split="" if path.name in LABEL_STEPS else split)
-    matrix = ConfusionMatrix(dataset.num_classes)
-    return LabelFolder(path, split, run, matrix, is_bound=experiment == args.supervised)
+    return Stage(path, split, run, ConfusionMatrix(dataset.num_classes), is_bound=experiment == args.supervised)
 
 
-def score_image(id: str, dataset: Dataset, split: str, folders: Sequence[Path]) -> tuple[dict, list[str]]:
-    """One image against the truth: folder -> counts (K,K+1), and a sentence for each file that cannot be scored."""
-    counts, failures = {}, []
+@dataclass
+class ImageCounts:
+    """One image: folder -> its counts (K,K+1), and a sentence for each file that cannot be scored."""
+
+    counts: dict[Path, np.ndarray] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+
+def count_image(id: str, dataset: Dataset, split: str, folders: Sequence[Path]) -> ImageCounts:
+    """The pixels of one image, by class in the truth and class in the label map of each folder.
+
+    Pixels that the truth ignores (255) are not counted; those that only the label map ignores are errors.
+    """
+    result = ImageCounts()
     file = dataset.labels(split) / f"{id}.png"
     try:
         truth = load_label(file, dataset.num_classes)
     except UserError as error:
-        return {}, [str(error)]
+        result.failures.append(str(error))
+        return result
     for folder in folders:
         try:
             prediction = load_prediction(folder, id, dataset.num_classes, truth.shape)
@@ -104,58 +114,65 @@ def score_image(id: str, dataset: Dataset, split: str, folders: Sequence[Path]) 
                 f"{folder / id} is {prediction.shape[1]} x {prediction.shape[0]} pixels, but {file} is "
                 f"{truth.shape[1]} x {truth.shape[0]}: make it again from the present images",
             )
-            matrix = ConfusionMatrix(dataset.num_classes)
-            matrix.update(truth, prediction)
-            counts[folder] = matrix.counts
         except UserError as error:
-            failures.append(str(error))
-    return counts, failures
+            result.failures.append(str(error))
+            continue
+        matrix = ConfusionMatrix(dataset.num_classes)
+        matrix.update(truth, prediction)
+        result.counts[folder] = matrix.counts
+    return result
 
 
-def score(dataset: Dataset, folders: Sequence[LabelFolder], args: Constants) -> list[str]:
-    """Fill the folders of one split; each truth is read once for all of them, and no prediction is kept."""
-    split, failures = folders[0].split, []
+def score(dataset: Dataset, stages: Sequence[Stage], args: Constants) -> list[str]:
+    """Count the images of one split for its stages -> a sentence for each file that cannot be scored.
+
+    Each truth is read once for all stages, and no prediction is kept. The mean IoU of an image leaves out the pixels
+    and the score of the classes that the data set leaves out, as that of all images does (`ConfusionMatrix.scores`).
+    """
+    split, failures = stages[0].split, []
     ids, left_out = dataset.ids(split), np.flatnonzero(~dataset.scored)
-    work = partial(score_image, dataset=dataset, split=split, folders=[folder.path for folder in folders])
+    count = partial(count_image, dataset=dataset, split=split, folders=[stage.path for stage in stages])
     workers = min(args.workers, len(ids) // PATCHES_A_PROCESS)
     with Progress(len(ids), f"scoring {split}") as bar:
-        for id, (counts, bad) in zip(ids, in_workers(work, ids, workers if workers > 1 else 0, chunk=4), strict=True):
-            failures += bad
+        for id, image in zip(ids, in_workers(count, ids, workers if workers > 1 else 0, chunk=4), strict=True):
+            failures += image.failures
             bar.update()
-            for folder in folders:
-                matrix = ConfusionMatrix(dataset.num_classes)
-                if folder.path not in counts:
-                    folder.partial = True
+            for stage in stages:
+                if stage.path not in image.counts:
+                    stage.partial = True
                     continue
-                matrix.counts += counts[folder.path]
-                folder.matrix.merge(matrix)
-                folder.per_image[id] = matrix.scores(left_out, args.protocol)["miou"]
-                folder.present[id] = int(matrix.counts[dataset.scored].any(axis=1).sum())
+                matrix = ConfusionMatrix(dataset.num_classes, image.counts[stage.path])
+                stage.matrix.counts += matrix.counts
+                stage.per_image[id] = matrix.scores(left_out, args.protocol)["miou"]
+                stage.present[id] = int(matrix.counts[dataset.scored].any(axis=1).sum())
     return failures
 
 
 def main(args: Constants) -> None:
     begin = time.monotonic()
     dataset = load_dataset(args.dataset, args.root)
-    experiment = experiment_folder(args.root, args.dataset, args.experiment)
-    folders = find_folders(dataset, experiment, args)
-    splits = {split: [folder for folder in folders if folder.split == split] for split in SPLITS}
-    failures = [line for part in splits.values() if part for line in score(dataset, part, args)]
-    output, stages = experiment / "scores", [scored(folder) for folder in folders]
-    summary = read_experiment(args, dataset)
-    bound = {}
-    if any(folder.is_bound for folder in folders):
-        bound = read_experiment(replace(args, experiment=args.supervised), dataset).runs
-    summary = replace(summary, protocol=args.protocol, stages=stages, failures=failures, bound_runs=bound)
+    folder = experiment_folder(args.root, args.dataset, args.experiment)
+    stages = find_stages(dataset, folder, args)
+    by_split = {split: [stage for stage in stages if stage.split == split] for split in SPLITS}
+    failures: list[str] = []
+    for of_split in by_split.values():
+        if of_split:
+            failures += score(dataset, of_split, args)
+
+    output, samples = folder / "scores", SamplesFile({})
     remove_leftovers(output)
-    samples = {
-        split: draw_split(dataset, output, ready, args.experiment, args.samples, failures)
-        for split, part in splits.items()
-        if (ready := [folder for folder in part if folder.per_image])
-    }
-    write_scores(output, summary)  # after the pictures, which may add failures
-    write_json(output / "samples.json", SamplesFile(samples).model_dump())
-    write_report(summary, [sample for split in SPLITS for sample in samples.get(split, [])])
+    for split, of_split in by_split.items():
+        drawable = [stage for stage in of_split if stage.per_image]
+        if drawable:
+            samples.root[split] = draw_split(dataset, output, drawable, args.experiment, args.samples, failures)
+    write_json(output / "samples.json", samples.model_dump())
+
+    experiment, bound_runs = read_experiment(args, dataset), {}
+    if any(stage.is_bound for stage in stages):
+        bound_runs = read_experiment(replace(args, experiment=args.supervised), dataset).runs
+    summary = Summary(experiment, [scored(stage) for stage in stages], args.protocol, failures, bound_runs)
+    write_scores(output, summary)
+    write_report(summary, [sample for split in SPLITS for sample in samples.root.get(split, [])])
     print(markdown(summary))
     print(f"\nmade: {output}, scores of {len(stages)} label folders, {time.monotonic() - begin:.0f} s")
     print(f"look at: {output / 'report.html'}")

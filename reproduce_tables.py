@@ -10,7 +10,7 @@ Finished rows are not run again; a stopped table continues with the same command
 set by --classification.<constant>, --pseudo.<constant> and --segmentation.<constant>, such as --pseudo.crf-iterations.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,7 +21,7 @@ import train_segmentation
 from PRC_SAM.refine import Refinement, Rule
 from tables.oracles import MASKS
 from tables.runner import Row, Runner
-from tables.table import SHARE, Lines, write_table
+from tables.table import SHARE, Table, write_table
 from tools.command import check, run
 from tools.constants import (
     ROOT,
@@ -40,6 +40,7 @@ from tools.constants import (
 )
 from tools.dataset import Dataset, load_dataset
 from tools.devices import process_state
+from tools.runs import Run
 from tools.step import experiment_folder, require
 from tools.steps import SPLITS
 
@@ -67,7 +68,7 @@ class Constants:
     root: Path = ROOT  # the folder that holds datasets/ and experiments/
 
 
-WHOLE = "+ PRC + IR"  # the ablation's row of the whole method
+METHOD = "+ PRC + IR"  # the ablation's row of the complete method
 TRUTH = "(USES THE TRUTH)"
 STAGES = {  # folder -> column
     "cams": "CAM",
@@ -83,16 +84,14 @@ SHARED = {"dataset", "experiment", "split", "protocol", "seed", "labels", "cams"
 
 def rows_of(args: Constants, background: bool = False) -> list[Row]:
     """The rows of a table; `background`: the data set has a background class."""
-    extension = Row(f"{WHOLE}, background by threshold (extension)", pseudo={"background": "threshold"})
     segment = args.segment
-    return {
+    rows = {
         "main": [Row("PRC + IR + IOS", segment=True)],
         "ablation": [
             Row("CAM", {"iterations": 0, "ir_weight": 0.0}, segment=segment),
             Row("+ PRC", {"ir_weight": 0.0}),
             Row("+ IR", {"iterations": 0}),
-            Row(WHOLE, segment=segment),
-            *([extension] if background else []),
+            Row(METHOD, segment=segment),
         ],
         "gamma": [Row(f"gamma {value:g}", {"gamma": value}) for value in args.gammas],
         "lambda": [Row(f"lambda {value:g}", {"ir_weight": value}) for value in args.ir_weights],
@@ -100,6 +99,9 @@ def rows_of(args: Constants, background: bool = False) -> list[Row]:
         "tau": [Row("", segment=segment)],
         "refinement": [Row("", segment=segment)],
     }[args.table]
+    if args.table == "ablation" and background:
+        rows.append(Row(f"{METHOD}, background by threshold (extension)", pseudo={"background": "threshold"}))
+    return rows
 
 
 def check_constants(args: Constants, dataset: Dataset) -> None:
@@ -109,10 +111,11 @@ def check_constants(args: Constants, dataset: Dataset) -> None:
         check(len(set(values)) == len(values) > 0, f"{name} is {values}, but it must hold different numbers")
     check(args.segment or args.table != "main", "segment is False, but the table main is about segmentation")
     for name in ("classification", "pseudo", "segmentation"):
-        given, usual = vars(getattr(args, name)), vars(type(getattr(args, name))())
-        for key in sorted(SHARED & given.keys()):
+        constants = getattr(args, name)
+        values, defaults = vars(constants), vars(type(constants)())
+        for key in sorted(SHARED & values.keys()):
             check(
-                given[key] == usual[key],
+                values[key] == defaults[key],
                 f"{name}.{key} was set, but the tables set it themselves: remove it, or set {key} where it exists",
             )
     check(
@@ -129,19 +132,16 @@ def check_constants(args: Constants, dataset: Dataset) -> None:
 def main(args: Constants) -> None:
     dataset = load_dataset(args.dataset, args.root)
     check_constants(args, dataset)
+    masks = {}
     for split in SPLITS:
-        dataset.image_labels(split)
-        require(dataset.sam_masks(split), args)
+        dataset.image_labels(split)  # missing or damaged labels stop the first step, not a later one after hours
+        masks[split] = require(dataset.sam_masks(split), args)
     prefix = args.experiment + ("-released" if args.protocol == "released" else "")
     folder = experiment_folder(args.root, dataset.name, prefix)
-    lines: Lines = {}
-
-    def put(row: str, column: str, value: float) -> None:
-        lines.setdefault(row, {}).setdefault(column, []).append(value)
-
-    for seed in args.seeds:
-        runner = Runner(args, dataset, prefix, seed)
-        fill(runner, rows_of(args, dataset.background is not None), put)
+    runners = [Runner(args, dataset, prefix, seed) for seed in args.seeds]
+    table = Table()
+    for runner in runners:
+        fill(table, runner)
     published = {}
     if args.table == "main" and dataset.paper:
         published = {
@@ -149,46 +149,47 @@ def main(args: Constants) -> None:
             "fully supervised": f"{dataset.paper['supervised']} (implied)",
         }
     if process_state(args.device).is_main_process:
-        title, note = f"{args.table}: {dataset.title}", caption(args, dataset, runner.least)
-        print(write_table(folder / args.table, title, note, lines, args.seeds, published))
+        note = caption(args, dataset, runners[0], masks["train"])
+        print(write_table(folder / args.table, f"{args.table}: {dataset.title}", note, table, args.seeds, published))
         print(f"written to {folder}")
 
 
-def fill(runner: Runner, rows: list[Row], put: Callable[[str, str, float], None]) -> None:
-    """Run the rows of one seed, and put their scores into the table."""
-    table, experiments = runner.args.table, {}
-    for row in rows:
+def fill(table: Table, runner: Runner) -> None:
+    """Run the rows of one seed, and add their scores to the table."""
+    experiments = {}
+    for row in rows_of(runner.args, runner.dataset.background is not None):
         experiments[row.name] = experiment = runner.pseudo_labels(row)
         if row.segment:
             runner.segmentation(experiment)
-        found = runner.scores(experiment)
-        if table in ("tau", "refinement"):
-            compare_rules(runner, experiment, row, found, put)
-            continue
-        for stage, column in STAGES.items():
-            if stage in found and (row.segment or not stage.endswith("segmentation")):
-                put(row.name, column, found[stage])
-    if table == "ablation":
-        show_limits(runner, experiments, put)
-    if table == "main":
-        bound = runner.scores(runner.supervised())["segmentation"]
-        put("fully supervised", STAGES["segmentation"], bound)
-        put(row.name, SHARE, 100 * found["refined_segmentation"] / bound)
+        scores = runner.scores(experiment)
+        if runner.args.table in ("tau", "refinement"):
+            compare_rules(table, runner, row, experiment, scores)
+        else:
+            for stage, column in STAGES.items():
+                if stage in scores and (row.segment or not stage.endswith("segmentation")):
+                    table.add(row.name, column, scores[stage])
+        if runner.args.table == "main":
+            bound = runner.scores(runner.supervised())["segmentation"]
+            table.add("fully supervised", STAGES["segmentation"], bound)
+            table.add(row.name, SHARE, 100 * scores["refined_segmentation"] / bound)
+    if runner.args.table == "ablation":
+        show_limits(table, runner, experiments)
 
 
-def show_limits(runner: Runner, experiments: dict[str, str], put: Callable[[str, str, float], None]) -> None:
+def show_limits(table: Table, runner: Runner, experiments: dict[str, str]) -> None:
     """What one part could give if another were perfect: IOS by the truth's regions, CAMs on the truth's background."""
     for stage in ("pseudo_labels", "segmentation") if runner.args.segment else ("pseudo_labels",):
         _, perfect = MASKS
-        (value,) = runner.refined(experiments[WHOLE], stage, [Refinement("ios", runner.tau(stage))])[perfect]
-        put(f"{WHOLE}, IOS by {perfect}", STAGES[f"refined_{stage}"], value)
-    for row in rows_of(runner.args) if runner.dataset.background is not None else []:
-        put(row.name, f"CAM on the true background {TRUTH}", runner.true_background(experiments[row.name]))
+        (value,) = runner.refined(experiments[METHOD], stage, [Refinement("ios", runner.tau(stage))])[perfect]
+        table.add(f"{METHOD}, IOS by {perfect}", STAGES[f"refined_{stage}"], value)
+    background = runner.dataset.background
+    if background is not None:
+        for row in rows_of(runner.args):
+            value = runner.true_background(experiments[row.name], background)
+            table.add(row.name, f"CAM on the true background {TRUTH}", value)
 
 
-def compare_rules(
-    runner: Runner, experiment: str, row: Row, plain: Mapping[str, float], put: Callable[[str, str, float], None]
-) -> None:
+def compare_rules(table: Table, runner: Runner, row: Row, experiment: str, scores: Mapping[str, float]) -> None:
     """IOS with each tau, or each refinement rule, on both stages: with the masks of step 9 and the truth's regions."""
     for stage in ("pseudo_labels", "segmentation") if row.segment else ("pseudo_labels",):
         rules = {rule: Refinement(rule, runner.tau(stage), runner.dataset.background) for rule in get_args(Rule)}
@@ -196,40 +197,42 @@ def compare_rules(
             rules = {f"tau {tau:g}": Refinement("ios", tau) for tau in runner.args.taus}
         for masks, values in runner.refined(experiment, stage, list(rules.values())).items():
             column = f"{stage.replace('_', '-')}, {masks}"
-            put("not refined", column, plain[stage])
+            table.add("not refined", column, scores[stage])
             for name, value in zip(rules, values, strict=True):
-                put(name, column, value)
+                table.add(name, column, value)
 
 
-def caption(args: Constants, dataset: Dataset, least: Mapping[str, tuple[str, float]]) -> str:
+def caption(args: Constants, dataset: Dataset, runner: Runner, masks: Run) -> str:
     """What the numbers rest on: protocol, splits, seeds, all constants that are not the defaults, stand-ins."""
-    parts = {"Classification": args.classification, "Pseudo-labels": args.pseudo}
+    steps = {"Classification": args.classification, "Pseudo-labels": args.pseudo}
     if any(row.segment for row in rows_of(args)):
-        parts["Segmentation"] = args.segmentation
+        steps["Segmentation"] = args.segmentation
     method = dataset.method
-    stand_in = require(dataset.sam_masks("train"), args).notes.get("stand_in")
-    everywhere = [f"{name} everywhere has {value:.2f} on the {split} split" for split, (name, value) in least.items()]
-    return " ".join(
-        [
-            "mIoU in per cent: CAM, CRF and refinement on the train split, segmentation on the test split.",
-            f"Protocol: {args.protocol}. Seeds: {', '.join(map(str, args.seeds))}.",
-            f"Scales: {', '.join(f'{scale:g}' for scale in args.scales)}.",
-            f"tau of IOS: {method.tau_pseudo_labels:g} on pseudo-labels, {method.tau_segmentation:g} on segmentation.",
-            *(f"{name}: {said}." for name, part in parts.items() if (said := _told(part))),
-            *([f"The most frequent class, {', and '.join(everywhere)}."] if everywhere else []),
-            *([f"Stand-in: {stand_in}."] if stand_in else []),
-        ]
-    )
+    sentences = [
+        "mIoU in per cent: CAM, CRF and refinement on the train split, segmentation on the test split.",
+        f"Protocol: {args.protocol}. Seeds: {', '.join(map(str, args.seeds))}.",
+        f"Scales: {', '.join(f'{scale:g}' for scale in args.scales)}.",
+        f"tau of IOS: {method.tau_pseudo_labels:g} on pseudo-labels, {method.tau_segmentation:g} on segmentation.",
+    ]
+    for name, constants in steps.items():
+        if text := describe(constants):
+            sentences.append(f"{name}: {text}.")
+    if runner.constant_maps:
+        sentences.append(f"The most frequent class, {', and '.join(runner.constant_maps.values())}.")
+    if "stand_in" in masks.notes:
+        sentences.append(f"Stand-in: {masks.notes['stand_in']}.")
+    return " ".join(sentences)
 
 
-def _told(part: Any) -> str:
+def describe(constants: Any) -> str:
     """The backbone, its weights and the epochs always, other constants where they differ from the defaults."""
-    usual, given = flat(type(part)()), flat(part)
-    return ", ".join(
-        f"{key} {Path(value).name if key == 'weights' else value}"
-        for key, value in given.items()
-        if key not in SHARED | may_change(part) and (value != usual[key] or key in ("backbone", "weights", "epochs"))
-    )
+    defaults = flat(type(constants)())
+    parts = []
+    for name, value in flat(constants).items():
+        always = name in ("backbone", "weights", "epochs")
+        if name not in SHARED | may_change(constants) and (always or value != defaults[name]):
+            parts.append(f"{name} {Path(value).name if name == 'weights' else value}")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -75,21 +75,21 @@ class Trial:
         recipe += ["--epochs", str(self.epochs), "--seed", str(self.args.seed)]
         self.step("train_classification.py", name, *recipe)
         self.step("infer_classification.py", name, "--scales", "1.0", "1.5", "2.0")
-        found = read_logits(self.root / "experiments/demo" / name / "cams", self.ids, self.dataset.num_classes)
-        return np.stack([found[id] for id in self.ids])
+        logits = read_logits(self.root / "experiments/demo" / name / "cams", self.ids, self.dataset.num_classes)
+        return np.stack([logits[id] for id in self.ids])
 
     def miou(self, name: str) -> float:
         """mIoU of the pseudo-labels of these CAMs, in per cent. Step 3."""
         self.step("make_pseudo_labels.py", name)
-        matrix, classes = ConfusionMatrix(self.dataset.num_classes), self.dataset.num_classes
+        classes = self.dataset.num_classes
+        matrix, folder = ConfusionMatrix(classes), self.root / "experiments/demo" / name / "pseudo_labels"
         for id in self.ids:
-            folder = self.root / "experiments/demo" / name / "pseudo_labels"
             truth = load_label(self.dataset.labels("train") / f"{id}.png", classes)
             matrix.update(truth, load_label(folder / f"{id}.png", classes))
         return 100 * matrix.scores(np.flatnonzero(~self.dataset.scored))["miou"]
 
 
-def found(truth: np.ndarray, labels: np.ndarray, logits: np.ndarray, share: float) -> np.ndarray:
+def correct(truth: np.ndarray, labels: np.ndarray, logits: np.ndarray, share: float) -> np.ndarray:
     """Print how many of the wrong labels are among the first; -> the labels with those corrected."""
     wrong, ranked = truth != labels, doubt(labels, logits)
     first = np.zeros(labels.shape, bool)
@@ -110,15 +110,15 @@ def main(args: Constants) -> None:
             go("datasetsprocess/vaihingen_patch_split.py", root, "--dataset", "demo")
         go("datasetsprocess/process.py", root, "--dataset", "demo", "--overwrite")
         dataset = load_dataset("demo", root)
-        known = dataset.image_labels("train")
-        truth = np.stack([known[id] for id in sorted(known)])
+        image_labels = dataset.image_labels("train")
+        truth = np.stack([image_labels[id] for id in sorted(image_labels)])
         flipped = plant(truth, args.wrong, np.random.default_rng(args.seed))
         print(f"{(truth != flipped).sum()} of {truth.size} labels of {len(truth)} patches are flipped")
         for epochs in args.epochs:
             trial = Trial(dataset, epochs, args)
             print(f"{epochs} epochs, among the {args.checked:.0%} of the labels that are most doubtful:")
             logits = trial.logits(f"flipped_{epochs}", flipped)
-            corrected = found(truth, flipped, logits, args.checked)
+            corrected = correct(truth, flipped, logits, args.checked)
             if args.pseudo_labels:
                 scores = {"flipped": trial.miou(f"flipped_{epochs}")}
                 for name, labels in (("corrected", corrected), ("true", truth)):

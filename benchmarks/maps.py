@@ -19,7 +19,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.backbone import Backbone
 from models.classifier import Classifier
-from report.label_folders import load_prediction
+from report.stages import load_prediction
 from tables.oracles import on_true_background
 from tools.augment import normalise, to_tensor
 from tools.command import run
@@ -49,9 +49,10 @@ def separation(dataset: Dataset, cams: Path, background: int) -> str:
         matrix.update(truth, load_prediction(cams, id, dataset.num_classes, truth.shape))
     foreground = np.arange(dataset.num_classes) != background
     counts = matrix.counts[:, : dataset.num_classes].astype(float)
-    hit, support, found = counts[foreground][:, foreground].sum(), counts[foreground].sum(), counts[:, foreground].sum()
+    hit = counts[foreground][:, foreground].sum()
+    support, predicted = counts[foreground].sum(), counts[:, foreground].sum()
     mious = matrix.scores()["miou"], on_true_background(dataset, cams, background).scores()["miou"]
-    values = *mious, hit / (support + found - hit), hit / support, hit / found
+    values = *mious, hit / (support + predicted - hit), hit / support, hit / predicted
     return " | ".join(f"{100 * value:.2f}" for value in values)
 
 
@@ -70,7 +71,7 @@ def affinities(dataset: Dataset, folder: Path, args: Constants) -> None:
     model = Classifier(Backbone(settings["backbone"], "none"), dataset.num_classes)
     load_checkpoint(folder / "model.pt", model)
     model.eval()
-    found: dict[str, list[Tensor]] = {"features": [], "projected features": []}
+    sampled: dict[str, list[Tensor]] = {"features": [], "projected features": []}
     kept: dict[float, list[Tensor]] = {gamma: [] for gamma in args.gammas}
     weight: dict[float, list[Tensor]] = {gamma: [] for gamma in args.gammas}
     chance = []
@@ -78,8 +79,8 @@ def affinities(dataset: Dataset, folder: Path, args: Constants) -> None:
         image = normalise(to_tensor(load_image(dataset.images("train") / f"{id}.png"))[None])
         truth = torch.from_numpy(load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes))
         features = model.backbone(image)[2]
-        found["features"].append(cosines(features[0].flatten(1).T))
-        found["projected features"].append(cosines(model.prc.project(features, image)[0]))
+        sampled["features"].append(cosines(features[0].flatten(1).T))
+        sampled["projected features"].append(cosines(model.prc.project(features, image)[0]))
         planes = torch.stack([truth == c for c in range(dataset.num_classes)]).float()
         shares = F.adaptive_avg_pool2d(planes, features.shape[-2:]).flatten(1)  # (K,N): share of each class in a cell
         same = shares.T @ shares  # (N,N): probability that random pixels of two cells have the same class
@@ -90,7 +91,7 @@ def affinities(dataset: Dataset, folder: Path, args: Constants) -> None:
             affinity = model.prc.affinity(features, image)[0]
             kept[gamma].append((affinity > 0).sum(0).float())
             weight[gamma].append((affinity * same).sum(0)[objects])
-    for name, values in found.items():
+    for name, values in sampled.items():
         quantiles = torch.cat(values).quantile(torch.tensor(QUANTILES)).tolist()
         print(f"cosines of {name}, quantiles {QUANTILES}: {', '.join(f'{value:.2f}' for value in quantiles)}")
     print(f"weight on the same class at objects, random cells: {torch.cat(chance).mean():.3f}")

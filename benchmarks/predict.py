@@ -33,8 +33,8 @@ class Constants:
     # estimates: an RTX 3090 trains ResNet-50 (24.6 GFLOP an image of 224 px) at 1027 images/s in fp16, 561 in fp32
     bf16_tflops: float = 25.0  # sustained; from published tf_cnn_benchmarks at batch 64
     fp32_tflops: float = 14.0  # the same in fp32, for PRC
-    least_step: float = 0.03  # seconds, lower limit of a training step: starting a thousand kernels takes this long
-    least_forward: float = 0.01  # seconds, the same for one batch without gradients
+    shortest_step: float = 0.03  # seconds, lower limit of a training step: starting a thousand kernels takes this long
+    shortest_forward: float = 0.01  # seconds, the same for one batch without gradients
     sam_seconds: float = 1.7  # an image: 6 s of the stock generator on a GPU / 3.6, our ratio for ViT-B on a CPU
     # assumptions on the data
     vaihingen_tile: tuple[int, int] = (2494, 2064)  # mean size in pixels of the 33 tiles
@@ -83,10 +83,10 @@ def teraflops(training: str, classes: int, size: int, backward: bool, prc: bool 
     """TFLOP of one image through the model; with `backward`, of a training step."""
     model = model_of(training, classes, prc).train(backward)
     with FAKE, FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-        found = model(torch.zeros(2, 3, size, size))
+        result = model(torch.zeros(2, 3, size, size))
         if backward:
-            outputs = [found] if training == "segmentation" else list(found)
-            sum(value.sum() for value in outputs).backward()
+            outputs = [result] if training == "segmentation" else list(result)
+            sum(output.sum() for output in outputs).backward()
     return counter.get_total_flops() / 2 / 1e12
 
 
@@ -115,13 +115,13 @@ def steps(name: str, args: Constants) -> list[tuple[str, float, float, str]]:
 
     def training(kind: str, epochs: int, batch: int, load: float) -> tuple[float, str]:
         image = gpu_seconds(kind, classes, [size], True, args)
-        computing = train * epochs * max(image, args.least_step / batch)
+        computing = train * epochs * max(image, args.shortest_step / batch)
         loading = on_cpu(load, train * epochs)
         return max(computing, loading), f"estimate;{loading / computing:.0%}"
 
     def inference(kind: str, images: int) -> float:
         image = gpu_seconds(kind, classes, scaled, False, args)
-        return images * max(image, len(SCALES) * args.least_forward / IMAGES_AT_ONCE)
+        return images * max(image, len(SCALES) * args.shortest_forward / IMAGES_AT_ONCE)
 
     scaled = [round(size * scale) for scale in SCALES for _ in range(2)]
     label, gb = args.label_bytes * pixels / 1e9, pixels / 1e9

@@ -52,12 +52,10 @@ def ours(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndar
 
 
 def loop_over_pairs(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
-    return np.array(
-        [
-            [np.count_nonzero((truth == row) & (prediction == column)) for column in range(num_classes)]
-            for row in range(num_classes)
-        ]
-    )
+    counts = np.zeros((num_classes, num_classes), np.int64)
+    for row, column in np.ndindex(counts.shape):
+        counts[row, column] = np.count_nonzero((truth == row) & (prediction == column))
+    return counts
 
 
 def fast_hist(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field, RootModel
 
-from report.label_folders import LabelFolder, Split, load_maps, load_prediction
+from report.stages import Split, Stage, load_maps, load_prediction
 from tools.command import UserError, check
 from tools.dataset import Dataset
 from tools.labels import IGNORE, load_image, load_label
@@ -45,29 +45,28 @@ SamplesFile = RootModel[dict[Split, list[Sample]]]  # samples.json
 
 
 def panels(
-    dataset: Dataset, id: str, folders: Sequence[LabelFolder], last: LabelFolder | None = None, with_maps: bool = False
+    dataset: Dataset, id: str, stages: Sequence[Stage], last: Stage | None = None, with_maps: bool = False
 ) -> dict[str, np.ndarray]:
-    """Title -> (H,W,3) uint8 picture of one patch: the image and every folder of its split, in their order.
+    """Title -> (H,W,3) uint8 picture of one patch: the image and every stage of its split, in their order.
 
-    `last`: the folder whose errors are shown, after the truth; None opens no pixel label. `with_maps` adds the CAM of
-    each class. SAM's regions stand before the first folder that was refined by them. Raises `UserError` for a bad file.
+    `last`: the stage whose errors are shown, after the truth; None opens no pixel label. `with_maps` adds the CAM of
+    each class. SAM's regions stand before the first stage that was refined by them. Raises `UserError` for a bad file.
     """
-    split = folders[0].split
+    split = stages[0].split
     image = load_image(dataset.images(split) / f"{id}.png")
     size, count = image.shape[:2], dataset.num_classes
-    shown, predictions = {"image": image}, {}
+    pictures, predictions = {"image": image}, {}
     masks = dataset.sam_masks(split) / f"{id}.npz"
-    for folder in folders:
-        if with_maps and folder.step.folder == "cams":
-            for class_id, activation in zip(*load_maps(folder.path, id, count, size), strict=True):
-                shown[f"CAM of {dataset.classes[class_id]}"] = heat(image, activation)
-        if "sam_masks" in folder.step.inputs and "regions" not in shown and masks.exists():
-            found = load_masks(masks, size)
-            shown["regions"] = regions(found.unpack(), image)
-        predictions[folder.title] = load_prediction(folder.path, id, count, size)
-        shown[folder.title] = colourise(predictions[folder.title], dataset.colours)
+    for stage in stages:
+        if with_maps and stage.step.folder == "cams":
+            for class_id, activation in zip(*load_maps(stage.path, id, count, size), strict=True):
+                pictures[f"CAM of {dataset.classes[class_id]}"] = heat(image, activation)
+        if "sam_masks" in stage.step.inputs and "regions" not in pictures and masks.exists():
+            pictures["regions"] = regions(load_masks(masks, size).unpack(), image)
+        predictions[stage.title] = load_prediction(stage.path, id, count, size)
+        pictures[stage.title] = colourise(predictions[stage.title], dataset.colours)
     if last is None:
-        return shown
+        return pictures
     truth = load_label(dataset.labels(split) / f"{id}.png", count)
     check(
         size == truth.shape,
@@ -75,10 +74,9 @@ def panels(
     )
     counted = (truth != IGNORE) & ~np.isin(truth, np.flatnonzero(~dataset.scored))
     errors = np.select([~counted, predictions[last.title] != truth], [2, 1], 0).astype(np.uint8)
-    return shown | {
-        "truth": colourise(truth, dataset.colours),
-        "errors": colourise(errors, np.array([*ERRORS.values()])),
-    }
+    pictures["truth"] = colourise(truth, dataset.colours)
+    pictures["errors"] = colourise(errors, np.array([*ERRORS.values()]))
+    return pictures
 
 
 def choose(scores: dict[str, float], n: int, present: dict[str, int] | None = None) -> list[tuple[str, str]]:
@@ -92,35 +90,36 @@ def choose(scores: dict[str, float], n: int, present: dict[str, int] | None = No
     ids.sort(key=lambda id: (-scores[id], -present.get(id, 0), id))
     n = min(n, math.ceil(len(ids) / 3))
     best = sorted(ids, key=lambda id: present.get(id, 0) < 2)[:n]
-    rest = [id for id in ids if id not in best]
-    rest, worst = rest[: len(rest) - n], rest[max(len(rest) - n, 0) :]
-    median = rest[(len(rest) - n) // 2 :][:n]
-    kinds = [(best, "best"), (median, "median"), (worst, "worst")]
-    return [(kind, id) for group, kind in kinds for id in group]
+    others = [id for id in ids if id not in best]
+    begin_of_worst = max(len(others) - n, 0)
+    middle, worst = others[:begin_of_worst], others[begin_of_worst:]
+    median = middle[(len(middle) - n) // 2 :][:n]
+    kinds = {"best": best, "median": median, "worst": worst}
+    return [(kind, id) for kind, chosen in kinds.items() for id in chosen]
 
 
 def draw_split(
-    dataset: Dataset, output: Path, folders: Sequence[LabelFolder], experiment: str, number: int, failures: list[str]
+    dataset: Dataset, output: Path, stages: Sequence[Stage], experiment: str, number: int, failures: list[str]
 ) -> list[Sample]:
     """Write the pictures of one scored split to `output` -> `number` best, median and worst samples.
 
-    Errors are those of the last folder of `experiment`. Files that cannot be read are added to `failures`.
+    Errors are those of the last stage of `experiment`. Files that cannot be read are added to `failures`.
     """
-    own = [folder for folder in folders if folder.experiment == experiment] or folders
-    last, split = own[-1], folders[0].split
+    own = [stage for stage in stages if stage.experiment == experiment] or stages
+    last, split = own[-1], stages[0].split
     title = f"{last.title}, {split} split"
     confusion_picture(output / f"confusion_{split}.png", last.matrix.counts, dataset.classes, title)
 
-    def show(id: str, with_maps: bool = False) -> dict[str, np.ndarray]:
+    def draw(id: str, with_maps: bool = False) -> dict[str, np.ndarray]:
         try:
-            return panels(dataset, id, folders, last, with_maps)
+            return panels(dataset, id, stages, last, with_maps)
         except UserError as error:
             if str(error) not in failures:
                 failures.append(str(error))
             return {}
 
-    scored = {id: value for id, value in last.per_image.items() if all(id in folder.per_image for folder in folders)}
-    rows = {id: row for id in sample_ids(sorted(scored), 8) if (row := show(id))}
+    scores = {id: score for id, score in last.per_image.items() if all(id in stage.per_image for stage in stages)}
+    rows = {id: row for id in sample_ids(sorted(scores), 8) if (row := draw(id))}
     titles = max(map(list, rows.values()), key=len, default=[])
     contact_sheet(
         output / f"contact_sheet_{split}.png",
@@ -129,11 +128,12 @@ def draw_split(
         [*dataset.legend, *ERRORS.items()],
         names=list(rows),
     )
-    return [
-        Sample(id=id, split=split, kind=kind, score=scored[id], panels=pack(pictures), result=last.title)
-        for kind, id in choose(scored, number, last.present)
-        if (pictures := show(id, with_maps=True))
-    ]
+    samples = []
+    for kind, id in choose(scores, number, last.present):
+        if pictures := draw(id, with_maps=True):
+            sample = Sample(id=id, split=split, kind=kind, score=scores[id], panels=pack(pictures), result=last.title)
+            samples.append(sample)
+    return samples
 
 
 def pack(pictures: dict[str, np.ndarray]) -> list[Panel]:

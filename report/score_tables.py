@@ -1,115 +1,179 @@
 """The scores of an experiment as tables: for the report, as Markdown, as csv and as JSON."""
 
 import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from report.summary import Row, Summary, percent
+from tools.dataset import Dataset
 from tools.files import write_json, write_whole
-
-MEASURES = ("miou", "share_of_supervised", "miou_all_classes", "mean_f1", "overall_accuracy", "kappa")
-Texts = tuple[list[str], list[list[str]]]  # a table: column titles, rows
+from tools.review import Review
 
 
-def table(summary: Summary) -> Texts:
-    """The main table: one row for each folder; the paper's figures stand at the last one and at the bound."""
-    paper, every = summary.dataset.paper, len(summary.dataset.left_out_of_mean) > 0
-    titles = [
-        "stage",
-        "split",
-        "mIoU",
-        "share of supervised",
-        *(["paper: mIoU", "paper: share"] if paper else []),
-        *([f"mIoU, all {summary.dataset.num_classes} classes"] if every else []),
-        "mean F1",
-        "overall accuracy",
-        "kappa",
-        "images",
+@dataclass(frozen=True)
+class Column:
+    """A column of a table. A row is a dict: the text of a cell is `show` of the row's value of `key`."""
+
+    title: str
+    key: str
+    show: Callable[[Any], str] = percent
+    style: Literal["text", "number", "headline"] = "number"  # the headline stands in bold
+    in_page: bool = True  # and in scores.md
+
+    def cell(self, row: Row) -> str:
+        return self.show(row.get(self.key))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and rows. `references`: rows to compare with, which stand in grey below the others."""
+
+    columns: list[Column]
+    rows: list[Row]
+    references: list[Row] = field(default_factory=list)
+
+
+def score_columns(dataset: Dataset) -> list[Column]:
+    """The columns of the main table in the page and in scores.md; scores.csv has those in per cent, as fractions.
+
+    To add a score of `ConfusionMatrix.scores` to all three, add a line.
+    """
+    return [
+        Column("stage", "name", str, "text"),
+        Column("split", "split", str, "text"),
+        Column("mIoU", "miou", style="headline"),
+        Column("share of supervised", "share_of_supervised"),
+        Column("paper: mIoU", "paper_miou", str, in_page=bool(dataset.paper)),
+        Column("paper: share", "paper_share", str, in_page=bool(dataset.paper)),
+        Column(f"mIoU, all {dataset.num_classes} classes", "miou_all_classes", in_page=bool(dataset.left_out_of_mean)),
+        Column("mean F1", "mean_f1"),
+        Column("overall accuracy", "overall_accuracy"),
+        Column("kappa", "kappa"),
+        Column("images", "images", str),
     ]
 
-    def texts(title: str, split: str, row: Row, published: list[str]) -> list[str]:
-        values = [percent(row.get(key)) for key in MEASURES if every or key != "miou_all_classes"]
-        return [title, split, *values[:2], *(published if paper else []), *values[2:], str(row["images"])]
 
-    tested = [row for row in summary.rows if row["split"] == "test" and not row["is_bound"]]
-    rows = []
+def score_table(summary: Summary) -> Table:
+    """The main table, a row for each scored stage; the paper's figures stand at the last one and at the bound."""
+    paper = summary.dataset.paper
+    results = [row for row in summary.rows if row["split"] == "test" and not row["is_bound"]]
+    rows, references = [], []
     for row in summary.rows:
-        published = ["not published"] * 2
-        if paper and tested and row is tested[-1]:
-            published = [f"{paper['miou']:.2f}", f"{paper['share_of_supervised']:.2f}"]
+        published = {"paper_miou": "not published", "paper_share": "not published"}
+        if paper and results and row is results[-1]:
+            published = {"paper_miou": f"{paper['miou']:.2f}", "paper_share": f"{paper['share_of_supervised']:.2f}"}
         elif paper and row["is_bound"] and row["split"] == "test":
-            published = [f"{paper['supervised']:.2f} (implied)", "100"]
-        notes = [word for word, holds in (("partial", row["partial"]), ("older", row["stale"])) if holds]
-        title = row["title"] + (f" ({', '.join(notes)})" if notes else "")
-        rows.append(texts(title, row["split"], row, published))
+            published = {"paper_miou": f"{paper['supervised']:.2f} (implied)", "paper_share": "100"}
+        marks = [word for word, holds in (("partial", row["partial"]), ("older", row["stale"])) if holds]
+        name = f"{row['title']} ({', '.join(marks)})" if marks else row["title"]
+        rows.append(row | published | {"name": name})
     for split, row in summary.constant.items():
-        rows.append(texts(f"every pixel {row['class']}, the most frequent class", split, row, ["–", "–"]))
-    return titles, rows
+        name = f"every pixel {row['class']}, the most frequent class"
+        references.append(row | {"name": name, "split": split, "paper_miou": "–", "paper_share": "–"})
+    return Table([column for column in score_columns(summary.dataset) if column.in_page], rows, references)
 
 
-def per_class(summary: Summary) -> Texts:
-    """IoU of every class, a row for each class. A left-out class shows its IoU with all classes counted."""
-    rows = []
-    for k, name in enumerate(summary.dataset.classes):
-        left_out = name in summary.dataset.left_out_of_mean
-        values = [(row["all_classes"] if left_out else row)["iou"][k] for row in summary.rows]
-        rows.append([name + (" (left out of the mean)" if left_out else ""), *map(percent, values)])
-    return ["IoU", *(f"{row['title']}, {row['split']}" for row in summary.rows)], rows
+def class_table(summary: Summary) -> Table:
+    """IoU of every class in each scored stage."""
+    columns = {f"{row['title']}, {row['split']}": summary.class_ious(row) for row in summary.rows}
+    return _by_class("IoU", summary.class_titles, columns)
 
 
-def shares(summary: Summary) -> Texts:
-    """Share of each class of the labelled pixels, in the truth and in the last folder of each split."""
-    last = summary.last.values()
-    titles = [name for row in last for name in (f"truth, {row['split']}", f"{row['title']}, {row['split']}")]
-    columns = [column for row in last for column in (row["truth_share"], row["predicted_share"])]
-    rows = [[name, *(percent(column[k]) for column in columns)] for k, name in enumerate(summary.dataset.classes)]
-    return ["share of pixels", *titles], rows
+def share_table(summary: Summary) -> Table:
+    """Share of each class of the labelled pixels, in the truth and in the last stage of each split."""
+    columns = {}
+    for split, row in summary.last.items():
+        columns[f"truth, {split}"] = row["truth_share"]
+        columns[f"{row['title']}, {split}"] = row["predicted_share"]
+    return _by_class("share of pixels", summary.dataset.classes, columns)
 
 
-def times(summary: Summary) -> Texts:
+def _by_class(title: str, classes: Sequence[str], columns: dict[str, list[float | None]]) -> Table:
+    """A row for each class; `columns`: title -> a value for each class."""
+    rows: list[Row] = [{title: name} for name in classes]
+    for column, values in columns.items():
+        for row, value in zip(rows, values, strict=True):
+            row[column] = value
+    return Table([Column(title, title, str, "text"), *(Column(column, column) for column in columns)], rows)
+
+
+def time_table(summary: Summary) -> Table:
     """How long each step took, without the start of its program, which takes some seconds."""
-    runs = [(name, run) for name, run in summary.runs.items() if run.finished]
-    runs += [(f"{name}, fully supervised", run) for name, run in summary.bound_runs.items() if run.finished]
-    rows = [[name, run.device, f"{run.seconds:.0f}"] for name, run in runs]
-    return ["made", "device", "seconds"], [*rows, ["all", "", f"{sum(run.seconds for _, run in runs):.0f}"]]
+    runs = summary.experiment.runs | {f"{name}, fully supervised": run for name, run in summary.bound_runs.items()}
+    finished = {name: run for name, run in runs.items() if run.finished}
+    rows: list[Row] = [{"name": name, "device": run.device, "seconds": run.seconds} for name, run in finished.items()]
+    rows.append({"name": "all", "device": "", "seconds": sum(run.seconds for run in finished.values())})
+    columns = [Column("made", "name", str, "text"), Column("device", "device", str, "text")]
+    return Table([*columns, Column("seconds", "seconds", "{:.0f}".format)], rows)
 
 
-def lines(summary: Summary) -> list[str]:
+def label_table(review: Review) -> Table:
+    """How well the classifier ranks the patches by each class."""
+    columns = [
+        Column("class", "name", str, "text"),
+        Column("patches with it", "patches", str),
+        Column("average precision", "average_precision"),
+    ]
+    return Table(columns, [vars(row) for row in review.classes])
+
+
+def doubt_table(review: Review) -> Table:
+    """The image-level labels that the classifier contradicts most."""
+    columns = [
+        Column("patch", "id", str, "text"),
+        Column("class", "name", str, "text"),
+        Column("label", "labelled", {True: "present", False: "absent"}.__getitem__, "text"),
+        Column("probability", "probability"),
+    ]
+    return Table(columns, [vars(doubt) for doubt in review.doubts])
+
+
+def notes(summary: Summary) -> list[str]:
     """What stands under the table: protocol, classes in the mean, what the paper gives, seed, backbone, stand-ins."""
     left_out = summary.dataset.left_out_of_mean
     without = f"; left out: {', '.join(left_out)}" if left_out else ""
-    made = "; ".join(f"{title}: {', '.join(values)}" for title, values in summary.facts.items())
-    return [
+    lines = [
         f"Protocol of the scores: {summary.protocol}. mIoU and mean F1 over "
-        f"{summary.dataset.num_classes - len(left_out)} classes{without}. All in per cent.",
-        *([] if summary.dataset.paper else ["The paper gives no figure for this data set."]),
-        f"Made with {made}." if made else "How it was made is not recorded.",
+        f"{summary.dataset.num_classes - len(left_out)} classes{without}. All in per cent."
     ]
+    if not summary.dataset.paper:
+        lines.append("The paper gives no figure for this data set.")
+    facts = "; ".join(f"{title}: {', '.join(values)}" for title, values in summary.facts.items())
+    lines.append(f"Made with {facts}." if facts else "How it was made is not recorded.")
+    return lines
 
 
 def markdown(summary: Summary) -> str:
     """The tables, and the lines that say what they rest on."""
-    parts = [f"{summary.dataset.title}, experiment {summary.experiment}"]
-    for texts, (titles, rows) in (
-        (2, table(summary)),
-        (1, per_class(summary)),
-        (1, shares(summary)),
-        (2, times(summary)),
-    ):
-        cells = [[text.replace("|", "\\|") for text in row] for row in [titles, *rows]]
-        ruled = [cells[0], ["---" if column < texts else "---:" for column in range(len(titles))], *cells[1:]]
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in ruled))
-    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in [*lines(summary), *summary.warnings])])
+    parts = [f"{summary.dataset.title}, experiment {summary.experiment.name}"]
+    parts += [_markdown(make(summary)) for make in (score_table, class_table, share_table, time_table)]
+    parts.append("\n".join(f"- {line}" for line in [*notes(summary), *summary.warnings]))
+    return "\n\n".join(parts)
+
+
+def _markdown(table: Table) -> str:
+    rules = {"text": "---", "number": "---:", "headline": "---:"}
+    lines = [[column.title for column in table.columns], [rules[column.style] for column in table.columns]]
+    lines += [[column.cell(row) for column in table.columns] for row in table.rows + table.references]
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
 def write_scores(folder: Path, summary: Summary) -> None:
-    """Write scores.json, scores.md and scores.csv (a row for each label folder; an undefined score is empty)."""
+    """Write scores.json, scores.md and scores.csv (a row for each scored stage; an undefined score is empty)."""
     write_json(folder / "scores.json", summary.content())
     with write_whole(folder / "scores.md") as temporary:
         temporary.write_text(markdown(summary) + "\n", encoding="utf-8")
-    single = ("experiment", "stage", "split", "images", "partial", *MEASURES)
-    several = ("iou", "f1", "precision", "recall", "support", "truth_share", "predicted_share")
+    facts = ("experiment", "stage", "split", "images", "partial")
+    keys = [*facts, *(column.key for column in score_columns(summary.dataset) if column.show is percent)]
+    of_classes = ("iou", "f1", "precision", "recall", "support", "truth_share", "predicted_share")
+    titles = keys + [f"{score}_{name}" for score in of_classes for name in summary.dataset.classes]
     with write_whole(folder / "scores.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*single, *(f"{score}_{name}" for score in several for name in summary.dataset.classes)])
+        writer.writerow(titles)
         for row in summary.rows:
-            writer.writerow([*(row[key] for key in single), *(value for score in several for value in row[score])])
+            values = [row[key] for key in keys]
+            for score in of_classes:
+                values += row[score]
+            writer.writerow(values)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
-from report.label_folders import LabelFolder, Split
+from report.stages import Split, Stage
 from tools.dataset import Dataset
 from tools.runs import Run
 from tools.scores import ConfusionMatrix
@@ -29,34 +29,32 @@ class Scored(BaseModel):
     split: Split
     images: int  # scored
     partial: bool  # files were missing or damaged
-    made: tuple[str, int]  # see `made`
+    made: tuple[str, int]  # see `state_of`
     is_bound: bool  # of the fully supervised experiment
     stale: bool = False  # the folder has changed since
     confusion: list[list[Pixels]]  # (K, K+1): truth x prediction, the last column: no class predicted
 
     @property
     def matrix(self) -> ConfusionMatrix:
-        matrix = ConfusionMatrix(len(self.confusion))
-        matrix.counts += np.array(self.confusion)
-        return matrix
+        return ConfusionMatrix(len(self.confusion), self.confusion)
 
 
-def scored(folder: LabelFolder) -> Scored:
-    """A label folder after step 8 has counted it."""
+def scored(stage: Stage) -> Scored:
+    """A stage after step 8 has counted it."""
     return Scored(
-        experiment=folder.experiment,
-        stage=folder.path.name,
-        title=folder.title,
-        split=folder.split,
-        images=len(folder.per_image),
-        partial=folder.partial,
-        made=made(folder.run),
-        is_bound=folder.is_bound,
-        confusion=folder.matrix.counts.tolist(),
+        experiment=stage.experiment,
+        stage=stage.path.name,
+        title=stage.title,
+        split=stage.split,
+        images=len(stage.per_image),
+        partial=stage.partial,
+        made=state_of(stage.run),
+        is_bound=stage.is_bound,
+        confusion=stage.matrix.counts.tolist(),
     )
 
 
-def made(run: Run) -> tuple[str, int]:
+def state_of(run: Run) -> tuple[str, int]:
     """When a folder was started and how many files it holds: by this a folder that was made again is recognised."""
     return run.started, run.files
 
@@ -78,27 +76,38 @@ class ScoresFile(BaseModel):
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What is known of an experiment: its runs and, once step 8 has been run, its counts."""
+class Experiment:
+    """The runs of an experiment, as they are on disk."""
 
     args: Any  # with dataset, experiment and root, for the commands that the page shows
     dataset: Dataset
-    folder: Path  # of the experiment
+    folder: Path
     runs: dict[str, Run]  # in the order of their start
     outdated: set[str]  # runs whose inputs have changed since
     broken: list[str]  # a sentence for each damaged run.json, scores.json, samples.json
-    protocol: str = "clean"
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An experiment and, once step 8 has been run, the counts of its stages, from which every score follows."""
+
+    experiment: Experiment
     stages: list[Scored] = field(default_factory=list)
+    protocol: str = "clean"
     failures: list[str] = field(default_factory=list)
     bound_runs: dict[str, Run] = field(default_factory=dict)  # of the fully supervised experiment
 
     @property
-    def experiment(self) -> str:
-        return self.folder.name
+    def dataset(self) -> Dataset:
+        return self.experiment.dataset
 
     @cached_property
     def rows(self) -> list[Row]:
-        """Each scored folder with its scores: fractions from 0 to 1, None where a score is not defined."""
+        """Each scored stage with its scores: fractions from 0 to 1, None where a score is not defined."""
         rows = [stage.model_dump() | self._scores(stage.matrix) for stage in self.stages]
         bounds = {}
         for row in rows:
@@ -109,85 +118,102 @@ class Summary:
             row["share_of_supervised"] = row["miou"] / bound if bound and row["miou"] is not None else None
         return rows
 
-    @cached_property
-    def last(self) -> dict[str, Row]:
-        """Split -> the last scored folder of this experiment."""
-        return {row["split"]: row for row in self.rows if row["experiment"] == self.experiment}
-
-    @cached_property
-    def constant(self) -> dict[str, Row]:
-        """Split -> the scores of a map that is the truth's most frequent class everywhere: the least to surpass."""
-        found: dict[str, Row] = {}
-        for stage in self.stages:
-            if stage.images <= found.get(stage.split, {"images": -1})["images"]:
-                continue  # the same truth, of no more images
-            k, matrix = constant_map(stage.matrix, self.dataset.scored)
-            found[stage.split] = self._scores(matrix) | {"class": self.dataset.classes[k], "images": stage.images}
-        return found
-
     def _scores(self, matrix: ConfusionMatrix) -> Row:
-        counts, every = matrix.counts, matrix.scores()
+        counts, with_all_classes = matrix.counts, matrix.scores()
         pixels = max(counts.sum(), 1)
         scores = matrix.scores(np.flatnonzero(~self.dataset.scored), self.protocol) | {
-            "miou_all_classes": every["miou"],
-            "all_classes": every,
+            "miou_all_classes": with_all_classes["miou"],
+            "all_classes": with_all_classes,
             "truth_share": counts.sum(axis=1) / pixels,
             "predicted_share": counts.sum(axis=0)[:-1] / pixels,
         }
         return plain(scores)
 
     @cached_property
+    def last(self) -> dict[str, Row]:
+        """Split -> the last scored stage of this experiment."""
+        return {row["split"]: row for row in self.rows if row["experiment"] == self.experiment.name}
+
+    @cached_property
+    def constant(self) -> dict[str, Row]:
+        """Split -> the scores of a map that is the truth's most frequent class everywhere, which a result must beat."""
+        rows: dict[str, Row] = {}
+        for stage in self.stages:
+            if stage.split in rows and stage.images <= rows[stage.split]["images"]:
+                continue  # the same truth, of no more images
+            k = most_frequent_class(stage.matrix, self.dataset.scored)
+            scores = self._scores(constant_map(stage.matrix, k))
+            rows[stage.split] = scores | {"class": self.dataset.classes[k], "images": stage.images}
+        return rows
+
+    @cached_property
+    def class_titles(self) -> list[str]:
+        """The names of the classes, which say what the mean leaves out."""
+        titles = dict(zip(self.dataset.classes, self.dataset.classes, strict=True))
+        titles |= {name: f"{name} (left out of the mean)" for name in self.dataset.left_out_of_mean}
+        return list(titles.values())
+
+    def class_ious(self, row: Row) -> list[float | None]:
+        """IoU of each class in one of `rows`; of a left-out class, its IoU with all classes counted."""
+        return np.where(self.dataset.scored, row["iou"], row["all_classes"]["iou"]).tolist()
+
+    @cached_property
     def facts(self) -> dict[str, list[str]]:
         """What the figures rest on: each constant of `FACTS` and each note of the steps, with all its values."""
-        found: dict[str, list[str]] = {}
-        for run in self.runs.values():
-            constants = {title: run.constants[key] for key, title in FACTS.items() if key in run.constants}
-            if "weights" in constants:  # of a file, its name is enough
-                constants["weights"] = Path(str(constants["weights"])).name
-            for title, value in (constants | {key.replace("_", " "): v for key, v in run.notes.items()}).items():
-                values = map(str, value if isinstance(value, list) else [value])
-                found[title] = list(dict.fromkeys([*found.get(title, []), *values]))
-        return found
+        facts: dict[str, list[str]] = {}
+        for run in self.experiment.runs.values():
+            values = {title: run.constants[key] for key, title in FACTS.items() if key in run.constants}
+            if "weights" in values:  # of a file, its name is enough
+                values["weights"] = Path(str(values["weights"])).name
+            values |= {key.replace("_", " "): value for key, value in run.notes.items()}
+            for title, value in values.items():
+                texts = map(str, value if isinstance(value, list) else [value])
+                facts[title] = list(dict.fromkeys([*facts.get(title, []), *texts]))
+        return facts
 
     @cached_property
     def warnings(self) -> list[str]:
         """What a reader must know before trusting a figure."""
-        found = [f"A stand-in was used: {text}." for text in self.facts.get("stand in", [])]
+        warnings = [f"A stand-in was used: {text}." for text in self.facts.get("stand in", [])]
         if "released" in (self.protocol, *self.facts.get(FACTS["protocol"], [])):
-            found.append(
+            warnings.append(
                 "Released protocol: pixel truth was used where a weakly supervised method has none, or pixels "
                 "predicted as a left-out class were dropped. The clean protocol is the fair one."
             )
         if partial := sum(stage.partial for stage in self.stages):
-            found.append(f"Partial scores: {partial} of the label folders have missing or damaged files.")
+            warnings.append(f"Partial scores: {partial} of the label folders have missing or damaged files.")
         if stale := [stage.title for stage in self.stages if stage.stale]:
-            found.append(f"Older scores: {', '.join(stale)} changed after the scores were made. Run step 8 again.")
-        for split, row in self.last.items():
-            reached, least, name = row["miou"], self.constant[split]["miou"], self.constant[split]["class"]
-            if reached is not None and least is not None and reached <= least < 1:
-                found.append(
-                    f"No better than one class everywhere: {row['title']}, {split} split, has mIoU {percent(reached)}; "
-                    f"calling every pixel {name} gives {percent(least)}."
-                )
-            missed = [
-                f"{self.dataset.classes[k]} ({percent(row['truth_share'][k])} % of the truth)"
-                for k in np.flatnonzero(self.dataset.scored)
-                if row["truth_share"][k] > 0 and row["iou"][k] < MISSED
-            ]
-            if missed:
-                found.append(
-                    f"Not found: {row['title']}, {split} split, has an IoU below {percent(MISSED, 0)} % for "
-                    f"{', '.join(missed)}."
-                )
-        found += [f"{name}: {sentence}" for name, run in self.runs.items() for sentence in run.warnings]
-        return found + self.broken
+            warnings.append(f"Older scores: {', '.join(stale)} changed after the scores were made. Run step 8 again.")
+        for row in self.last.values():
+            warnings += self._warnings_of(row)
+        for name, run in self.experiment.runs.items():
+            warnings += [f"{name}: {sentence}" for sentence in run.warnings]
+        return warnings + self.experiment.broken
+
+    def _warnings_of(self, row: Row) -> list[str]:
+        """Whether a result is no better than one class everywhere, and the classes that it does not find."""
+        warnings, constant = [], self.constant[row["split"]]
+        result = f"{row['title']}, {row['split']} split,"
+        if row["miou"] is not None and constant["miou"] is not None and row["miou"] <= constant["miou"] < 1:
+            warnings.append(
+                f"No better than one class everywhere: {result} has mIoU {percent(row['miou'])}; calling every pixel "
+                f"{constant['class']} gives {percent(constant['miou'])}."
+            )
+        missed = [
+            f"{self.dataset.classes[k]} ({percent(row['truth_share'][k])} % of the truth)"
+            for k in np.flatnonzero(self.dataset.scored)
+            if row["truth_share"][k] > 0 and row["iou"][k] < MISSED
+        ]
+        if missed:
+            warnings.append(f"Not found: {result} has an IoU below {percent(MISSED, 0)} % for {', '.join(missed)}.")
+        return warnings
 
     def content(self) -> Row:
         """What scores.json holds."""
         return {
             "dataset": self.dataset.name,
             "title": self.dataset.title,
-            "experiment": self.experiment,
+            "experiment": self.experiment.name,
             "protocol": self.protocol,
             "classes": self.dataset.classes,
             "left_out_of_mean": self.dataset.left_out_of_mean,
@@ -200,12 +226,16 @@ class Summary:
         }
 
 
-def constant_map(matrix: ConfusionMatrix, scored: np.ndarray) -> tuple[int, ConfusionMatrix]:
-    """The truth's most frequent class among the `scored` ones (K,), and the counts of a map of this class alone."""
-    truth, constant = matrix.counts.sum(axis=1), ConfusionMatrix(matrix.num_classes)
-    k = int(np.where(scored, truth, -1).argmax())
-    constant.counts[:, k] = truth
-    return k, constant
+def most_frequent_class(matrix: ConfusionMatrix, scored: np.ndarray) -> int:
+    """The truth's most frequent class among the `scored` ones, (K,) bool."""
+    return int(np.where(scored, matrix.counts.sum(axis=1), -1).argmax())
+
+
+def constant_map(matrix: ConfusionMatrix, k: int) -> ConfusionMatrix:
+    """The counts of a map that is class `k` everywhere, against the truth of `matrix`."""
+    counts = np.zeros_like(matrix.counts)
+    counts[:, k] = matrix.counts.sum(axis=1)
+    return ConfusionMatrix(matrix.num_classes, counts)
 
 
 def plain(value: Any) -> Any:
@@ -220,4 +250,4 @@ def plain(value: Any) -> Any:
 
 def percent(value: float | None, digits: int = 2) -> str:
     """0.6385 -> 63.85; a dash for a score that is not defined."""
-    return "–" if value is None else f"{100 * value:.{digits}f}"
+    return "–" if value is None or math.isnan(value) else f"{100 * value:.{digits}f}"

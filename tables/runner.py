@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ import train_classification
 import train_segmentation
 from PRC_SAM.refine import Refinement
 from report.page import renew
-from report.summary import constant_map
+from report.summary import constant_map, most_frequent_class
 from tables.oracles import on_true_background, refined
 from tools.command import check
 from tools.constants import flat
@@ -28,66 +28,56 @@ from tools.scores import ConfusionMatrix
 from tools.step import experiment_folder
 from tools.steps import SPLITS
 
-
-class Changes(TypedDict, total=False):
-    """Constants of step 1 that a row changes."""
-
-    gamma: float
-    iterations: int
-    ir_weight: float
-    tiles: int
-
-
-class PseudoChanges(TypedDict, total=False):
-    """Constants of step 3 that a row changes."""
-
-    background: Literal["cam", "threshold"]
+Changes = dict[str, Any]  # constant -> value
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: what it changes in steps 1 and 3, and whether a segmenter is trained as well."""
+    """One line of a table: what it changes, and whether a segmenter is trained as well."""
 
     name: str
-    changes: Changes = field(default_factory=Changes)
-    pseudo: PseudoChanges = field(default_factory=PseudoChanges)
+    changes: Changes = field(default_factory=dict)  # constants of step 1
+    pseudo: Changes = field(default_factory=dict)  # constants of step 3
     segment: bool = False
 
 
 class Runner:
     """Runs the steps of one seed in experiments called <prefix>-<what differs>-seed<seed>, and reads their scores.
 
-    `constants` are those of reproduce_tables.py. `least`: split -> (class, mIoU) of the most frequent class everywhere.
+    `args` are the constants of reproduce_tables.py. `constant_maps`: split -> what the most frequent class everywhere
+    reaches, as a sentence.
     """
 
     def __init__(self, args: Any, dataset: Dataset, prefix: str, seed: int):
         self.args, self.dataset, self.prefix, self.seed = args, dataset, prefix, seed
-        self.least: dict[str, tuple[str, float]] = {}
+        self.constant_maps: dict[str, str] = {}
 
-    def step(self, module: ModuleType, experiment: str, start: Any = None, **changes: Any) -> None:
-        """Call a step's main with the constants that it shares with reproduce_tables.py, and renew the report."""
+    def step(self, module: ModuleType, experiment: str, base: Any = None, **changes: Any) -> None:
+        """Call a step's main and renew the report. Its constants are `base`, or the step's own, with `changes`.
+
+        It takes the constants that it shares with reproduce_tables.py from there.
+        """
         shared = ("root", "protocol", "precision", "device", "workers", "images_at_once", "scales")
-        given = {name: getattr(self.args, name) for name in shared}
-        given |= {"dataset": self.dataset.name, "experiment": experiment, "seed": self.seed} | changes
-        start = start or module.Constants()
-        values = replace(start, **{name: value for name, value in given.items() if hasattr(start, name)})
-        module.main(values)
+        values = {name: getattr(self.args, name) for name in shared}
+        values |= {"dataset": self.dataset.name, "experiment": experiment, "seed": self.seed} | changes
+        base = base or module.Constants()
+        args = replace(base, **{name: value for name, value in values.items() if hasattr(base, name)})
+        module.main(args)
         if process_state(self.args.device).is_main_process:
-            renew(values)
+            renew(args)
 
     def pseudo_labels(self, row: Row) -> str:
         """Steps 1 to 4 of a row -> its experiment. Rows whose changes are the defaults share the plain experiment."""
         base = self.args.classification
-        trained: Changes = row.changes
-        applied: Changes = {}
+        trained, applied = row.changes, {}
         iterations = row.changes.get("iterations", base.iterations)
         if row.changes.get("ir_weight", base.ir_weight) == 0 and iterations > 0 and self.args.protocol == "clean":
             # The logits come from the raw maps, so without IR no gradient reaches PRC: the classifier is the one that
             # was trained without PRC, and step 2 applies PRC to its maps. Under the released protocol the maps choose
             # the epoch, so that PRC can change the classifier.
             trained, applied = {"iterations": 0, **row.changes}, {"iterations": iterations}
-        classifier, cams = self.experiment({**trained}), self.experiment({**row.changes})
-        experiment = self.experiment({**row.changes, **row.pseudo})
+        classifier, cams = self.experiment(trained), self.experiment(row.changes)
+        experiment = self.experiment(row.changes | row.pseudo)
         self.step(train_classification, classifier, base, **trained)
         self.step(infer_classification, cams, classifier="" if classifier == cams else classifier, **applied)
         source = "" if cams == experiment else cams
@@ -95,16 +85,15 @@ class Runner:
         self.step(generate_refined_pseudo, experiment)
         return experiment
 
-    def experiment(self, changes: dict[str, Any]) -> str:
+    def experiment(self, changes: Changes) -> str:
         """The name of the experiment in which these constants of steps 1 and 3 differ from the given ones."""
-        usual = flat(self.args.pseudo) | flat(self.args.classification)
-        usual["gamma"], _ = self.dataset.method_value("gamma", usual["gamma"])
-        parts = [
-            f"{key}{value}" if isinstance(value, str) else f"{key}{value:g}"
-            for key, value in changes.items()
-            if usual[key] != value
-        ]
-        return "-".join([self.prefix, *parts, f"seed{self.seed}"])
+        defaults = flat(self.args.pseudo) | flat(self.args.classification)
+        defaults["gamma"], _ = self.dataset.method_value("gamma", defaults["gamma"])
+        parts = [self.prefix]
+        for name, value in changes.items():
+            if value != defaults[name]:
+                parts.append(f"{name}{value}" if isinstance(value, str) else f"{name}{value:g}")
+        return "-".join([*parts, f"seed{self.seed}"])
 
     def segmentation(self, experiment: str) -> None:
         """Steps 5 to 7."""
@@ -132,14 +121,17 @@ class Runner:
             workers=self.args.workers,
             root=self.args.root,
         )
-        folders = evaluate_miou.find_folders(self.dataset, self.folder(experiment), args)
+        stages = evaluate_miou.find_stages(self.dataset, self.folder(experiment), args)
         for split in SPLITS:
-            if here := [folder for folder in folders if folder.split == split]:
-                failures = evaluate_miou.score(self.dataset, here, args)
+            if of_split := [stage for stage in stages if stage.split == split]:
+                failures = evaluate_miou.score(self.dataset, of_split, args)
                 check(not failures, f"{len(failures)} files of {experiment} could not be scored: {failures[:1]}")
-                k, matrix = constant_map(here[0].matrix, self.dataset.scored)
-                self.least[split] = self.dataset.classes[k], self.headline(matrix)
-        return {folder.path.name: self.headline(folder.matrix) for folder in folders}
+                matrix = of_split[0].matrix
+                k = most_frequent_class(matrix, self.dataset.scored)
+                miou = self.headline(constant_map(matrix, k))
+                name = self.dataset.classes[k]
+                self.constant_maps[split] = f"{name} everywhere has {miou:.2f} on the {split} split"
+        return {stage.path.name: self.headline(stage.matrix) for stage in stages}
 
     def headline(self, matrix: ConfusionMatrix) -> float:
         """mIoU in per cent."""
@@ -158,7 +150,7 @@ class Runner:
         folder = self.folder(experiment) / stage
         by_maps = any(rule.rule == "mean_cam" for rule in rules)
         split, maps = ("test", folder) if stage == "segmentation" else ("train", folder.with_name("cams"))
-        found = refined(
+        refined_by = refined(
             self.dataset,
             folder,
             split,
@@ -167,11 +159,8 @@ class Runner:
             maps=maps if by_maps else None,
             workers=self.args.workers,
         )
-        return {masks: [self.headline(matrix) for matrix in matrices] for masks, matrices in found.items()}
+        return {masks: [self.headline(matrix) for matrix in matrices] for masks, matrices in refined_by.items()}
 
-    def true_background(self, experiment: str) -> float:
+    def true_background(self, experiment: str, background: int) -> float:
         """mIoU of the CAMs' argmax with the truth's background."""
-        assert self.dataset.background is not None, "asked for only where there is a background class"
-        return self.headline(
-            on_true_background(self.dataset, self.folder(experiment) / "cams", self.dataset.background)
-        )
+        return self.headline(on_true_background(self.dataset, self.folder(experiment) / "cams", background))

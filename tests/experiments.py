@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from report.summary import Scored
 from tools.cams import save_cams
 from tools.labels import save_label
 from tools.masks import pack_masks, save_masks
@@ -86,3 +87,18 @@ def make_experiment(root: Path) -> Path:
 
 def scores_of(root, experiment="run"):
     return json.loads((root / "experiments" / "tiny" / experiment / "scores" / "scores.json").read_text())
+
+
+def scored(experiment, stage, split, confusion):
+    """A stage of scores.json."""
+    return Scored(
+        experiment=experiment,
+        stage=stage,
+        title=stage,
+        split=split,
+        images=1,
+        partial=False,
+        made=("", 0),
+        is_bound=experiment == "supervised",
+        confusion=confusion,
+    )

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +15,9 @@ from hypothesis import strategies as st
 
 from report import page as report
 from report.patch_pictures import Sample, choose, pack
-from report.summary import Scored
+from report.summary import Summary
 from tests.conftest import ROOT
-from tests.experiments import CLASSES, EVIL, STAGES, account, make_experiment
+from tests.experiments import CLASSES, EVIL, STAGES, account, make_experiment, scored
 from tests.steps import STEPS, experiment, step
 from tools.cams import save_cams
 from tools.command import run
@@ -70,20 +69,9 @@ def test_report_is_one_safe_file(evaluated):
     sources = re.findall(r'src="([^"]{0,30})', page)
     assert sources and all(re.match("data:image/(png|jpeg);base64,", source) for source in sources)
     assert all('alt="' in tag for tag in re.findall(r"<img [^>]*>", page))
-    for words in (
-        "A stand-in was used: made masks",
-        "Data set tiny",
-        f"classifier: {html.escape(EVIL, quote=False).replace(chr(39), '&#39;')}: average precision no better than",
-        "CAM of road",
-        "regions",
-        "best, train split",
-        "worst, test split",
-        "every pixel ",
-        "Share of pixels",
-        "prefers-color-scheme: dark",
-        "@media print",
-    ):
-        assert words in page, words
+    warning = f"classifier: {html.escape(EVIL, quote=False).replace(chr(39), '&#39;')}: average precision no better"
+    parts = ("made masks", warning, "CAM of road", "best, train split", "worst, test split", "every pixel ")
+    assert all(part in page for part in parts)
     assert ">w.pth" not in page and "weights: w.pth" in page  # the page may be sent on: no folder of this machine
 
 
@@ -118,19 +106,17 @@ def test_curves(evaluated, tmp_path):
     assert loss == {"name": "loss", "points": [(1, 2.5), (3, 0.5)], "low": 0.5, "high": 2.5}
     assert classification["points"] == [(3, 0.25)]
     road, evil = groups["classifier: average precision"]
-    assert (road["name"], road["points"]) == ("road", [(1, 0.5), (2, 1)])
-    assert (evil["name"], evil["points"]) == (EVIL, [(1, 0.25)])
-    assert {(curve["low"], curve["high"]) for curve in (road, evil)} == {(0, 1)}
+    assert (road["points"], road["low"], road["high"]) == ([(1, 0.5), (2, 1)], 0, 1)
+    assert evil == {"name": EVIL, "points": [(1, 0.25)], "low": 0, "high": 1}
     (tmp_path / "t").mkdir()
     lines = ["[]", '"epoch"', '{"epoch": "x", "loss": 1}', "[" * 100_000, '{"epoch": 1, "loss": ' + "9" * 400 + "}"]
     lines += ['{"epoch": 2, "loss": 1e999, "parts": {"a": -3, "b": 5}, "word": "x", "list": [1]}', "\x00"]
     (tmp_path / "t" / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe")
     (group,) = report.curves(tmp_path)
-    assert [(curve["low"], curve["high"], curve["points"]) for curve in group["curves"]] == [
-        (-3, 5, [(2, -3)]),
-        (-3, 5, [(2, 5)]),
+    assert [(curve["low"], curve["high"], curve["points"][0][1]) for curve in group["curves"]] == [
+        (-3, 5, -3),
+        (-3, 5, 5),
     ]
-    assert report.curves(tmp_path / "nowhere") == []
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
@@ -154,14 +140,8 @@ def test_report_in_a_browser(evaluated, tmp_path):
     (tmp_path / "page.html").write_text(page.replace("</body>", probe + "</body>"))
     result = subprocess.run(
         [
-            "chromium",
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--enable-logging=stderr",
-            "--virtual-time-budget=5000",
-            "--window-size=500,900",
-            "--dump-dom",
+            *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
+            *("--virtual-time-budget=5000", "--window-size=500,900", "--dump-dom"),
             f"--user-data-dir={tmp_path / 'profile'}",
             f"file://{tmp_path / 'page.html'}",
         ],
@@ -195,7 +175,7 @@ def test_steps_renew_the_page_without_the_truth(root, capfd):
         (root / name).rename(root / RUN / name)
         renew(root)
         titles = panels_of(page_of(root), "train")
-        assert len(titles) == 3 and all("truth" not in found and "errors" not in found for found in titles)
+        assert len(titles) == 3 and not any({"truth", "errors"} & set(names) for names in titles)
         assert titles[0] == shown[: {1: 4, 2: 5}.get(count, 7)]
     page = page_of(root)
     assert panels_of(page, "test")[0] == ["image", "segmentation", "regions", "refined segmentation"]
@@ -238,17 +218,14 @@ def test_what_an_older_step_fed_is_older_too():
         "refined_pseudo_labels": run_of("4", pseudo_labels="3", sam_masks="0"),
     }
 
-    def outdated(runs, labels="hash"):
-        found = report.outdated_runs(runs, {labels, "of the other split"})
-        return [name for name in runs if name in found]
+    def outdated(labels="hash", **changed):
+        return report.outdated_runs(runs | changed, {labels, "of the other split"})
 
-    assert outdated(runs) == []
-    assert outdated(runs | {"classifier": run_of("9")}) == ["cams", "pseudo_labels", "refined_pseudo_labels"]
-    assert outdated(runs | {"sam_masks, train split": run_of("9")}) == ["refined_pseudo_labels"]
-    assert outdated(runs, "other") == ["classifier", "cams", "pseudo_labels", "refined_pseudo_labels"]
-    elsewhere = run_of("2", {"classifier": "other"}, classifier="7")
-    assert outdated(runs | {"cams": elsewhere}) == []
-    assert outdated({"one": run_of("1", other="2"), "other": run_of("2", one="1")}) == []  # a ring, which no step makes
+    assert outdated() == set()
+    assert outdated(classifier=run_of("9")) == {"cams", "pseudo_labels", "refined_pseudo_labels"}
+    assert outdated(**{"sam_masks, train split": run_of("9")}) == {"refined_pseudo_labels"}
+    assert outdated("other") == {"classifier", "cams", "pseudo_labels", "refined_pseudo_labels"}
+    assert outdated(cams=run_of("2", {"classifier": "other"}, classifier="7")) == set()
 
 
 def test_a_page_that_cannot_be_renewed_costs_one_line(root, capsys):
@@ -270,31 +247,24 @@ def test_the_main_process_alone_renews(monkeypatch, rank):
     assert calls == ["step", "report"][: 2 - rank]
 
 
-NESTED = b"[" * 100_000
-BROKEN = {"not UTF-8": b'{"classes": "\xff\xfe"}', "nested": NESTED, "a list": b"[]", "empty": b"", "text": b"{"}
-WRONG = {
-    "scores.json": {
-        "no counts": b'{"classes": ["road"], "stages": [{"stage": "cams"}]}',
-        "negative": b'{"classes": [], "stages": [{"confusion": [[-1]]}]}',
-        "huge": b'{"classes": [], "stages": [{"confusion": [[1e400]]}]}',
-    },
-    "samples.json": {
-        "another split": b'{"other": []}',
-        "a script": b'{"train": [{"id": "a", "split": "train", "kind": "best", "score": null, "result": "",'
+BROKEN = {  # file -> contents that no step writes
+    "scores.json": [
+        b"[" * 100_000,
+        b'{"classes": "\xff\xfe"}',
+        b'{"classes": ["road"], "stages": [{"stage": "cams"}]}',
+        b'{"classes": [], "stages": [{"confusion": [[1e400]]}]}',
+    ],
+    "samples.json": [
+        b"",
+        b'{"other": []}',
+        b'{"train": [{"id": "a", "split": "train", "kind": "best", "score": null, "result": "",'
         b' "panels": [{"title": "x", "source": "javascript:alert(1)"}]}]}',
-    },
-    "run.json": {"no start": b'{"constants": {}, "finished": true, "seconds": 1}', "a word": b'"run"'},
+    ],
+    "run.json": [b"{", b'{"constants": {}, "finished": true, "seconds": 1}'],
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        pytest.param(name, raw, id=f"{name} {kind}")
-        for name, own in WRONG.items()
-        for kind, raw in (BROKEN | own).items()
-    ],
-)
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name in BROKEN for content in BROKEN[name]])
 def test_broken_json_is_one_sentence_in_the_page(root, name, content, capfd):
     """It costs neither the page nor the step, and the page says which file to make again."""
     file = root / RUN / ("pseudo_labels" if name == "run.json" else "scores") / name
@@ -305,20 +275,16 @@ def test_broken_json_is_one_sentence_in_the_page(root, name, content, capfd):
     assert ("Not made yet. Step 8" in page) == (name == "scores.json")
 
 
-def test_counts_that_do_not_fit_the_classes_are_damage(root):
-    file = root / RUN / "scores" / "scores.json"
+def test_scores_of_other_classes_are_not_shown(root):
+    toml, file = root / "datasets" / "tiny" / "dataset.toml", root / RUN / "scores" / "scores.json"
+    toml.write_text(toml.read_text().replace('name = "roof"', 'name = "tower"'))
+    renew(root)
+    assert "Not made yet. Step 8" in page_of(root) and "CAM of tower" in page_of(root)
     scores = json.loads(file.read_text())
     scores["stages"][0]["confusion"][0].pop()
     file.write_text(json.dumps(scores))
     renew(root)
     assert "the counts of cams do not fit the 4 classes" in page_of(root)
-
-
-def test_scores_of_other_classes_are_not_shown(root):
-    toml = root / "datasets" / "tiny" / "dataset.toml"
-    toml.write_text(toml.read_text().replace('name = "roof"', 'name = "tower"'))
-    renew(root)
-    assert "Not made yet. Step 8" in page_of(root) and "CAM of tower" in page_of(root)
 
 
 def test_the_report_needs_no_torch(evaluated):
@@ -340,7 +306,7 @@ def test_choice_of_best_median_and_worst(scores, n, data):
     defined = [id for id in scores if scores[id] == scores[id]]
     assert len(set(ids)) == len(ids) and set(ids) <= set(defined)
     assert len(ids) == min(3 * n, len(defined)) or (len(defined) < 3 * n and ids)
-    kinds = {kind: [id for each, id in chosen if each == kind] for kind in ("best", "median", "worst")}
+    kinds = {kind: [id for name, id in chosen if name == kind] for kind in ("best", "median", "worst")}
     assert all(len(group) <= n for group in kinds.values())
     left = [id for id in defined if id not in kinds["best"]]
     assert all(present[id] >= 2 for id in kinds["best"]) or all(present[id] < 2 for id in left)
@@ -348,25 +314,15 @@ def test_choice_of_best_median_and_worst(scores, n, data):
 
 
 def test_choice_of_nine_and_of_equals():
-    scores = {str(number): number / 10 for number in range(9)}
-    chosen = choose(scores, 2)
+    chosen = choose({str(number): number / 10 for number in range(9)}, 2)
     assert [kind for kind, _ in chosen] == ["best"] * 2 + ["median"] * 2 + ["worst"] * 2
     assert [id for _, id in chosen] == ["8", "7", "5", "4", "1", "0"]
     assert choose(dict.fromkeys("abc", 1.0), 1, {"b": 3, "c": 2})[0] == ("best", "b")  # the one that shows most
 
 
-def test_best_patches_have_two_classes_where_there_are_any():
-    scores = {"alone": 1.0, "also alone": 0.9, "street": 0.8, "garden": 0.7, "yard": 0.2, "roof": 0.1}
-    present = {"alone": 1, "also alone": 1, "street": 2, "garden": 3, "yard": 2, "roof": 1}
-    assert choose(scores, 2, present) == [
-        ("best", "street"),
-        ("best", "garden"),
-        ("median", "alone"),
-        ("median", "also alone"),
-        ("worst", "yard"),
-        ("worst", "roof"),
-    ]
-    assert [id for kind, id in choose(scores, 2, dict.fromkeys(scores, 1)) if kind == "best"] == ["alone", "also alone"]
+def summary_of(root, experiment, stages=()):
+    args = SimpleNamespace(dataset="tiny", experiment=experiment, root=root)
+    return Summary(report.read_experiment(args, load_dataset("tiny", root)), list(stages))
 
 
 def test_a_page_never_grows_beyond_its_limit(evaluated):
@@ -376,19 +332,22 @@ def test_a_page_never_grows_beyond_its_limit(evaluated):
     samples = [
         Sample(id=str(number), split="test", kind="best", score=0.5, panels=panels, result="p0") for number in range(12)
     ]
-    constants = SimpleNamespace(dataset="tiny", experiment="empty", root=evaluated)
-    summary = report.read_experiment(constants, load_dataset("tiny", evaluated))
-    report.write_report(summary, samples)
+    report.write_report(summary_of(evaluated, "empty"), samples)
     page = (evaluated / "experiments/tiny/empty/scores/report.html").read_text()
     assert 4_000_000 < len(page) < 5_000_000 and "more were chosen" in page and page.count('class="sample"') >= 3
+
+
+def add_classes(root, name):
+    """Classes until there are 250."""
+    toml = root / "datasets" / "tiny" / "dataset.toml"
+    more = ", ".join(f"{{name = '{name}{k}', colour = [9, 9, {k}]}}" for k in range(4, 250))
+    toml.write_text(toml.read_text().replace("]\nleft_out", f", {more}]\nleft_out"))
 
 
 def test_a_hostile_data_set(tmp_path, capfd):
     """Names that are HTML, 250 classes, ids that are HTML: the page stays small and nothing is executed."""
     root, evil = make_experiment(tmp_path), '"><img src=x onerror=alert(1)>'
-    toml = root / "datasets" / "tiny" / "dataset.toml"
-    more = ", ".join(f"{{name = '{evil}{k}', colour = [9, 9, {k}]}}" for k in range(4, 250))
-    toml.write_text(toml.read_text().replace("]\nleft_out", f", {more}]\nleft_out"))
+    add_classes(root, evil)
     for folder in (root / RUN).iterdir():
         if folder.name in ("cams", *STAGES):
             file = next(path for path in folder.iterdir() if path.stem == "a")
@@ -407,28 +366,10 @@ def test_a_hostile_data_set(tmp_path, capfd):
 def test_many_classes_make_no_confusion_matrix(tmp_path):
     """250 classes, each pixel count above 0: two tables of 250 x 251 cells would make the page too large."""
     root = make_experiment(tmp_path)
-    toml = root / "datasets" / "tiny" / "dataset.toml"
-    more = ", ".join(f"{{name = 'c{k}', colour = [9, 9, {k}]}}" for k in range(4, 250))
-    toml.write_text(toml.read_text().replace("]\nleft_out", f", {more}]\nleft_out"))
-    summary = report.read_experiment(
-        SimpleNamespace(dataset="tiny", experiment="run", root=root), load_dataset("tiny", root)
-    )
+    add_classes(root, "c")
     counts = np.random.default_rng(0).integers(1, 10**6, (250, 251)).tolist()
-    stages = [
-        Scored(
-            experiment="run",
-            stage=stage,
-            title=stage,
-            split=split,
-            images=1,
-            partial=False,
-            made=("", 0),
-            is_bound=False,
-            confusion=counts,
-        )
-        for stage, split in STAGES.items()
-    ]
-    report.write_report(replace(summary, stages=stages), [])
+    stages = [scored("run", stage, split, counts) for stage, split in STAGES.items()]
+    report.write_report(summary_of(root, "run", stages), [])
     page = page_of(root)
     assert len(page) < 5_000_000 and "Share of pixels" in page and '<table class="confusion">' not in page
 

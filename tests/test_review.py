@@ -29,11 +29,9 @@ def reference(labels, scores):
 @given(st.lists(st.tuples(st.booleans(), st.integers(-3, 3)), min_size=1, max_size=30))
 def test_average_precision_equals_its_definition(pairs):
     labels, scores = map(list, zip(*pairs, strict=True))
-    found = average_precision(np.array(labels), np.array(scores, float))
-    if any(labels):
-        assert found == pytest.approx(reference(labels, scores))
-    else:
-        assert np.isnan(found)
+    expected = reference(labels, scores) if any(labels) else np.nan
+    precision = average_precision(np.array(labels), np.array(scores, float))
+    assert precision == pytest.approx(expected, nan_ok=True)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(-30, 30)), min_size=1, max_size=30))
@@ -60,22 +58,22 @@ def root(tmp_path):
 
 
 def test_a_review_names_the_strongest_doubts_first(root):
-    found = review(load_dataset("tiny", root), root / CAMS)
-    doubts = [(each.id, each.name, each.labelled, round(each.probability, 3)) for each in found.doubts]
+    result = review(load_dataset("tiny", root), root / CAMS)
+    doubts = [(doubt.id, doubt.name, doubt.labelled, round(doubt.probability, 3)) for doubt in result.doubts]
     assert doubts == [("c", CLASSES[0], True, 0.002), ("b", "clutter", False, 0.881), ("d", "clutter", False, 0.622)]
-    assert [(name, count) for name, count, _ in found.classes] == list(zip(CLASSES, [5, 0, 5, 0], strict=True))
-    assert found.classes[2][2] == 1 and np.isnan(found.classes[3][2])
+    assert [(row.name, row.patches) for row in result.classes] == list(zip(CLASSES, [5, 0, 5, 0], strict=True))
+    assert result.classes[2].average_precision == 1 and np.isnan(result.classes[3].average_precision)
     assert len(review(load_dataset("tiny", root), root / CAMS, most=2).doubts) == 2
 
 
 def test_patches_without_logits_and_damaged_files(root):
     assert sorted(read_logits(root / CAMS, ["a", "b", "new"], 4)) == ["a", "b"]
-    with pytest.raises(UserError, match=r"a\.npz has logits of 4 classes, but the data set has 5"):
+    with pytest.raises(UserError, match=r"a\.npz .* 4 classes"):
         read_logits(root / CAMS, ["a"], 5)
-    with pytest.raises(UserError, match="has no file of the train patches"):
+    with pytest.raises(UserError, match="no file"):
         read_logits(root / CAMS, ["new"], 4)
     with np.load(root / CAMS / "a.npz") as arrays:
         old = {name: array for name, array in arrays.items() if name != "logits"}
     np.savez_compressed(root / CAMS / "a.npz", **old)
-    with pytest.raises(UserError, match=r"a\.npz cannot be read as class activation maps .*logits"):
+    with pytest.raises(UserError, match=r"a\.npz cannot be read .*logits"):
         read_logits(root / CAMS, ["a"], 4)

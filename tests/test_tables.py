@@ -1,6 +1,7 @@
 """reproduce_tables.py on tiny data: rows, resuming, the oracle, the label-free background."""
 
 import csv
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ import tyro
 from make_pseudo_labels import thresholded_background
 from reproduce_tables import Constants, check_constants, main, rows_of
 from tables.oracles import MASKS
-from tables.runner import Row
 from tables.table import show
 from tests.steps import TRAIN, step
 from tools.cams import load_cams
@@ -44,11 +44,10 @@ def test_tables_of_tiny_data(copy, run_script):
     first = run_script("reproduce_tables.py", "--table", "ablation", "--dataset", "tiny", "--root", copy, *TRAINING)
     folder = copy / "experiments" / "tiny"
     ablation = read(folder / "tables" / "ablation.csv")
-    assert {row for row, _ in ablation} >= {"CAM", "+ PRC", "+ IR", "+ PRC + IR"}
+    perfect = f"+ PRC + IR, IOS by {MASKS[1]}"
+    assert {row for row, _ in ablation} == {"CAM", "+ PRC", "+ IR", "+ PRC + IR", perfect}
     assert sum(column == "segmentation" for _, column in ablation) == 2  # the first row and the last
     assert not (folder / "tables-ir_weight0-seed0" / "classifier").exists()  # without IR, PRC does not change training
-    assert any("USES THE TRUTH" in row for row, _ in ablation)
-    assert all(0 <= value <= 100 for values in ablation.values() for value in values)
     assert "felzenszwalb" in first.stdout and "clean" in first.stdout and "not published" in first.stdout
     assert (folder / "tables" / "ablation.png").stat().st_size > 1000
 
@@ -58,11 +57,9 @@ def test_tables_of_tiny_data(copy, run_script):
     assert model.stat().st_mtime_ns == written  # the row of the ablation serves this table too
     tau = read(folder / "tables" / "tau.csv")
     # tau 0.9 is what steps 4 and 7 used
-    assert tau["tau 0.9", f"pseudo-labels, {MASKS[0]}"] == ablation["+ PRC + IR", "+ IOS"]
-    assert tau["tau 0.9", f"segmentation, {MASKS[0]}"] == ablation["+ PRC + IR", "segmentation + IOS"]
-    perfect = f"+ PRC + IR, IOS by {MASKS[1]}"
-    assert tau["tau 0.9", f"pseudo-labels, {MASKS[1]}"] == ablation[perfect, "+ IOS"]
-    assert tau["tau 0.9", f"segmentation, {MASKS[1]}"] == ablation[perfect, "segmentation + IOS"]
+    for stage, column in (("pseudo-labels", "+ IOS"), ("segmentation", "segmentation + IOS")):
+        assert tau["tau 0.9", f"{stage}, {MASKS[0]}"] == ablation["+ PRC + IR", column]
+        assert tau["tau 0.9", f"{stage}, {MASKS[1]}"] == ablation[perfect, column]
 
 
 def test_refinement_rules_equal_the_steps(copy, capsys):
@@ -72,12 +69,13 @@ def test_refinement_rules_equal_the_steps(copy, capsys):
     values = read(folder / "tables" / "refinement.csv")
     assert len(values) == 5 * 4 and {row for row, _ in values} == {"not refined", "ios", "sepl", "vote", "mean_cam"}
     assert "tau of IOS: 0.9 on pseudo-labels, 0.9 on segmentation" in printed and "everywhere has" in printed
-    runs = [("pseudo-labels", "generate_refined_pseudo", "tables-seed0", "train")]
-    runs += [("segmentation", "generate_refined_seg", "tables-seed0", "test")]
-    for stage, script, experiment, split in runs:
-        refined = folder / experiment / f"refined_{stage.replace('-', '_')}"
+    for stage, script, split in (
+        ("pseudo-labels", "generate_refined_pseudo", "train"),
+        ("segmentation", "generate_refined_seg", "test"),
+    ):
+        refined = folder / "tables-seed0" / f"refined_{stage.replace('-', '_')}"
         for rule in ("ios", "mean_cam"):
-            step(script, copy, experiment=experiment, rule=rule, overwrite=True)
+            step(script, copy, experiment="tables-seed0", rule=rule, overwrite=True)
             matrix = ConfusionMatrix(3)
             for file in (copy / "datasets" / "tiny" / split / "labels").glob("*.png"):
                 matrix.update(load_label(file, 3), load_label(refined / file.name, 3))
@@ -105,19 +103,16 @@ def test_background_rows_and_their_oracle(copy):
             expected[y, x] = max((k for k in classes if k), key=lambda k: maps[list(classes).index(k), y, x])
         oracle.update(truth, expected)
     column = "CAM on the true background (USES THE TRUTH)"
-    assert sum(each == column for _, each in ablation) == 4  # every row but the extension's, whose CAMs are the last's
+    rows = [row for row, name in ablation if name == column]
+    assert rows == ["CAM", "+ PRC", "+ IR", "+ PRC + IR"]  # not the extension, whose CAMs are the last's
     (value,) = ablation["+ PRC + IR", column]
     assert value == pytest.approx(100 * oracle.scores()["miou"], abs=1e-3)
 
 
 def test_every_table_has_rows_and_the_default_is_among_them():
-    for table in ("main", "ablation", "gamma", "lambda", "tiles", "tau", "refinement"):
-        rows = rows_of(Constants(table=table))
-        assert rows and all(isinstance(row, Row) for row in rows)
-        defaults = vars(Classification()) | {"gamma": Method().gamma}
-        assert any(row.changes.items() <= defaults.items() for row in rows)
-    names = [row.name for row in rows_of(Constants(table="ablation"), background=True)]
-    assert len(names) == 5 and "extension" in names[-1]
+    defaults = vars(Classification()) | {"gamma": Method().gamma}
+    for table in get_args(Constants.__annotations__["table"]):
+        assert any(row.changes.items() <= defaults.items() for row in rows_of(Constants(table=table)))
 
 
 NO_WEIGHTS = {"weights": "none", "train_all": True}
@@ -126,25 +121,20 @@ NO_WEIGHTS = {"weights": "none", "train_all": True}
 @pytest.mark.parametrize(
     ("constants", "sentence"),
     [
-        ({"classification": {"seed": 3}}, r"classification\.seed was set, but the tables set it"),
-        ({"classification": {"weights": "no/file"}}, "weights file no/file is missing"),
-        ({"classification": {"epochs": 0}}, "epochs is 0, but it must be at least 1"),
-        ({"pseudo": {"cams": "other"}}, r"pseudo\.cams was set, but the tables set it"),
-        ({"pseudo": {"background": "threshold"}}, 'the \\[rules\\] of "tiny" name no background class'),
-        ({"pseudo": {"background": "threshold"}, "table": "ablation"}, r"pseudo\.background is threshold, but"),
-        ({"pseudo": {"bilateral_weight": -1}}, "bilateral_weight is -1, but it must be at least 0"),
-        ({"segmentation": {"width": 7, "batch_size": 4}}, "width is 7, but it must be a multiple of 4"),
-        ({"segmentation": {"batch_size": 99}}, "there are 10 training patches"),
-        ({"segment": False}, "segment is False, but the table main"),
-        ({"seeds": (1, 1)}, r"seeds is \(1, 1\), but it must hold different numbers"),
-        ({"seeds": (0, -1)}, "seeds is -1, but it must be at least 0"),
-        ({"gammas": ()}, r"gammas is \(\), but it must hold different numbers"),
-        ({"table": "gamma", "gammas": (0.7, 1.5)}, r"gammas is 1\.5, but it must be at most 0\.999"),
-        ({"table": "lambda", "ir_weights": (0.1, -1.0)}, r"ir_weights is -1\.0, but it must be at least 0"),
-        ({"table": "tiles", "tiles": (4, 5)}, "tiles is 5, but it must be a square number"),
-        ({"table": "tau", "taus": (0.1, 3.0)}, r"taus is 3\.0, but it must be at most 1"),
-        ({"scales": (0.0,)}, r"scales is 0\.0, but it must be above 0"),
-        ({"workers": -1}, "workers is -1, but it must be at least 0"),
+        ({"classification": {"seed": 3}}, r"classification\.seed"),
+        ({"classification": {"weights": "no/file"}}, "no/file is missing"),
+        ({"classification": {"epochs": 0}}, "epochs is 0"),
+        ({"pseudo": {"cams": "other"}}, r"pseudo\.cams"),
+        ({"pseudo": {"background": "threshold"}}, "no background class"),
+        ({"pseudo": {"background": "threshold"}, "table": "ablation"}, r"pseudo\.background"),
+        ({"segmentation": {"batch_size": 99}}, "10 training patches"),
+        ({"segment": False}, "segment is False"),
+        ({"seeds": (1, 1)}, r"seeds is \(1, 1\)"),
+        ({"gammas": ()}, r"gammas is \(\)"),
+        ({"table": "gamma", "gammas": (0.7, 1.5)}, r"gammas is 1\.5"),
+        ({"table": "lambda", "ir_weights": (0.1, -1.0)}, r"ir_weights is -1"),
+        ({"table": "tiles", "tiles": (4, 5)}, "tiles is 5"),
+        ({"table": "tau", "taus": (0.1, 3.0)}, r"taus is 3"),
     ],
 )
 def test_constants_are_checked_before_the_first_row(tmp_path, make_tiny_dataset, constants, sentence):
@@ -179,9 +169,8 @@ def test_spread_is_the_standard_deviation_over_seeds():
 def test_thresholded_background_is_one_value_between_the_other_classes():
     maps = np.zeros((3, 4, 4), np.float32)
     maps[0], maps[1, :2], maps[2, 2:] = 0.9, 0.8, 0.1
-    found = thresholded_background(np.array([0, 2, 5]), maps, 0)
-    assert (found[1:] == maps[1:]).all() and np.unique(found[0]).size == 1
-    assert 0.1 <= found[0, 0, 0] < 0.8  # the strong class beats it, the weak one does not
-    assert (found.argmax(0)[:2] == 1).all()
+    thresholded = thresholded_background(np.array([0, 2, 5]), maps, 0)
+    assert (thresholded[1:] == maps[1:]).all() and np.unique(thresholded[0]).size == 1
+    assert 0.1 <= thresholded[0, 0, 0] < 0.8  # the strong class beats it, the weak one does not
     alone = thresholded_background(np.array([0]), maps[:1], 0)
     assert (alone == maps[:1]).all()  # nothing but background: left as it is

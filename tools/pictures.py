@@ -69,11 +69,8 @@ def contact_sheet(
     enlarged by a whole factor, so that single pixels stay visible; large ones are reduced to `size` px. `legend` gives
     (name, (r, g, b)) for each class.
     """
-    cells = [
-        [None if picture is None else Image.fromarray(np.ascontiguousarray(picture)) for picture in row] for row in rows
-    ]
-    side = max((max(cell.size) for row in cells for cell in row if cell), default=CELL)
-    cells = [[cell and _fit(cell, side, size) for cell in row] for row in cells]
+    side = max((max(cell.shape[:2]) for row in rows for cell in row if cell is not None), default=CELL)
+    cells = [[_fit(picture, side, size) for picture in row] for row in rows]
     width = max((cell.width for row in cells for cell in row if cell), default=CELL)
     heights = [max((cell.height for cell in row if cell), default=0) for row in cells]
     columns = max([len(titles), *map(len, cells)])
@@ -125,13 +122,16 @@ def _blend(below: np.ndarray, above: np.ndarray, weight: np.ndarray | float) -> 
     return np.rint(below * (1.0 - weight) + above * weight).astype(np.uint8)
 
 
-def _fit(picture: Image.Image, side: int, cell: int) -> Image.Image:
-    """Enlarge by a whole factor, or reduce, so that `side` pixels fit the cell."""
+def _fit(picture: np.ndarray | None, side: int, cell: int) -> Image.Image | None:
+    """The picture enlarged by a whole factor, or reduced, so that `side` pixels fit the cell."""
+    if picture is None:
+        return None
+    image = Image.fromarray(np.ascontiguousarray(picture))
     if side <= cell:
         factor = cell // side
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    size = (max(1, picture.width * cell // side), max(1, picture.height * cell // side))
-    return picture.resize(size, Image.Resampling.BOX)
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    size = (max(1, image.width * cell // side), max(1, image.height * cell // side))
+    return image.resize(size, Image.Resampling.BOX)
 
 
 def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

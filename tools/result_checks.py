@@ -15,7 +15,7 @@ NEARLY_ALL = 0.95  # of all pixels
 HARDLY_ANY = 0.001  # of the pixels of the patches that have the class
 FADED = 0.05  # of the class's share in the labels that the segmenter learnt from
 SEEN_OFTEN = 0.05  # of the patches
-BETTER_THAN_CHANCE = 0.2  # least gain of the average precision over chance, divided by min(chance, 1 - chance)
+BETTER_THAN_CHANCE = 0.2  # smallest gain of the average precision over chance, divided by min(chance, 1 - chance)
 FALLEN = 0.98  # of the first epoch's loss
 ADVICE = 'see "A few hundred patches" in docs/own_data.md'
 
@@ -33,28 +33,26 @@ def check_losses(rows: Sequence[dict[str, Any]], name: str = "loss") -> list[str
 
 def check_classifier(rows: Sequence[dict[str, Any]], present: dict[str, float]) -> list[str]:
     """Whether the classifier learnt; `present`: class -> share of the train patches that have the class."""
-    found = check_losses(rows, "classification")
-    if rows and rows[-1].get("classification", 0) >= math.log(2):
-        found.append(
-            f"the classification loss ended at {rows[-1]['classification']:.2f}, and guessing gives {math.log(2):.2f}: "
+    warnings, last = check_losses(rows, "classification"), rows[-1] if rows else {}
+    if last.get("classification", 0) >= math.log(2):
+        warnings.append(
+            f"the classification loss ended at {last['classification']:.2f}, and guessing gives {math.log(2):.2f}: "
             "the class activation maps will be worthless; lower lr or train for more epochs; with --weights none also "
             f"set --momentum 0.9 ({ADVICE})"
         )
-    precision = rows[-1].get("average_precision", {}) if rows else {}
-    blind = [
-        f"{name} ({precision[name]:.2f}, chance {share:.2f})"
-        for name, share in present.items()
-        if isinstance(precision.get(name), float)
-        and 0 < share < 0.9
-        and precision[name] < share + BETTER_THAN_CHANCE * min(share, 1 - share)
-    ]
+    precisions, blind = last.get("average_precision", {}), []
+    for name, share in present.items():
+        precision = precisions.get(name)
+        useful = share + BETTER_THAN_CHANCE * min(share, 1 - share)
+        if isinstance(precision, float) and 0 < share < 0.9 and precision < useful:
+            blind.append(f"{name} ({precision:.2f}, chance {share:.2f})")
     if blind:
-        found.append(
+        warnings.append(
             f"the classifier hardly separates patches with these classes from patches without, by average precision: "
             f"{', '.join(blind)}; their maps will be worthless: train for more epochs, give more patches, or check "
             "their labels"
         )
-    return found
+    return warnings
 
 
 def check_shares(
@@ -64,20 +62,20 @@ def check_shares(
 
     `learnt`: class -> share of pixels in the labels that the segmenter learnt from.
     """
-    found, learnt = [], learnt or {}
+    warnings, absent, learnt = [], [], learnt or {}
     for name, share in shares.items():
         if share > NEARLY_ALL and len(shares) > 1:
-            found.append(f"one class, {name}, covers {share:.1%} of all pixels: {remedy}")
-    absent = [
-        f"{name} (in {present[name]:.0%} of the train patches, on {share:.2%} of the pixels"
-        + (f", in the labels of step 5 on {learnt[name]:.2%})" if name in learnt else ")")
-        for name, share in shares.items()
-        if present.get(name, 0) >= SEEN_OFTEN
-        and (share < HARDLY_ANY * present[name] or share < FADED * learnt.get(name, 0))
-    ]
+            warnings.append(f"one class, {name}, covers {share:.1%} of all pixels: {remedy}")
+        frequency = present.get(name, 0)
+        if frequency < SEEN_OFTEN or share >= max(HARDLY_ANY * frequency, FADED * learnt.get(name, 0)):
+            continue
+        places = f"in {frequency:.0%} of the train patches, on {share:.2%} of the pixels"
+        if name in learnt:
+            places += f", in the labels of step 5 on {learnt[name]:.2%}"
+        absent.append(f"{name} ({places})")
     if absent:
-        found.append(f"classes that are hardly ever found: {', '.join(absent)}: {remedy}")
-    return found
+        warnings.append(f"classes that are hardly ever found: {', '.join(absent)}: {remedy}")
+    return warnings
 
 
 def pixel_shares(folder: Path, ids: Sequence[str], classes: Sequence[str]) -> dict[str, float]:

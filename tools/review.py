@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from scipy.special import expit
 
-from tools.map_files import load_logits
 from tools.command import check
 from tools.dataset import Dataset
 
@@ -27,10 +26,19 @@ class Doubt:
 
 
 @dataclass(frozen=True)
-class Review:
-    """What the report shows: (name, patches with it, average precision) of each class, and the strongest doubts."""
+class ClassReview:
+    """One class: how many patches are labelled with it, and the average precision of its logits, NaN without any."""
 
-    classes: list[tuple[str, int, float]]
+    name: str
+    patches: int
+    average_precision: float
+
+
+@dataclass(frozen=True)
+class Review:
+    """What the report shows: each class, and the labels that the classifier contradicts most."""
+
+    classes: list[ClassReview]
     doubts: list[Doubt]
 
 
@@ -39,6 +47,8 @@ def read_logits(cams: Path, ids: Iterable[str], num_classes: int) -> dict[str, n
 
     Raises `UserError` when a file is damaged or has another number of classes, and when no patch has a file.
     """
+    from tools.cams import load_logits  # imports torch, which the report needs for nothing else
+
     logits = {id: load_logits(cams / f"{id}.npz") for id in ids if (cams / f"{id}.npz").exists()}
     check(bool(logits), f"{cams} has no file of the train patches: run step 2 on this data set again with --overwrite")
     for id, values in logits.items():
@@ -67,25 +77,26 @@ def average_precision(labels: np.ndarray, scores: np.ndarray) -> float:
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(labels[order])
     last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # of each group of equal scores
-    precision, found = hits[last] / (last + 1), np.diff(hits[last], prepend=0)
-    return float(precision @ found / hits[-1]) if hits[-1] else float("nan")
+    precision, new_hits = hits[last] / (last + 1), np.diff(hits[last], prepend=0)
+    return float(precision @ new_hits / hits[-1]) if hits[-1] else float("nan")
 
 
 def review(dataset: Dataset, cams: Path, most: int = 20) -> Review:
     """The classifier's logits in a folder of step 2 against the labels of the train split."""
-    known = dataset.image_labels("train")
-    found = read_logits(cams, known, dataset.num_classes)
-    ids = sorted(found)
-    labels, logits = np.stack([known[id] for id in ids]), np.stack([found[id] for id in ids]).astype(float)
-    against = doubt(labels, logits)
-    order = np.argsort(-against, axis=None, kind="stable")[:most]
-    doubts = [
-        Doubt(ids[row], dataset.classes[k], bool(labels[row, k]), float(expit(logits[row, k])))
-        for row, k in zip(*np.unravel_index(order, against.shape), strict=True)
-        if against[row, k] > 0
-    ]
-    classes = [
-        (name, int(labels[:, k].sum()), average_precision(labels[:, k], logits[:, k]))
-        for k, name in enumerate(dataset.classes)
-    ]
+    image_labels = dataset.image_labels("train")
+    stored = read_logits(cams, image_labels, dataset.num_classes)
+    ids = sorted(stored)
+    labels = np.stack([image_labels[id] for id in ids])
+    logits = np.stack([stored[id] for id in ids]).astype(float)
+    strength = doubt(labels, logits)
+    order = np.argsort(-strength, axis=None, kind="stable")[:most]
+    doubts = []
+    for row, k in zip(*np.unravel_index(order, strength.shape), strict=True):
+        if strength[row, k] > 0:
+            probability = float(expit(logits[row, k]))
+            doubts.append(Doubt(ids[row], dataset.classes[k], bool(labels[row, k]), probability))
+    classes = []
+    for k, name in enumerate(dataset.classes):
+        precision = average_precision(labels[:, k], logits[:, k])
+        classes.append(ClassReview(name, int(labels[:, k].sum()), precision))
     return Review(classes, doubts)

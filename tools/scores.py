@@ -15,16 +15,20 @@ class ConfusionMatrix:
 
     `counts` is (K, K+1) int64: rows are the truth, columns the prediction. The last column counts pixels that have a
     class in the truth but `ignore` in the prediction: they are errors. Pixels whose truth is `ignore` are not counted.
-    Raises `ValueError` for a number of classes that does not fit below `ignore`.
+    It begins at zero, or with a copy of `counts`. Raises `ValueError` for a number of classes that does not fit below
+    `ignore`, and for counts of another shape.
     """
 
-    def __init__(self, num_classes: int, ignore: int = 255):
+    def __init__(self, num_classes: int, counts: ArrayLike | None = None, ignore: int = 255):
         if not 1 <= num_classes <= ignore <= 255:
             raise ValueError(
                 f"{num_classes} classes and ignore {ignore} do not fit: 1 <= classes <= ignore <= 255 must hold"
             )
+        shape = (num_classes, num_classes + 1)
         self.num_classes, self.ignore = num_classes, ignore
-        self.counts = np.zeros((num_classes, num_classes + 1), np.int64)
+        self.counts = np.zeros(shape, np.int64) if counts is None else np.array(counts, np.int64)
+        if self.counts.shape != shape:
+            raise ValueError(f"the counts have shape {self.counts.shape}, but {num_classes} classes need {shape}")
 
     def update(self, truth: np.ndarray, prediction: np.ndarray) -> None:
         """Add one image or batch: two integer arrays of the same shape that hold class ids or `ignore`.
@@ -39,25 +43,15 @@ class ConfusionMatrix:
         for start in range(0, truth.size, CHUNK):
             part = [array[start : start + CHUNK] for array in (truth, prediction)]
             pairs += cv2.calcHist(part, [0, 1], None, [256, 256], [0, 256, 0, 256]).astype(np.int64)
-        known = [*range(self.num_classes), self.ignore]
-        for name, seen in (("truth", pairs.sum(axis=1)), ("prediction", pairs.sum(axis=0))):
-            seen[known] = 0
-            if seen.any():
+        ids = [*range(self.num_classes), self.ignore]
+        for name, pixels in (("truth", pairs.sum(axis=1)), ("prediction", pairs.sum(axis=0))):
+            pixels[ids] = 0
+            if pixels.any():
                 raise ValueError(
-                    f"the {name} holds the id {seen.nonzero()[0][0]}, but there are {self.num_classes} "
+                    f"the {name} holds the id {pixels.nonzero()[0][0]}, but there are {self.num_classes} "
                     f"classes and {self.ignore} for ignore"
                 )
-        self.counts += pairs[: self.num_classes, known]
-
-    def merge(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
-        """Add the counts of another matrix to this one. Raises `ValueError` for other classes."""
-        if (self.num_classes, self.ignore) != (other.num_classes, other.ignore):
-            raise ValueError(
-                f"cannot add counts of {other.num_classes} classes (ignore {other.ignore}) to counts of "
-                f"{self.num_classes} (ignore {self.ignore})"
-            )
-        self.counts += other.counts
-        return self
+        self.counts += pairs[: self.num_classes, ids]
 
     def scores(self, left_out: Iterable[int] = (), protocol: str = "clean") -> dict:
         """Fractions from 0 to 1. For each class (K,): `iou`, `f1`, `precision`, `recall`, and `support`, its pixels in
@@ -115,10 +109,11 @@ def _bytes(ids: np.ndarray, name: str) -> np.ndarray:
     return ids.astype(np.uint8)
 
 
-def _ratio(part: ArrayLike, whole: ArrayLike) -> np.ndarray:
-    """part / whole, NaN where `whole` is 0."""
-    part, whole = np.broadcast_arrays(np.asarray(part, float), np.asarray(whole, float))
-    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole != 0)
+def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:
+    """numerator / denominator, NaN where the denominator is 0."""
+    numerator, denominator = np.broadcast_arrays(np.asarray(numerator, float), np.asarray(denominator, float))
+    undefined = np.full(denominator.shape, np.nan)
+    return np.divide(numerator, denominator, out=undefined, where=denominator != 0)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""The folders that hold a label map, or CAMs, for each patch of a split: what they are and how they are read."""
+"""The stages of an experiment: folders that hold a label map, or CAMs, for each patch of a split."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,8 @@ Split = Annotated[str, Field(pattern="^(train|test)$")]
 
 
 @dataclass(eq=False)
-class LabelFolder:
-    """A label folder of an experiment and, once it is scored, its counts.
+class Stage:
+    """A folder of label maps of an experiment and, once it is scored, its counts.
 
     `per_image`: id -> mIoU of that image alone; `present`: id -> how many classes of the mean its truth holds.
     """
@@ -50,8 +50,8 @@ def load_prediction(folder: Path, id: str, num_classes: int, size: tuple[int, ..
     """(H,W) uint8 class ids of one image of (H,W) = size; of CAMs, the class with the highest map."""
     if step_of(folder) is not STEPS["cams"]:
         return load_label(folder / f"{id}.png", num_classes)
-    present, maps = load_maps(folder, id, num_classes, size)
-    return present.astype(np.uint8)[maps.argmax(axis=0)]
+    classes, maps = load_maps(folder, id, num_classes, size)
+    return classes.astype(np.uint8)[maps.argmax(axis=0)]
 
 
 def load_maps(folder: Path, id: str, num_classes: int, size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
