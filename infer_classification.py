@@ -42,7 +42,8 @@ def main(args: Constants) -> None:
     step = Step("cams", args, image_labels=True)
     dataset, trained = step.dataset, step.inputs["classifier"].constants
     iterations = trained["iterations"] if args.iterations is None else args.iterations
-    model = Classifier(Backbone(trained["backbone"], "none"), dataset.num_classes, trained["gamma"], iterations)
+    backbone = Backbone(trained["backbone"], "none")
+    model = Classifier(backbone, dataset.num_classes, trained["gamma"], iterations, train_all=False)
     load_checkpoint(step.sources["classifier"] / "model.pt", model)
     accelerator = make_accelerator(args.precision, args.device)
     model, parts = for_inference(model, accelerator.device), Parts()

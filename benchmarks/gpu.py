@@ -239,7 +239,11 @@ def inference(sizes: Sizes, device: torch.device, name: str, size: int) -> Itera
     """Step 2's maps or step 6's logits: one image, scale and mirror at a time in fp32, and ours, 8 images at once."""
     torch.manual_seed(0)
     backbone = Backbone(sizes.backbone, "none")
-    model: nn.Module = Classifier(backbone, sizes.classes) if name == "CAMs" else DeepLabV3Plus(backbone, sizes.classes)
+    model: nn.Module
+    if name == "CAMs":
+        model = Classifier(backbone, sizes.classes, gamma=0.7, iterations=1, train_all=False)
+    else:
+        model = DeepLabV3Plus(backbone, sizes.classes, width=256, freeze_norm=True)
     model = model.to(device).eval()
     images = torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8)
 

@@ -68,8 +68,9 @@ def model_of(training: str, args: Constants) -> tuple[nn.Module, nn.Module, Comp
     if training == "classification":
         step1 = train_classification.Constants(weights="none")
         compute_loss = partial(train_classification.compute_loss, ir_weight=step1.ir_weight, tiles=step1.tiles)
-        return Classifier(backbone, args.num_classes), backbone, compute_loss, step1
-    model = DeepLabV3Plus(backbone, args.num_classes, freeze_norm=False)
+        classifier = Classifier(backbone, args.num_classes, gamma=0.7, iterations=1, train_all=False)
+        return classifier, backbone, compute_loss, step1
+    model = DeepLabV3Plus(backbone, args.num_classes, width=256, freeze_norm=False)
     for module in model.modules():  # with dropout the two ways would not have the same losses
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -24,7 +24,7 @@ class Backbone(nn.Module):
     network in torchvision, with or without the classification head. Raises `ValueError` for other names and weights.
     """
 
-    def __init__(self, name: str = "resnet50", weights: Weights = "imagenet"):
+    def __init__(self, name: str, weights: Weights):
         super().__init__()
         if name not in NAMES:
             raise ValueError(f"backbone is {name}, but it must be one of {', '.join(NAMES)}")

@@ -28,7 +28,7 @@ FULL = [
 
 
 def classification():
-    model = Classifier(Backbone("resnet18", "none"), 3, train_all=True)
+    model = Classifier(Backbone("resnet18", "none"), 3, gamma=0.7, iterations=1, train_all=True)
     loss = partial(train_classification.compute_loss, ir_weight=0.1, tiles=4)
     return model, loss, len, (torch.rand(5, 3) < 0.5).double()
 
@@ -38,7 +38,7 @@ def segmentation():
     labels = torch.randint(0, 3, (5, 32, 32))
     labels[0, 4:], labels[1, :, 9:], labels[3] = IGNORE, IGNORE, IGNORE
     return (
-        DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16),
+        DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=True),
         train_segmentation.compute_loss,
         train_segmentation.labelled_pixels,
         labels,

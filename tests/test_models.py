@@ -179,7 +179,7 @@ def test_no_bytes_end_in_a_traceback(content, tmp_path_factory):
 @pytest.mark.parametrize("train_all", [False, True])
 def test_what_the_classifier_trains(train_all):
     torch.manual_seed(0)
-    model = Classifier(Backbone("resnet18", "none"), 4, train_all=train_all).train()
+    model = Classifier(Backbone("resnet18", "none"), 4, gamma=0.7, iterations=1, train_all=train_all).train()
     before = [norm.running_mean.clone() for norm in norms(model.backbone)]
     x = torch.randn(2, 3, 64, 48)
     logits, maps = model(x)
@@ -201,12 +201,12 @@ def test_logits_are_the_mean_of_the_raw_maps():
     backbone = Backbone("resnet18", "none").eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
-        model = Classifier(backbone, 3).eval()
+        model = Classifier(backbone, 3, gamma=0.7, iterations=1, train_all=False).eval()
         raw = model.classifier(backbone(x)[2])
         logits, maps = model(x)
         assert torch.equal(logits, raw.mean((2, 3)))
         assert torch.equal(maps, model.prc(raw, backbone(x)[2], x)) and not torch.equal(maps, raw)
-        logits, maps = Classifier(backbone, 3, iterations=0).eval()(x)
+        logits, maps = Classifier(backbone, 3, gamma=0.7, iterations=0, train_all=False).eval()(x)
         assert torch.equal(logits, maps.mean((2, 3)))
     assert model.classifier.bias is None and model.prc.projection.weight.shape == (512, 515, 1, 1)
 
@@ -214,7 +214,7 @@ def test_logits_are_the_mean_of_the_raw_maps():
 @pytest.fixture(scope="module")
 def segmenter():
     torch.manual_seed(0)
-    return DeepLabV3Plus(Backbone("resnet18", "none"), 5, width=16)
+    return DeepLabV3Plus(Backbone("resnet18", "none"), 5, width=16, freeze_norm=True)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (50, 75), (33, 17)])
@@ -227,7 +227,7 @@ def test_segmenter_answers_at_input_size(segmenter, size):
 
 
 def test_parts_of_the_segmenter():
-    model = DeepLabV3Plus(Backbone("resnet18", "none"), 5)
+    model = DeepLabV3Plus(Backbone("resnet18", "none"), 5, width=256, freeze_norm=True)
     dilations = [branch[0].dilation[0] for branch in model.aspp.branches]
     assert dilations == [1, 6, 12, 18]
     assert all(branch[0].out_channels == 256 for branch in [*model.aspp.branches, model.aspp.pooling])
@@ -252,7 +252,7 @@ def test_parts_of_the_segmenter():
 
 def test_new_convolutions_start_kaiming_normal_and_attentions_as_torch_does():
     torch.manual_seed(0)
-    model = DeepLabV3Plus(Backbone("resnet18", "none"), 5, width=64)
+    model = DeepLabV3Plus(Backbone("resnet18", "none"), 5, width=64, freeze_norm=True)
     attentions = [module for module in model.low[1:].modules() if isinstance(module, nn.Conv2d)]
     new = [module for part in (model.aspp, model.low, model.decoder) for module in part.modules()]
     new = [module for module in new if isinstance(module, nn.Conv2d) and module not in attentions]
@@ -310,15 +310,16 @@ def test_frozen_statistics_stay_while_scale_and_bias_learn(freeze):
 
 def test_statistics_stay_frozen_on_several_gpus():
     """There BatchNorm becomes SyncBatchNorm."""
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(DeepLabV3Plus(Backbone("resnet18", "none"), 3, width=8)).train()
+    model = DeepLabV3Plus(Backbone("resnet18", "none"), 3, width=8, freeze_norm=True)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model).train()
     assert norms(model) and not any(norm.training for norm in norms(model))
 
 
 def build(kind):
     backbone = Backbone("resnet18", "none")
-    return (
-        DeepLabV3Plus(backbone, 3, width=8) if kind == "deeplab" else Classifier(backbone, 3, train_all=kind == "all")
-    )
+    if kind == "deeplab":
+        return DeepLabV3Plus(backbone, 3, width=8, freeze_norm=True)
+    return Classifier(backbone, 3, gamma=0.7, iterations=1, train_all=kind == "all")
 
 
 @pytest.mark.parametrize("kind", ["classifier", "all", "deeplab"])
@@ -345,7 +346,8 @@ def test_parameter_groups(kind):
 def test_the_classifier_starts_kaiming_normal():
     """One output of many inputs, and no bias: torch's default would be 2.45 times smaller, and uniform."""
     torch.manual_seed(0)
-    weight = Classifier(Backbone("resnet18", "none"), 20).classifier.weight.detach().double()
+    model = Classifier(Backbone("resnet18", "none"), 20, gamma=0.7, iterations=1, train_all=False)
+    weight = model.classifier.weight.detach().double()
     expected = (2 / 512) ** 0.5
     assert float(weight.std()) == pytest.approx(expected, rel=6 / (2 * weight.numel()) ** 0.5)
     assert float(weight.abs().max()) > 2 * expected  # a uniform distribution ends at 1.73 standard deviations

@@ -21,7 +21,7 @@ def test_gamma_and_iterations_come_from_the_training(copy):
     x = normalise(to_tensor(image))[None]
     maps = {}
     for gamma, iterations in ((0.02, 2), (0.02, 1), (0.7, 2)):
-        model = Classifier(Backbone("resnet18", "none"), 3, gamma, iterations).eval()
+        model = Classifier(Backbone("resnet18", "none"), 3, gamma, iterations, train_all=False).eval()
         load_checkpoint(experiment(copy, "loose") / "classifier" / "model.pt", model)
         with torch.inference_mode():
             both = model(x)[1].relu() + model(x.flip(-1))[1].relu().flip(-1)

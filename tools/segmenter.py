@@ -28,7 +28,8 @@ class Segmenter:
             f"{folder} was trained on the data set {trained['dataset']}: use --dataset {trained['dataset']}, or train "
             f"on {dataset.name}",
         )
-        model = DeepLabV3Plus(Backbone(trained["backbone"], "none"), dataset.num_classes, trained["width"])
+        backbone = Backbone(trained["backbone"], "none")
+        model = DeepLabV3Plus(backbone, dataset.num_classes, trained["width"], freeze_norm=True)
         load_checkpoint(folder / "model.pt", model)
         self.accelerator, self.parts = accelerator, Parts()
         self.model = for_inference(model, accelerator.device)
