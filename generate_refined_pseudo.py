@@ -51,9 +51,9 @@ def refine_patch(
     masks = load_masks(sources["sam_masks"] / f"{id}.npz", label.shape, maker)
     maps = {}
     if refinement.rule == "mean_cam":
-        from tools.cams import load_cams  # imports torch, which takes seconds and no other rule needs
+        from tools.map_files import load_maps  # imports torch, which takes seconds and no other rule needs
 
-        ids, values = load_cams(sources["cams"] / f"{id}.npz", dataset.num_classes, label.shape)
+        ids, values = load_maps(sources["cams"] / f"{id}.npz", dataset.num_classes, label.shape)
         maps = dict(zip(ids, values, strict=True))
     refined = refinement(label, masks, np.flatnonzero(image_label), maps)
     save_label(output / f"{id}.png", refined, dataset.colours)

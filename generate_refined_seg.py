@@ -54,10 +54,10 @@ def refine_patch(
     classes = np.setdiff1d(label, [IGNORE]) if image_label is None else np.flatnonzero(image_label)
     maps = {}
     if refinement.rule == "mean_cam":
-        from tools.cams import load_cams  # imports torch, which takes seconds and no other rule needs
+        from tools.map_files import load_maps  # imports torch, which takes seconds and no other rule needs
 
         file = sources["segmentation"] / f"{id}.npz"
-        ids, values = load_cams(file, dataset.num_classes, label.shape, relative=False)
+        ids, values = load_maps(file, dataset.num_classes, label.shape, relative=False)
         maps = dict(zip(ids, values, strict=True))
     refined = refinement(label, masks, classes, maps)
     save_label(output / f"{id}.png", refined, dataset.colours)

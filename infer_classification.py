@@ -60,7 +60,8 @@ def main(args: Constants) -> None:
     step = Step("cams", args, image_labels=True)
     dataset, trained = step.dataset, step.run_of["classifier"].constants
     iterations = trained["iterations"] if args.iterations is None else args.iterations
-    model = Classifier(Backbone(trained["backbone"], "none"), dataset.num_classes, trained["gamma"], iterations)
+    backbone = Backbone(trained["backbone"], "none")
+    model = Classifier(backbone, dataset.num_classes, trained["gamma"], iterations, train_all=False)
     load_checkpoint(step.reads["classifier"] / "model.pt", model)
     model = for_inference(model, step.device)
     halving = Halving(args.images_at_once)

@@ -68,7 +68,8 @@ def load_segmenter(step: Step) -> DeepLabV3Plus:
         f"{step.reads['segmenter']} was trained on the data set {trained['dataset']}: use --dataset "
         f"{trained['dataset']}, or train on {name}",
     )
-    model = DeepLabV3Plus(Backbone(trained["backbone"], "none"), step.dataset.num_classes, trained["width"])
+    backbone = Backbone(trained["backbone"], "none")
+    model = DeepLabV3Plus(backbone, step.dataset.num_classes, trained["width"], freeze_norm=True)
     load_checkpoint(step.reads["segmenter"] / "model.pt", model)
     return for_inference(model, step.device)
 

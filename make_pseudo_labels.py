@@ -15,7 +15,7 @@ from skimage.filters import threshold_otsu
 
 from models.crf import dense_crf
 from report.page import renew
-from tools.cams import load_cams
+from tools.map_files import load_maps
 from tools.command import UserError, check, run
 from tools.constants import Count, Machine, NonNegative, Positive, checked_constants
 from tools.dataset import Dataset
@@ -55,7 +55,7 @@ def thresholded_background(classes: np.ndarray, maps: np.ndarray, background: in
 def make_label(id: str, *, cams: Path, output: Path, dataset: Dataset, args: Constants) -> None:
     """One patch: maps of its classes -> CRF -> the most probable class of each pixel."""
     image = load_image(dataset.images(args.split) / f"{id}.png")
-    classes, maps = load_cams(cams / f"{id}.npz", dataset.num_classes, image.shape[:2])
+    classes, maps = load_maps(cams / f"{id}.npz", dataset.num_classes, image.shape[:2])
     if args.background == "threshold" and dataset.background is not None:
         maps = thresholded_background(classes, maps, dataset.background)
     if args.crf_iterations > 0 and len(classes) > 1:

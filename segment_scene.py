@@ -15,7 +15,8 @@ import glob
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from accelerate.utils import gather_object
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from tools.cams import at_scales, stack_scales
+from tools.map_files import at_scales, stack_scales
 from tools.command import UserError, and_more, check, run
 from tools.constants import ROOT, Device, MayChange, PositiveCount, Scales, checked_constants, flat, may_change
 from tools.dataset import Dataset, load_dataset
@@ -39,10 +40,10 @@ from tools.rasters import (
     Raster,
     check_file,
     copy_world_file,
-    write_label_tiff,
+    label_tiff,
 )
 from tools.runs import commit, package_versions
-from tools.scene_windows import Predict, Windows, label_strips
+from tools.scene_windows import Windows, label_strips
 from tools.segmenter import Segmenter
 from tools.step import experiment_folder, require
 
@@ -66,8 +67,8 @@ class Constants:
     overwrite: MayChange[bool] = False  # segment the named scenes again, and replace their results
 
 
-class Account(BaseModel):
-    """made_from/<name>.json, written when all other files of a scene are there."""
+class SceneRecord(BaseModel):
+    """made_from/<name>.json, written when all other files of a scene exist."""
 
     image: str
     bytes: int
@@ -80,36 +81,64 @@ class Account(BaseModel):
     square_metres: float | None = None  # of a pixel
 
 
+class ResultFiles:
+    """The files of one scene: label map, overview and record."""
+
+    def __init__(self, scene: Path, folder: Path):
+        suffix = ".png" if scene.suffix.lower() in (".png", ".jpg", ".jpeg") else ".tif"
+        self.labels = folder / f"{scene.stem}{suffix}"
+        self.overview = folder / "overview" / f"{scene.stem}.png"
+        self.record = folder / "made_from" / f"{scene.stem}.json"
+
+
 def main(args: Constants) -> None:
     check_scenes(args.scene)
     dataset = load_dataset(args.dataset, args.root)
-    experiment = experiment_folder(args.root, args.dataset, args.experiment)
+    folder = experiment_folder(args.root, args.dataset, args.experiment) / "scenes"
     trainer = experiment_folder(args.root, args.dataset, args.segmenter or args.experiment)
     trained = require(trainer / "segmenter", args, experiment=trainer.name)
     accelerator = make_accelerator(args.precision, args.device)
     segmenter = Segmenter(trainer / "segmenter", trained, dataset, accelerator)
+    precision = precision_of(accelerator)
+    if accelerator.is_main_process:
+        print(f"scenes, {start_line(accelerator, precision, args.device)}")
 
-    def predict(windows: Tensor) -> Tensor:
-        """(B,3,P,P) uint8 -> logits (B,K,P,P)."""
-        images = [at_scales(window.permute(1, 2, 0).numpy(), args.scales) for window in windows]
-        return segmenter(stack_scales(images), windows.shape[-2:])
+    def predict(batch: Tensor) -> Tensor:
+        """Windows (B,3,P,P) uint8 -> logits (B,K,P,P)."""
+        images = [at_scales(window.permute(1, 2, 0).numpy(), args.scales) for window in batch]
+        return segmenter(stack_scales(images), batch.shape[-2:])
 
-    settings = {"segmenter": trainer.name, "precision": precision_of(accelerator), "window": dataset.patch_size}
-    made_with = {
+    size = dataset.patch_size
+    stride = max(1, round(size * (1 - args.overlap)))
+    windows = Windows(size, stride, args.images_at_once, accelerator.device)
+    kinds = ("rgb", "holes", "grey") if args.grey == "repeat" else ("rgb", "holes")
+    made_with: dict[str, Any] = {
         "trained": trained.started,
-        "constants": json.loads(json.dumps(affecting(args) | settings)),
+        "constants": affecting(args) | {"segmenter": trainer.name, "precision": precision, "window": size},
         "commit": commit(),
         "packages": package_versions(),
     }
-    if accelerator.is_main_process:
-        print(f"scenes, {start_line(accelerator, precision_of(accelerator), args.device)}")
     failures = []
     for scene in args.scene[accelerator.process_index :: accelerator.num_processes]:
-        account = Account(**file_state(scene), **made_with)
+        begin, files, state = time.monotonic(), ResultFiles(scene, folder), scene.stat()
+        record = SceneRecord(image=str(scene.resolve()), bytes=state.st_size, modified=state.st_mtime_ns, **made_with)
         try:
-            segment(scene, experiment / "scenes", account, predict, dataset, args)
+            if not args.overwrite and is_finished(files, record):
+                print(f"exists already: {files.labels}")
+                continue
+            with Raster(scene, kinds, args.nodata) as raster:
+                remove_result(files)
+                strips = label_strips(predict, raster, dataset.num_classes, windows)
+                record.pixels = write_result(files, raster, strips, dataset)
+                record.square_metres = raster.square_metres
+            write_json(files.record, record.model_dump())
         except UserError as error:
             failures.append(str(error))
+            continue
+        print(f"made: {files.labels}, {time.monotonic() - begin:.0f} s")
+        print(f"look at: {files.overview}")
+        for line in areas(record.pixels, record.square_metres):
+            print(f"  {line}")
     failures = gather_object(failures)
     check(
         not failures,
@@ -128,90 +157,68 @@ def check_scenes(scenes: Sequence[Path]) -> None:
             f"the scene {scene} is not one of {', '.join(SUFFIXES)}: convert it with gdal_translate",
         )
         check(names.count(name) == 1, f"two scenes are called {name} and would share a result: rename one of them")
-        fits = name.isprintable() and len(os.fsencode(name)) <= LONGEST_NAME  # printable names are valid UTF-8
         check(
-            fits, f"the name of the scene {name!a} is not UTF-8 or has more than {LONGEST_NAME} bytes: rename the file"
+            name.isprintable() and len(os.fsencode(name)) <= LONGEST_NAME,  # printable names are valid UTF-8
+            f"the name of the scene {name!a} is not UTF-8 or has more than {LONGEST_NAME} bytes: rename the file",
         )
 
 
 def affecting(args: Constants) -> dict[str, Any]:
-    """The constants that affect a result."""
+    """The constants that affect a result, as JSON gives them back: lists instead of tuples."""
     speed = may_change(args)
-    return {name: value for name, value in flat(args).items() if name not in speed}
+    return json.loads(json.dumps({name: value for name, value in flat(args).items() if name not in speed}))
 
 
-def file_state(scene: Path) -> dict[str, Any]:
-    """The fields of `Account` by which a replaced file is recognised."""
-    state = scene.stat()
-    return {"image": str(scene.resolve()), "bytes": state.st_size, "modified": state.st_mtime_ns}
-
-
-def segment(scene: Path, folder: Path, account: Account, predict: Predict, dataset: Dataset, args: Constants) -> None:
-    """Write the files of one scene, unless they exist. Raises `UserError` where they were made otherwise."""
-    start, name = time.monotonic(), scene.stem
-    target = folder / f"{name}{'.png' if scene.suffix.lower() in ('.png', '.jpg', '.jpeg') else '.tif'}"
-    file = folder / "made_from" / f"{name}.json"
-    if file.exists() and not args.overwrite:
-        refuse_other(target, read_json(file, Account, "replace the result with --overwrite"), account)
-        if target.exists():
-            print(f"exists already: {target}")
-            return
-    remove_leftovers(folder, f"**/.{glob.escape(name)}.*.tmp*")
-    kinds = ("rgb", "holes", "grey") if args.grey == "repeat" else ("rgb", "holes")
-    stride = max(1, round(dataset.patch_size * (1 - args.overlap)))
-    windows = Windows(dataset.patch_size, stride, args.images_at_once)
-    with Raster(scene, kinds, args.nodata) as raster:
-        # An interrupted run must not leave a new result with an old account or world file
-        for path in (file, *(target.with_suffix(suffix) for suffix in {".tif", ".png", ".pgw"} - {target.suffix})):
-            path.unlink(missing_ok=True)
-        strips = label_strips(predict, raster, dataset.num_classes, windows)
-        pixels = write_result(raster, target, strips, dataset)
-        account = account.model_copy(update={"pixels": pixels, "square_metres": raster.square_metres})
-    write_json(file, account.model_dump())
-    print(f"made: {target}, {time.monotonic() - start:.0f} s")
-    print(f"look at: {folder / 'overview' / f'{name}.png'}")
-    print("\n".join(f"  {line}" for line in areas(pixels, account.square_metres)))
-
-
-def refuse_other(target: Path, before: Account, now: Account) -> None:
-    """Raise `UserError` where a result was made from or with something else."""
-    old, new = before.constants, now.constants
-    other = [
-        f"{name}: {old.get(name)} there, {new.get(name)} now"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
-    if before.trained != now.trained:
-        other.append("made by another run of the segmenter")
-    if (before.image, before.bytes, before.modified) != (now.image, now.bytes, now.modified):
-        other.append(
-            f"made from {before.image} before it was changed"
-            if before.image == now.image
-            else f"made from {before.image}"
-        )
+def is_finished(files: ResultFiles, record: SceneRecord) -> bool:
+    """Whether the result of a scene exists. Raises `UserError` where it was made from or with something else."""
+    if not files.record.exists():
+        return False
+    before = read_json(files.record, SceneRecord, "replace the result with --overwrite")
+    old, new = before.constants, record.constants
+    differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    differences = [f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing]
+    if before.trained != record.trained:
+        differences.append("made by another run of the segmenter")
+    if before.image != record.image:
+        differences.append(f"made from {before.image}")
+    elif (before.bytes, before.modified) != (record.bytes, record.modified):
+        differences.append(f"made from {before.image} before it was changed")
     check(
-        not other,
-        f"{target} was made otherwise ({'; '.join(other)}): replace it with --overwrite, or write to another "
-        f"experiment with --experiment NAME --segmenter {new['segmenter']}",
+        not differences,
+        f"{files.labels} was made otherwise ({'; '.join(differences)}): replace it with --overwrite, or write to "
+        f"another experiment with --experiment NAME --segmenter {new['segmenter']}",
     )
+    return files.labels.exists()
 
 
-def write_result(raster: Raster, target: Path, strips: Iterable[np.ndarray], dataset: Dataset) -> dict[str, int]:
+def remove_result(files: ResultFiles) -> None:
+    """Remove the record first, so that an interrupted run leaves no old record beside a new label map.
+
+    Also what a killed run left, and a label map or world file of another format. The label map itself is replaced.
+    """
+    files.record.unlink(missing_ok=True)
+    remove_leftovers(files.labels.parent, f"**/.{glob.escape(files.labels.stem)}.*.tmp*")
+    for suffix in (".tif", ".png", ".pgw"):
+        if suffix != files.labels.suffix:
+            files.labels.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def write_result(files: ResultFiles, raster: Raster, strips: Iterable[np.ndarray], dataset: Dataset) -> dict[str, int]:
     """Write label map, georeference and overview; returns the pixels of each class."""
-    step = -(-max(raster.shape) // OVERVIEW)
-    rows: list[np.ndarray] = []
-    counts = np.zeros(256, np.int64)
-    strips = _watched(strips, step, rows, counts)
-    if target.suffix == ".tif":
-        write_label_tiff(target, strips, raster.shape, dataset.colours, raster.place)
-    else:
-        save_label(target, np.concatenate(list(strips)), dataset.colours)
-        copy_world_file(raster.path, target)
-    pixels = dict(zip(dataset.classes, counts.tolist(), strict=False))
-    (height, width), labels = raster.shape, np.stack(rows)
+    step = -(-max(raster.shape) // OVERVIEW)  # every step-th pixel of every step-th row is in the overview
+    counts, rows, top = np.zeros(256, np.int64), [], 0
+    with label_file(files.labels, raster, dataset) as write:
+        for strip in strips:
+            write(strip)
+            counts += np.bincount(strip.ravel(), minlength=256)
+            rows.append(strip[-top % step :: step, ::step].copy())  # a view would keep the strip in memory
+            top += len(strip)
+    pixels = dict(zip(dataset.classes, counts[: dataset.num_classes].tolist(), strict=True))
+    height, width = raster.shape
+    labels = np.concatenate(rows)
     image = np.concatenate([raster.read(y, 0, 1, width)[:, ::step] for y in range(0, height, step)])
     contact_sheet(
-        target.parent / "overview" / f"{target.stem}.png",
+        files.overview,
         [[image, colourise(labels, dataset.colours), overlay(image, labels, dataset.colours)]],
         ["image", "segmentation", "both"],
         zip(areas(pixels, raster.square_metres), dataset.colours, strict=True),
@@ -220,23 +227,29 @@ def write_result(raster: Raster, target: Path, strips: Iterable[np.ndarray], dat
     return pixels
 
 
-def _watched(
-    strips: Iterable[np.ndarray], step: int, rows: list[np.ndarray], counts: np.ndarray
-) -> Iterator[np.ndarray]:
-    """Hand the strips on. Adds every `step`-th pixel of every `step`-th row to `rows`, and their pixels to `counts`."""
-    top = 0
-    for strip in strips:
-        rows.extend(strip[-top % step :: step, ::step])
-        counts += np.bincount(strip.ravel(), minlength=256)
-        top += len(strip)
-        yield strip
+@contextmanager
+def label_file(path: Path, raster: Raster, dataset: Dataset) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yield `write(strip)`, from top to bottom; at the end of the block the label map exists, with its georeference."""
+    if path.suffix == ".tif":
+        with label_tiff(path, raster.shape, dataset.colours, raster.place) as write:
+            yield write
+    else:
+        strips: list[np.ndarray] = []
+        yield strips.append
+        save_label(path, np.concatenate(strips), dataset.colours)
+        copy_world_file(raster.path, path)
 
 
 def areas(pixels: dict[str, int], square_metres: float | None) -> list[str]:
     """ "<class> 12.3 %, 4,567 m2" for each class: its share of the scene without nodata."""
     total = max(sum(pixels.values()), 1)
-    metres = [f", {count * square_metres:,.0f} m2" if square_metres else "" for count in pixels.values()]
-    return [f"{name} {count / total:.1%}{area}" for (name, count), area in zip(pixels.items(), metres, strict=True)]
+    lines = []
+    for name, count in pixels.items():
+        line = f"{name} {count / total:.1%}"
+        if square_metres:
+            line += f", {count * square_metres:,.0f} m2"
+        lines.append(line)
+    return lines
 
 
 if __name__ == "__main__":

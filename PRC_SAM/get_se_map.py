@@ -134,7 +134,7 @@ def felzenszwalb_regions(id: str, images: Path, folder: Path, args: Constants) -
 
 def sam_masks(step: StepFolder, args: Constants, images: Path, ids: list[str], generate: Any) -> None:
     """Masks of some patches by SAM, while threads read the next images and write the last masks."""
-    from tools.cams import in_background
+    from tools.map_files import in_background
 
     def read(id: str) -> tuple[np.ndarray, Any] | UserError:
         try:

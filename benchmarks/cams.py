@@ -71,10 +71,10 @@ def the_model(args: Constants, device: torch.device, sample: torch.Tensor) -> Cl
         backbone = Backbone(settings["backbone"], "none")
         state = torch.load(args.classifier / "model.pt", map_location="cpu", weights_only=True)["model"]
         classes = len(state["classifier.weight"])
-        model = Classifier(backbone, classes, settings["gamma"], settings["iterations"])
+        model = Classifier(backbone, classes, settings["gamma"], settings["iterations"], train_all=False)
         load_checkpoint(args.classifier / "model.pt", model)
     else:
-        model = Classifier(Backbone(args.backbone, "none"), args.num_classes)
+        model = Classifier(Backbone(args.backbone, "none"), args.num_classes, gamma=0.7, iterations=1, train_all=False)
         with torch.no_grad():
             for _ in range(3):  # so that BatchNorm's statistics fit the random weights
                 model.train()(normalise(sample))
@@ -205,7 +205,8 @@ def parts(classifier: Classifier, args: Constants, root: Path, device: torch.dev
         f"{len(args.scales)} scales {1e3 * resizing / len(files):.1f} ms"
     )
     batch = stack_scales(scaled[: args.images_at_once])
-    segmenter = DeepLabV3Plus(Backbone(args.backbone, "none"), classifier.classifier.out_channels)
+    backbone = Backbone(args.backbone, "none")
+    segmenter = DeepLabV3Plus(backbone, classifier.classifier.out_channels, width=256, freeze_norm=True)
     for name, model in (("step 2", classifier), ("step 6", segmenter)):
         unfolded = model.eval().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         folded = for_inference(deepcopy(unfolded), device)

@@ -46,7 +46,7 @@ from PRC_SAM.checkpoints import SIZES, build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.sam_forward import encode_images, relative_positions
 from tools.augment import normalise
-from tools.cams import at_scales, for_inference, mirrored_scales, stack_scales
+from tools.map_files import at_scales, for_inference, mirrored_scales, stack_scales
 from tools.command import check
 from tools.devices import device_facts, device_name, process_state, set_precision
 from tools.files import write_json, write_whole
@@ -236,7 +236,11 @@ def inference(sizes: Sizes, device: torch.device, name: str, size: int) -> Itera
     """Step 2's maps or step 6's logits: one image, scale and mirror at a time in fp32, and ours, 8 images at once."""
     torch.manual_seed(0)
     backbone = Backbone(sizes.backbone, "none")
-    model: nn.Module = Classifier(backbone, sizes.classes) if name == "CAMs" else DeepLabV3Plus(backbone, sizes.classes)
+    model: nn.Module
+    if name == "CAMs":
+        model = Classifier(backbone, sizes.classes, gamma=0.7, iterations=1, train_all=False)
+    else:
+        model = DeepLabV3Plus(backbone, sizes.classes, width=256, freeze_norm=True)
     model = model.to(device).eval()
     images = torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8)
 

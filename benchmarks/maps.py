@@ -68,7 +68,8 @@ def affinities(dataset: Dataset, folder: Path, args: Constants) -> None:
     settings = require(folder, args, experiment=folder.parent.name).constants
     if not settings["iterations"]:
         return print("trained without PRC")
-    model = Classifier(Backbone(settings["backbone"], "none"), dataset.num_classes)
+    backbone = Backbone(settings["backbone"], "none")
+    model = Classifier(backbone, dataset.num_classes, settings["gamma"], settings["iterations"], train_all=False)
     load_checkpoint(folder / "model.pt", model)
     model.eval()
     sampled: dict[str, list[Tensor]] = {"features": [], "projected features": []}

@@ -74,8 +74,8 @@ def model_of(training: str, classes: int, prc: bool = True) -> nn.Module:
     with FAKE:
         backbone = Backbone("resnet50", "none")
         if training == "classification":
-            return Classifier(backbone, classes, iterations=int(prc))
-        return DeepLabV3Plus(backbone, classes)
+            return Classifier(backbone, classes, gamma=0.7, iterations=int(prc), train_all=False)
+        return DeepLabV3Plus(backbone, classes, width=256, freeze_norm=True)
 
 
 @cache

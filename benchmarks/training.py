@@ -68,8 +68,8 @@ def model_of(training: str, args: Constants) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     backbone = Backbone(args.backbone, "none")
     if training == "classification":
-        return Classifier(backbone, args.num_classes), backbone
-    model = DeepLabV3Plus(backbone, args.num_classes, freeze_norm=False)
+        return Classifier(backbone, args.num_classes, gamma=0.7, iterations=1, train_all=False), backbone
+    model = DeepLabV3Plus(backbone, args.num_classes, width=256, freeze_norm=False)
     for module in model.modules():  # with dropout the two ways would not have the same losses
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -81,10 +81,11 @@ def losses_of(training: str, model: nn.Module, images: Tensor, targets: Tensor) 
     if training == "segmentation":
         summed = F.cross_entropy(model(images).float(), targets, ignore_index=IGNORE, reduction="sum")
         return {"loss": summed / (targets != IGNORE).sum().clamp_min(1)}
+    step1 = train_classification.Constants()
     logits, maps = model(images)
     classification = F.multilabel_soft_margin_loss(logits.float(), targets)
-    reconstruction = image_reconstruction_loss(maps, images, targets)
-    loss = classification + train_classification.Constants().ir_weight * reconstruction
+    reconstruction = image_reconstruction_loss(maps, images, targets, step1.tiles)
+    loss = classification + step1.ir_weight * reconstruction
     return {"loss": loss, "classification": classification, "reconstruction": reconstruction}
 
 

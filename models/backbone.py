@@ -1,7 +1,7 @@
 """ImageNet backbones from torchvision, cut into three stages, output stride 16 (method sections 1 and 5)."""
 
+from collections.abc import Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -11,6 +11,7 @@ from torchvision import models
 
 BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"]
 NAMES: tuple[str, ...] = get_args(BackboneName)
+Weights = Literal["imagenet", "none"] | Mapping[str, Tensor]
 
 
 class Backbone(nn.Module):
@@ -19,29 +20,29 @@ class Backbone(nn.Module):
     For a ResNet, low is the output of layer1, mid of layer2 and high of layer4. The stride of layer4 is 1, without
     dilation. MobileNetV2 is cut at the same strides. `low_channels` and `high_channels` are C1 and C3.
 
-    name: one of `NAMES`. weights: "imagenet" (downloaded by torchvision), "none" (random), or the file of a torchvision
-    state dict. Raises `ValueError` for an unknown name and for a file that does not fit.
+    name: one of `NAMES`. weights: "imagenet" (downloaded by torchvision), "none" (random), or the state dict of the
+    network in torchvision, with or without the classification head. Raises `ValueError` for other names and weights.
     """
 
-    def __init__(self, name: str = "resnet50", weights: str = "imagenet"):
+    def __init__(self, name: str, weights: Weights):
         super().__init__()
         if name not in NAMES:
             raise ValueError(f"backbone is {name}, but it must be one of {', '.join(NAMES)}")
-        whole = models.get_model(name, weights="IMAGENET1K_V1" if weights == "imagenet" else None)
+        network = models.get_model(name, weights="IMAGENET1K_V1" if weights == "imagenet" else None)
         if weights not in ("imagenet", "none"):
-            _load_file(whole, Path(weights), name)
+            _load(network, weights, name)
         if name == "mobilenet_v2":
-            stages = whole.features[:4], whole.features[4:7], whole.features[7:]
-            whole.features[14].conv[1][0].stride = (1, 1)  # otherwise the output stride would be 32
+            stages = network.features[:4], network.features[4:7], network.features[7:]
+            network.features[14].conv[1][0].stride = (1, 1)  # otherwise the output stride would be 32
             self.low_channels, self.high_channels = 24, 1280
         else:
-            stem = (whole.conv1, whole.bn1, whole.relu, whole.maxpool)
-            stages = nn.Sequential(*stem, whole.layer1), whole.layer2, nn.Sequential(whole.layer3, whole.layer4)
-            first = whole.layer4[0]
-            (first.conv2 if hasattr(first, "conv3") else first.conv1).stride = (1, 1)
-            first.downsample[0].stride = (1, 1)
-            wide = hasattr(first, "conv3")
-            self.low_channels, self.high_channels = (256, 2048) if wide else (64, 512)
+            stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool, network.layer1)
+            stages = stem, network.layer2, nn.Sequential(network.layer3, network.layer4)
+            block = network.layer4[0]
+            bottleneck = hasattr(block, "conv3")
+            (block.conv2 if bottleneck else block.conv1).stride = (1, 1)
+            block.downsample[0].stride = (1, 1)
+            self.low_channels, self.high_channels = (256, 2048) if bottleneck else (64, 512)
         self.low, self.mid, self.high = stages
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,28 +64,26 @@ def fold_batchnorm(model: nn.Module) -> None:
                 setattr(parent, norm_name, nn.Identity())
 
 
-def _load_file(model: nn.Module, path: Path, name: str) -> None:
-    """Load a torchvision state dict; the weights of its classification head are optional."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"the weights file {path} is missing: correct the path") from None
-    except Exception as error:  # torch has no common class for damaged files and for pickled code
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+def _load(network: nn.Module, weights: object, name: str) -> None:
+    """Load a state dict of which the classification head and BatchNorm's counters may be missing."""
+    remedy = f"use a torchvision state dict of {name}"
+    if not isinstance(weights, Mapping) or not all(map(_is_plain, weights.values())):
+        raise ValueError(f"the weights are not a dict of tensors, so they do not fit {name}: {remedy}")
+    values = network.state_dict()
+    required = {key for key in values if not key.startswith(("fc.", "classifier.")) and "num_batches" not in key}
+    missing, unknown = required - weights.keys(), weights.keys() - values.keys()
+    reshaped = [key for key in weights.keys() & values.keys() if weights[key].shape != values[key].shape]
+    if missing or unknown or reshaped:
         raise ValueError(
-            f"the weights file {path} cannot be read as a plain state dict ({reason}): copy the file again, or save "
-            "model.state_dict() with torch.save"
-        ) from None
-    try:
-        state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except (RuntimeError, AttributeError):
-        raise ValueError(
-            f"the weights file {path} does not fit {name}: use a torchvision state dict of {name}"
-        ) from None
-    missing = [key for key in missing if not key.startswith(("fc.", "classifier.")) and "num_batches" not in key]
-    if missing or unexpected:
-        raise ValueError(
-            f"the weights file {path} does not fit {name} ({len(missing)} values are missing, {len(unexpected)} are "
-            f"unknown): use a torchvision state dict of {name}"
+            f"the weights do not fit {name} ({len(missing)} values are missing, {len(unknown)} are unknown, "
+            f"{len(reshaped)} have another shape): {remedy}"
         )
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"the weights hold values in {key} that are not finite: {remedy}")
+    network.load_state_dict({**values, **weights})
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is a dense tensor that holds its numbers."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta

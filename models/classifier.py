@@ -11,12 +11,10 @@ class Classifier(nn.Module):
 
     The logits are the spatial mean of the RAW maps, so only the image reconstruction loss trains PRC. The stages low
     and mid (ResNet: stem, layer1, layer2) do not learn, but their BatchNorm statistics move. With `train_all` they
-    learn as well, for backbones that start from random weights. gamma, iterations: see PixelRelationshipConstraint.
+    learn as well, for backbones that start from random weights. gamma, iterations: see `PixelRelationshipConstraint`.
     """
 
-    def __init__(
-        self, backbone: Backbone, num_classes: int, gamma: float = 0.7, iterations: int = 1, train_all: bool = False
-    ):
+    def __init__(self, backbone: Backbone, num_classes: int, gamma: float, iterations: int, train_all: bool):
         super().__init__()
         self.backbone = backbone
         backbone.low.requires_grad_(train_all)

@@ -17,7 +17,7 @@ def conv_norm(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1) -> 
 class AtrousSpatialPyramidPooling(nn.Module):
     """ASPP (Chen et al., 2018): convolutions of rates 1, 6, 12, 18 and the image mean; (B,C,h,w) -> (B,width,h,w)."""
 
-    def __init__(self, inputs: int, width: int = 256, rates: tuple[int, ...] = (6, 12, 18), dropout: float = 0.5):
+    def __init__(self, inputs: int, width: int, rates: tuple[int, ...] = (6, 12, 18), dropout: float = 0.5):
         super().__init__()
         self.branches = nn.ModuleList(
             [conv_norm(inputs, width), *(conv_norm(inputs, width, 3, rate) for rate in rates)]
@@ -69,7 +69,7 @@ class DeepLabV3Plus(nn.Module):
     learn.
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, width: int = 256, freeze_norm: bool = True):
+    def __init__(self, backbone: Backbone, num_classes: int, width: int, freeze_norm: bool):
         super().__init__()
         self.backbone, self.freeze_norm = backbone, freeze_norm
         self.aspp = AtrousSpatialPyramidPooling(backbone.high_channels, width)

@@ -10,17 +10,17 @@ from torch.nn import functional as F
 EPSILON = 1e-5
 
 
-def image_reconstruction_loss(cam: Tensor, image: Tensor, label: Tensor, tiles: int = 4) -> Tensor:
+def image_reconstruction_loss(cam: Tensor, image: Tensor, image_labels: Tensor, tiles: int) -> Tensor:
     """Mean squared error of the image reconstructed from the class maps, each with its mean colour; a scalar.
 
-    cam (B,K,h,w) class maps after PRC, of any range; image (B,3,H,W) normalised RGB; label (B,K) 0/1 image-level
-    labels. tiles: 1, 4, 9, ... equal parts (1 x 1, 2 x 2, ...), each with class colours of its own, because a class may
-    look different in different places. Where h or w is not divisible, parts differ by one row or column; every value
-    has the same weight. There is no background channel: a pixel in the map of no present class is reconstructed as
-    black, so the loss rewards complete maps. Computed in float32 or better. Raises `ValueError` as `check_tiles`.
+    cam (B,K,h,w) class maps after PRC, of any range; image (B,3,H,W) normalised RGB; image_labels (B,K) 0/1. tiles: 1,
+    4, 9, ... equal parts (1 x 1, 2 x 2, ...), each with class colours of its own, because a class may look different in
+    different places. Where h or w is not divisible, parts differ by one row or column; every value has the same weight.
+    There is no background channel: a pixel in the map of no present class is reconstructed as black, so the loss
+    rewards complete maps. Computed in float32 or better. Raises `ValueError` as `check_tiles`.
     """
     side = check_tiles(tiles, cam.shape[-2:])
-    maps = relative_maps(cam, label)
+    maps = relative_maps(cam, image_labels)
     precision = maps.dtype
     with torch.autocast(cam.device.type, enabled=False):
         target = F.interpolate(image.detach().to(precision), cam.shape[-2:], mode="bilinear", align_corners=False)
@@ -33,7 +33,7 @@ def image_reconstruction_loss(cam: Tensor, image: Tensor, label: Tensor, tiles: 
         return error / target.numel()
 
 
-def relative_maps(cam: Tensor, label: Tensor) -> Tensor:
+def relative_maps(cam: Tensor, image_labels: Tensor) -> Tensor:
     """Class maps (B,K,h,w) and labels (B,K) 0/1 -> shares of each map's maximum, 0 to 1, 0 where the label is 0.
 
     The S of method section 1; in float32 or better.
@@ -42,7 +42,7 @@ def relative_maps(cam: Tensor, label: Tensor) -> Tensor:
     with torch.autocast(cam.device.type, enabled=False):
         positive = F.relu(cam.to(precision))
         maps = F.relu(positive - EPSILON) / (positive.amax((2, 3), keepdim=True) + EPSILON)
-        return maps * label.to(precision)[:, :, None, None]
+        return maps * image_labels.to(precision)[:, :, None, None]
 
 
 def check_tiles(tiles: int, size: Sequence[int]) -> int:

@@ -17,7 +17,7 @@ class PixelRelationshipConstraint(nn.Module):
     become 0. iterations: how often A is applied; 0 switches PRC off. Raises `ValueError` for other values.
     """
 
-    def __init__(self, feature_channels: int, gamma: float = 0.7, iterations: int = 1):
+    def __init__(self, feature_channels: int, gamma: float, iterations: int):
         super().__init__()
         if not 0 <= gamma <= 0.999:
             raise ValueError(f"gamma is {gamma}, but it must be from 0 to 0.999")

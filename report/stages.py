@@ -56,6 +56,6 @@ def load_prediction(folder: Path, id: str, num_classes: int, size: tuple[int, ..
 
 def load_maps(folder: Path, id: str, num_classes: int, size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Class ids (k,) and maps (k,H,W) in 0..1 of one image of (H,W) = size."""
-    from tools.cams import load_cams  # imports torch, which no other folder needs
+    from tools.map_files import load_maps  # imports torch, which no other folder needs
 
-    return load_cams(folder / f"{id}.npz", num_classes, size)
+    return load_maps(folder / f"{id}.npz", num_classes, size)

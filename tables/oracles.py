@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from PRC_SAM.refine import Refinement
-from tools.cams import load_cams
+from tools.map_files import load_maps
 from tools.dataset import Dataset
 from tools.labels import IGNORE, load_label
 from tools.masks import Masks, load_masks, pack_masks
@@ -66,7 +66,7 @@ def _refined_patch(
     classes = np.setdiff1d(label, [IGNORE]) if image_label is None else np.flatnonzero(image_label)
     class_maps = {}
     if maps:
-        ids, values = load_cams(maps / f"{id}.npz", num_classes, truth.shape, relative=maps != folder)
+        ids, values = load_maps(maps / f"{id}.npz", num_classes, truth.shape, relative=maps != folder)
         class_maps = dict(zip(ids, values, strict=True))
     counts = []
     for masks in (load_masks(dataset.sam_masks(split) / f"{id}.npz", truth.shape), perfect_regions(truth, num_classes)):
@@ -90,7 +90,7 @@ def on_true_background(dataset: Dataset, cams: Path, background: int) -> Confusi
     with Progress(len(ids), "CAMs on the true background") as bar:
         for id in ids:
             truth = load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes)
-            classes, maps = load_cams(cams / f"{id}.npz", dataset.num_classes, truth.shape)
+            classes, maps = load_maps(cams / f"{id}.npz", dataset.num_classes, truth.shape)
             others = classes != background
             prediction = np.full(truth.shape, background, np.uint8)
             if others.any():

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from report.summary import Scored
-from tools.cams import save_cams
+from tools.map_files import save_maps
 from tools.labels import save_label
 from tools.masks import pack_masks, save_masks
 from tools.runs import Run

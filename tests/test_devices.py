@@ -28,7 +28,7 @@ from PRC_SAM.checkpoints import build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from tools import augment, devices
-from tools.cams import mirrored_scales
+from tools.map_files import mirrored_scales
 from tools.command import UserError, _explain
 from tools.constants import Place
 from tools.folders import StepFolder
@@ -276,7 +276,7 @@ class Types(TorchDispatchMode):
 
 @PRECISIONS
 def test_classifier_and_its_losses(fake_gpu, precision):
-    model = moved(Classifier(Backbone("resnet18", "none"), 3))
+    model = moved(Classifier(Backbone("resnet18", "none"), 3, gamma=0.7, iterations=1, train_all=False))
     images, labels = torch.empty(2, 3, 64, 64, device=GPU), torch.ones(2, 3, device=GPU)
     with autocast(precision):
         logits, maps = model(images)
@@ -287,11 +287,11 @@ def test_classifier_and_its_losses(fake_gpu, precision):
 
 def test_prc_and_ir_compute_in_fp32_under_autocast(fake_gpu):
     """The threshold on the affinity must not depend on rounding to bf16."""
-    prc, images = moved(PixelRelationshipConstraint(8)), torch.empty(2, 3, 64, 64, device=GPU)
+    prc, images = moved(PixelRelationshipConstraint(8, 0.7, 1)), torch.empty(2, 3, 64, 64, device=GPU)
     features, labels = torch.empty(2, 8, 4, 4, device=GPU), torch.ones(2, 3, device=GPU)
     with autocast("bf16"), Types() as types:
         maps = prc(features[:, :3], features, images)
-        loss = image_reconstruction_loss(maps, images, labels)
+        loss = image_reconstruction_loss(maps, images, labels, tiles=4)
         assert torch.bfloat16 not in types.seen
         features @ features
         assert torch.bfloat16 in types.seen  # as any other product here
@@ -300,7 +300,7 @@ def test_prc_and_ir_compute_in_fp32_under_autocast(fake_gpu):
 
 @PRECISIONS
 def test_segmenter_and_its_loss(fake_gpu, precision):
-    model = moved(DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16))
+    model = moved(DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=True))
     images, labels = torch.empty(2, 3, 64, 64, device=GPU), torch.empty(2, 64, 64, dtype=torch.long, device=GPU)
     with autocast(precision):
         check([model.backbone(images)[2]], kind(precision))
@@ -309,8 +309,8 @@ def test_segmenter_and_its_loss(fake_gpu, precision):
 
 @PRECISIONS
 def test_multi_scale_inference(fake_gpu, precision):
-    classifier = moved(Classifier(Backbone("resnet18", "none"), 3))
-    segmenter = moved(DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16))
+    classifier = moved(Classifier(Backbone("resnet18", "none"), 3, gamma=0.7, iterations=1, train_all=False))
+    segmenter = moved(DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=True))
     images = [torch.empty(2, 3, *size, dtype=torch.uint8) for size in ((24, 32), (48, 64), (72, 96))]
     with autocast(precision):
         maps = mirrored_scales(lambda x: classifier(x)[1].relu(), images, GPU)

@@ -13,7 +13,7 @@ import evaluate_miou
 from report import score_tables
 from report.summary import Experiment, Summary
 from tests.experiments import CLASSES, COLOURS, EVIL, STAGES, make_experiment, scored, scores_of
-from tools.cams import load_cams, save_cams
+from tools.map_files import load_maps, save_maps
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.labels import load_label, save_label
@@ -153,7 +153,7 @@ def test_cams_are_scored_by_their_highest_map(evaluated):
     root, labels = evaluated[0], []
     truth = labels_of(root / "datasets/tiny/train/labels")
     for id in "abcde":
-        classes, maps = load_cams(root / f"experiments/tiny/run/cams/{id}.npz", 4, truth[0].shape)
+        classes, maps = load_maps(root / f"experiments/tiny/run/cams/{id}.npz", 4, truth[0].shape)
         labels.append(classes[maps.argmax(0)])
     row = scores_of(root)["stages"][0]
     accuracy = (truth == np.stack(labels))[truth != 255].mean()

@@ -20,7 +20,7 @@ from PRC_SAM.checkpoints import build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from tests.steps import STEPS, account, experiment, options
-from tools.cams import mirrored_scales
+from tools.map_files import mirrored_scales
 from tools.devices import make_accelerator, set_precision
 from tools.masks import pack_masks
 from tools.memory import MicroBatches
@@ -40,13 +40,13 @@ def fp32():
 
 
 def classification(size, count):
-    model = Classifier(Backbone("resnet18", "none"), 3, train_all=True)
+    model = Classifier(Backbone("resnet18", "none"), 3, gamma=0.7, iterations=1, train_all=True)
     loss = partial(train_classification.compute_loss, ir_weight=0.1, tiles=4)
     return model, loss, torch.randn(count, 3, size, size), (torch.rand(count, 3) < 0.5).float()
 
 
 def segmentation(size, count):
-    model = DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16).eval()
+    model = DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=True).eval()
     labels = torch.randint(0, 3, (count, size, size))
     labels[0, :9] = 255
     return model, train_segmentation.compute_loss, torch.randn(count, 3, size, size), labels
@@ -125,7 +125,7 @@ def test_memory_that_runs_out_halves_the_micro_batch():
 
 def test_multi_scale_inference_equals_the_cpus():
     torch.manual_seed(0)
-    model = DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16).eval()
+    model = DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=True).eval()
     images = [torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8) for size in ((24, 32), (48, 64), (72, 96))]
     expected = mirrored_scales(model, images, CPU)
     found = mirrored_scales(model.to(DEVICE), images, DEVICE)

@@ -161,7 +161,8 @@ def test_no_images_make_no_batches(tmp_path):
 def test_a_model_for_inference_gives_equal_results():
     """Folded, channels_last, and every weight one whose bf16 copy autocast keeps."""
     torch.manual_seed(0)
-    model = Classifier(Backbone("mobilenet_v2", "none"), 3, gamma=0.0)  # no threshold for rounding to cross
+    backbone = Backbone("mobilenet_v2", "none")
+    model = Classifier(backbone, 3, gamma=0.0, iterations=1, train_all=False)  # no threshold for rounding to cross
     images = [torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)]
     model.train()(normalise(images[0]))  # statistics that differ from 0 and 1
     _, expected = class_maps(model.eval(), images, CPU)

@@ -104,10 +104,10 @@ def test_complete_maps_cost_less_than_partial_ones():
 def test_absent_classes_have_no_say():
     cam, image, label = inputs()
     cam.requires_grad_()
-    loss = image_reconstruction_loss(cam, image, label)
+    loss = image_reconstruction_loss(cam, image, label, 4)
     other = cam.detach().clone()
     other[~label] = 77.0
-    assert torch.equal(image_reconstruction_loss(other, image, label), loss)
+    assert torch.equal(image_reconstruction_loss(other, image, label, 4), loss)
     loss.backward()
     assert (cam.grad[~label] == 0).all() and (cam.grad[label] != 0).any()
 
@@ -119,7 +119,7 @@ def test_zeros_give_no_nan():
         (torch.randn(2, 3, 4, 4), torch.full((2, 3, 9, 9), 0.4), torch.zeros(2, 3)),
     ):
         cam.requires_grad_()
-        loss = image_reconstruction_loss(cam, image, label)
+        loss = image_reconstruction_loss(cam, image, label, 4)
         loss.backward()
         assert loss.isfinite() and cam.grad.isfinite().all()
         if not label.any():  # nothing is painted: the target's own size, a third for each channel
@@ -128,12 +128,12 @@ def test_zeros_give_no_nan():
 
 def test_mixed_precision_does_not_reach_it():
     cam, image, label = inputs()
-    plain = image_reconstruction_loss(cam, image, label)
+    plain = image_reconstruction_loss(cam, image, label, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(image_reconstruction_loss(cam, image, label), plain)
-        low = image_reconstruction_loss(cam.bfloat16(), image, label)
+        assert torch.equal(image_reconstruction_loss(cam, image, label, 4), plain)
+        low = image_reconstruction_loss(cam.bfloat16(), image, label, 4)
     assert low.dtype == torch.float32
-    assert torch.equal(low, image_reconstruction_loss(cam.bfloat16().float(), image, label))
+    assert torch.equal(low, image_reconstruction_loss(cam.bfloat16().float(), image, label, 4))
 
 
 @pytest.mark.parametrize("tiles", [1, 4])
@@ -149,5 +149,5 @@ def test_the_image_is_a_target_without_gradient():
     cam, image, label = inputs()
     cam.requires_grad_()
     image.requires_grad_()
-    image_reconstruction_loss(cam, image, label).backward()
+    image_reconstruction_loss(cam, image, label, 4).backward()
     assert image.grad is None and cam.grad.abs().sum() > 0

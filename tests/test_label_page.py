@@ -12,7 +12,7 @@ from PIL import Image
 
 from datasetsprocess import label_page, process
 from tests.browser import CHROMIUM, CONTROL, SHIFT, Browser
-from tools.cams import save_cams
+from tools.map_files import save_maps
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.image_labels import read_image_labels, write_image_labels

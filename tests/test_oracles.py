@@ -9,7 +9,7 @@ from tables.oracles import MASKS, on_true_background, perfect_regions, refined
 from tests.experiments import make_experiment
 from tests.test_ios import literal
 from tests.test_refine import reference
-from tools.cams import load_cams, save_cams
+from tools.map_files import load_maps, save_maps
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.image_labels import write_image_labels
@@ -54,7 +54,7 @@ def test_every_rule_with_both_kinds_of_masks(experiment, split, source, from_ima
         truth = load_label(dataset.labels(split) / f"{id}.png", 4)
         label = load_label(folder / source / f"{id}.png", 4)
         classes = [0, 1, 3] if from_image else np.unique(label)
-        values = dict(zip(*load_cams(maps / f"{id}.npz", 4, (32, 32), relative=split == "train"), strict=True))
+        values = dict(zip(*load_maps(maps / f"{id}.npz", 4, (32, 32), relative=split == "train"), strict=True))
         of_step_9 = load_masks(dataset.sam_masks(split) / f"{id}.npz").unpack()
         of_truth = [
             part == n for c in range(4) for part, count in [ndimage.label(truth == c)] for n in range(1, count + 1)

@@ -113,7 +113,7 @@ def test_limits_of_gamma():
     assert (everything > 0).all()
     for wrong in (0.9991, 1.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match=r"gamma is .* from 0 to 0.999"):
-            PixelRelationshipConstraint(6, wrong)
+            PixelRelationshipConstraint(6, wrong, 1)
     with pytest.raises(ValueError, match="iterations is -1"):
         PixelRelationshipConstraint(6, 0.7, -1)
 

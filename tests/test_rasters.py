@@ -18,7 +18,7 @@ from rasterio.transform import from_origin
 from tests.conftest import ROOT, TINY_COLOURS
 from tests.tiffs import UTM, noise, write_tif
 from tools.command import UserError
-from tools.rasters import MAX_PIXELS, OPTIONS, Raster, copy_world_file, write_label_tiff
+from tools.rasters import MAX_PIXELS, OPTIONS, Raster, copy_world_file, label_tiff
 
 
 def refused(sentence: str):
@@ -458,7 +458,10 @@ def test_broken_files_are_refused_or_read(tmp_path):
 
 def written(tmp_path, source: Path, ids: np.ndarray) -> Path:
     with Raster(source, ("rgb", "holes")) as raster:
-        write_label_tiff(tmp_path / "out.tif", [ids[:7], ids[7:8], ids[8:]], raster.shape, TINY_COLOURS, raster.place)
+        place = raster.place
+    with label_tiff(tmp_path / "out.tif", ids.shape, TINY_COLOURS, place) as write:
+        for strip in (ids[:7], ids[7:8], ids[8:]):
+            write(strip)
     return tmp_path / "out.tif"
 
 
@@ -525,7 +528,9 @@ def test_the_area_of_a_pixel(tmp_path, crs, transform, expected):
 @pytest.mark.parametrize("shape", [(1, 1), (300, 520), (256, 512)])
 def test_a_written_tiff_reads_back(tmp_path, shape):
     ids = np.random.default_rng(0).choice([0, 1, 2, 255], shape).astype(np.uint8)
-    write_label_tiff(tmp_path / "a.tif", [ids[:100], ids[100:101], ids[101:]], shape, TINY_COLOURS, UTM)
+    with label_tiff(tmp_path / "a.tif", shape, TINY_COLOURS, UTM) as write:
+        for strip in (ids[:100], ids[100:101], ids[101:]):
+            write(strip)
     with Image.open(tmp_path / "a.tif") as image:  # by another library
         assert image.mode == "P" and image.getpalette()[:9] == TINY_COLOURS.ravel().tolist()
         np.testing.assert_array_equal(np.array(image), ids)

@@ -16,7 +16,7 @@ from PRC_SAM.refine import Refinement
 from tests.references import bilinear
 from tests.steps import TEST, experiment, same_results, step
 from tests.test_ios import literal
-from tools.cams import load_cams, save_cams
+from tools.map_files import load_maps, save_maps
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.image_labels import write_image_labels
@@ -179,7 +179,7 @@ def test_steps_apply_the_rule_to_every_patch(small, module, rule):
         label = load_label(experiment(root) / source / f"{id}.png", 3)
         masks = load_masks(dataset.sam_masks(split) / f"{id}.npz").unpack()
         classes = np.flatnonzero(present) if split == "train" else np.unique(label)
-        ids, values = load_cams(experiment(root) / maps / f"{id}.npz", 3, (16, 16), relative=split == "train")
+        ids, values = load_maps(experiment(root) / maps / f"{id}.npz", 3, (16, 16), relative=split == "train")
         named = dict(zip(ids, values, strict=True))
         if rule == "ios":
             expected = literal(label, masks, classes, 0.4)
@@ -265,7 +265,7 @@ def test_step_6_keeps_probabilities_for_step_7(finished, copy):
     dataset = load_dataset("tiny", copy)
     for id in TEST:
         label = load_label(experiment(copy) / "segmentation" / f"{id}.png", 3)
-        ids, values = load_cams(experiment(copy) / "segmentation" / f"{id}.npz", 3, (64, 64), relative=False)
+        ids, values = load_maps(experiment(copy) / "segmentation" / f"{id}.npz", 3, (64, 64), relative=False)
         assert ids.tolist() == [0, 1, 2] and values.shape == (3, 64, 64)
         np.testing.assert_allclose(values.sum(0), 1, atol=5e-3)  # stored in float16
         masks = load_masks(dataset.sam_masks("test") / f"{id}.npz").unpack()
@@ -284,7 +284,7 @@ def test_small_probabilities_are_means_of_the_softmax(size, tmp_path):
     expected = padded.reshape(3, padded.shape[1] // 4, 4, padded.shape[2] // 4, 4).mean((2, 4))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     save_cams(tmp_path / "a.npz", np.arange(3), [found], size)
-    _, back = load_cams(tmp_path / "a.npz", 3, size, relative=False)  # the cells lie where the pixels are
+    _, back = load_maps(tmp_path / "a.npz", 3, size, relative=False)  # the cells lie where the pixels are
     np.testing.assert_allclose(
         back[:, 1:3, 1:3].mean((1, 2)), bilinear(found, padded.shape[1:], False)[:, 1:3, 1:3].mean((1, 2)), rtol=5e-3
     )

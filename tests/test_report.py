@@ -19,7 +19,7 @@ from report.summary import Summary
 from tests.conftest import ROOT
 from tests.experiments import CLASSES, EVIL, STAGES, account, make_experiment, scored
 from tests.steps import STEPS, experiment, step
-from tools.cams import save_cams
+from tools.map_files import save_maps
 from tools.command import run
 from tools.constants import Place
 from tools.dataset import load_dataset

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from tools.augment import MEAN, STD, TrainingPatches
-from tools.cams import image_batches, mirrored_scales
+from tools.map_files import image_batches, mirrored_scales
 from tools.command import stop
 from tools.labels import IGNORE, save_label
 

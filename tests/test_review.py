@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.experiments import CLASSES, make_experiment
-from tools.cams import save_cams
+from tools.map_files import save_maps
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.image_labels import write_image_labels

@@ -18,8 +18,10 @@ from tests.conftest import TINY_COLOURS
 from tests.steps import account, experiment
 from tests.tiffs import UTM, noise, write_tif
 from tools.command import UserError
-from tools.rasters import Raster, covering_starts, write_label_tiff
+from tools.rasters import Raster, covering_starts, label_tiff
 from tools.scene_windows import Windows, blending_weight, label_strips
+
+CPU = torch.device("cpu")
 
 # windows and blending ----------------------------------------------------------------------------------------------
 
@@ -75,7 +77,7 @@ def test_stitched_equals_full_accumulation(tmp_path_factory, height, width, size
     image = noise(height, width)
     path = write_tif(tmp_path_factory.mktemp("scene") / "a.tif", image, blockysize=5)
     with Raster(path) as raster:
-        windows = Windows(size, stride, at_once)
+        windows = Windows(size, stride, at_once, CPU)
         found = np.concatenate(list(label_strips(lambda images: logits_of(images, size), raster, 4, windows)))
     expected = straightforward(image, size, stride)
     assert found.shape == (height, width) and found.dtype == np.uint8
@@ -95,7 +97,7 @@ def test_a_constant_model_gives_constant_labels(tmp_path):
     path = write_tif(tmp_path / "a.tif", noise(75, 130))
     one_hot = torch.tensor([0.0, 0.0, 1.0])[None, :, None, None]
     with Raster(path) as raster:
-        strips = label_strips(lambda images: one_hot.expand(len(images), 3, 32, 32), raster, 3, Windows(32, 20, 4))
+        strips = label_strips(lambda images: one_hot.expand(len(images), 3, 32, 32), raster, 3, Windows(32, 20, 4, CPU))
         assert (np.concatenate(list(strips)) == 2).all()
 
 
@@ -112,7 +114,7 @@ def test_nodata_becomes_255_and_costs_nothing(tmp_path):
         return torch.zeros(len(images), 3, 32, 32)
 
     with Raster(path, ("rgb", "holes")) as raster:
-        found = np.concatenate(list(label_strips(predict, raster, 3, Windows(32, 32, 4))))
+        found = np.concatenate(list(label_strips(predict, raster, 3, Windows(32, 32, 4, CPU))))
     hole = (image == 0).all(-1)
     assert (found[hole] == 255).all() and (found[~hole] == 0).all() and found[51, 51] == 0
     assert len(seen) == 4  # of six windows: the left ones hold nothing
@@ -124,9 +126,13 @@ def test_memory_does_not_grow_with_the_height(tmp_path):
     for height in (512, 4096):
         path = write_tif(tmp_path / f"{height}.tif", np.zeros((height, 256, 3), np.uint8), blockysize=64)
         with Raster(path) as raster:
-            strips = label_strips(lambda images: torch.zeros(len(images), 3, 64, 64), raster, 3, Windows(64, 48, 4))
+            strips = label_strips(
+                lambda images: torch.zeros(len(images), 3, 64, 64), raster, 3, Windows(64, 48, 4, CPU)
+            )
             tracemalloc.start()
-            write_label_tiff(tmp_path / "out.tif", strips, raster.shape, TINY_COLOURS, {})
+            with label_tiff(tmp_path / "out.tif", raster.shape, TINY_COLOURS, {}) as write:
+                for strip in strips:
+                    write(strip)
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
     assert peaks[1] < 1.5 * peaks[0] and peaks[1] < 4096 * 256 * 0.8  # less than the label map alone

@@ -12,7 +12,7 @@ from reproduce_tables import Constants, check_constants, main, rows_of
 from tables.oracles import MASKS
 from tables.table import show
 from tests.steps import TRAIN, step
-from tools.cams import load_cams
+from tools.map_files import load_maps
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.description import Method
@@ -96,7 +96,7 @@ def test_background_rows_and_their_oracle(copy):
 
     oracle = ConfusionMatrix(3)
     for id in TRAIN:
-        classes, maps = load_cams(folder / "tables-seed0" / "cams" / f"{id}.npz", 3, (64, 64))
+        classes, maps = load_maps(folder / "tables-seed0" / "cams" / f"{id}.npz", 3, (64, 64))
         truth = load_label(copy / "datasets" / "tiny" / "train" / "labels" / f"{id}.png", 3)
         expected = np.zeros_like(truth)
         for y, x in np.argwhere(truth != 0):

@@ -7,7 +7,7 @@ from models.backbone import Backbone
 from models.classifier import Classifier
 from tests.steps import TRAIN, experiment, step
 from tools.augment import normalise, to_tensor
-from tools.cams import fuse_scales, load_cams
+from tools.map_files import fuse_scales, load_maps
 from tools.labels import load_image
 from tools.training import load_checkpoint
 
@@ -21,14 +21,14 @@ def test_gamma_and_iterations_come_from_the_training(copy):
     x = normalise(to_tensor(image))[None]
     maps = {}
     for gamma, iterations in ((0.02, 2), (0.02, 1), (0.7, 2)):
-        model = Classifier(Backbone("resnet18", "none"), 3, gamma, iterations).eval()
+        model = Classifier(Backbone("resnet18", "none"), 3, gamma, iterations, train_all=False).eval()
         load_checkpoint(experiment(copy, "loose") / "classifier" / "model.pt", model)
         with torch.inference_mode():
             both = model(x)[1].relu() + model(x.flip(-1))[1].relu().flip(-1)
         maps[gamma, iterations] = fuse_scales([both[0]], (64, 64)).numpy()
 
     for name, expected in (("loose", maps[0.02, 2]), ("once", maps[0.02, 1])):
-        classes, found = load_cams(experiment(copy, name) / "cams" / f"{TRAIN[1]}.npz", 3, (64, 64))
+        classes, found = load_maps(experiment(copy, name) / "cams" / f"{TRAIN[1]}.npz", 3, (64, 64))
         np.testing.assert_allclose(found, expected[classes], atol=2e-3)
         for other in maps.values():  # the constants are felt
             assert other is expected or np.abs(found - other[classes]).max() > 0.02

@@ -18,7 +18,7 @@ from tools.training import save_checkpoint
 @pytest.mark.parametrize("size", [(64, 96), (50, 33)])
 def test_deeplab_aligns_the_corners_twice(size):
     torch.manual_seed(0)
-    model, seen = DeepLabV3Plus(Backbone("resnet18", "none"), 3, width=16).eval(), {}
+    model, seen = DeepLabV3Plus(Backbone("resnet18", "none"), 3, width=16, freeze_norm=True).eval(), {}
     model.aspp.register_forward_hook(lambda module, inputs, output: seen.update(high=output))
     model.low.register_forward_hook(lambda module, inputs, output: seen.update(low=output))
     model.decoder.register_forward_pre_hook(lambda module, inputs: seen.update(joined=inputs[0]))
@@ -35,7 +35,7 @@ def test_deeplab_aligns_the_corners_twice(size):
 def test_step_6_sums_the_logits_of_all_scales_at_image_size(tmp_path, make_tiny_dataset):
     """A stand-in for the network says of each pixel its colour."""
     make_tiny_dataset(tmp_path)
-    save_checkpoint(tmp_path / "model.pt", DeepLabV3Plus(Backbone("resnet18", "none"), 3, width=8))
+    save_checkpoint(tmp_path / "model.pt", DeepLabV3Plus(Backbone("resnet18", "none"), 3, width=8, freeze_norm=True))
     trained = {"dataset": "tiny", "backbone": "resnet18", "width": 8}
     run = Run(constants=trained, started="", seconds=0, finished=True)
     segmenter = Segmenter(tmp_path, run, load_dataset("tiny", tmp_path), make_accelerator("fp32", "cpu"))

@@ -4,7 +4,7 @@ import logging
 import shutil
 import stat
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,7 +111,7 @@ class Raster:
 
     @property
     def place(self) -> dict[str, Any]:
-        """The georeference as arguments of `write_label_tiff`; empty where the file has none."""
+        """The georeference as arguments of `label_tiff`; empty where the file has none."""
         with self._decoding():
             points, system = self._file.gcps
             if points:
@@ -278,13 +278,14 @@ def covering_starts(length: int, size: int, stride: int) -> list[int]:
     return [*range(0, length - size, stride), length - size]
 
 
-def write_label_tiff(
-    path: Path, strips: Iterable[np.ndarray], shape: tuple[int, int], colours: np.ndarray, place: dict[str, Any]
-) -> None:
-    """Write strips (h,W) uint8 of class ids as a compressed GeoTIFF in tiles, in the classes' colours, nodata 255.
+@contextmanager
+def label_tiff(
+    path: Path, shape: tuple[int, int], colours: np.ndarray, place: dict[str, Any]
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yield `write(strip)`, which takes the strips (h,W) uint8 of a label map from top to bottom.
 
-    `place` is a `Raster.place`. The compressed file is held in memory, the label map is not: GDAL would not report a
-    full disk.
+    At the end of the block they become a compressed GeoTIFF in tiles, in the classes' colours, nodata 255. `place` is a
+    `Raster.place`. The compressed file is held in memory, the label map is not: GDAL would not report a full disk.
     """
     height, width = shape
     profile = {"driver": "GTiff", "height": height, "width": width, "count": 1, "dtype": "uint8", "nodata": IGNORE}
@@ -293,9 +294,13 @@ def write_label_tiff(
         with memory.open(**profile, **tiles, **place) as file:
             file.write_colormap(1, dict(enumerate(map(tuple, palette(colours).tolist()))))
             top = 0
-            for strip in strips:
+
+            def write(strip: np.ndarray) -> None:
+                nonlocal top
                 file.write(strip, 1, window=Window(0, top, width, len(strip)))
                 top += len(strip)
+
+            yield write
         with write_whole(path) as temporary:
             temporary.write_bytes(memory.getbuffer())
 

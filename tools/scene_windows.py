@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,16 +13,17 @@ from tools.labels import IGNORE
 from tools.progress import Progress
 from tools.rasters import Raster, covering_starts
 
-Predict = Callable[[Tensor], Tensor]  # windows (B,3,P,P) uint8 -> logits (B,K,P,P)
+Predict = Callable[[Tensor], Tensor]  # windows (B,3,P,P) uint8 -> logits (B,K,P,P) float32
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How a scene is covered: windows of `size` pixels a side, one beginning every `stride`, `at_once` in a batch."""
+    """How a scene is covered: windows of `size` pixels a side, one every `stride`, `at_once` in a batch."""
 
     size: int
     stride: int
     at_once: int
+    device: torch.device  # of the logits
 
 
 def label_strips(predict: Predict, raster: Raster, num_classes: int, windows: Windows) -> Iterator[np.ndarray]:
@@ -33,31 +35,29 @@ def label_strips(predict: Predict, raster: Raster, num_classes: int, windows: Wi
     at its border.
     """
     size, (height, width) = windows.size, raster.shape
-    high, wide = max(height, size), max(width, size)
-    tops, lefts = covering_starts(high, size, windows.stride), covering_starts(wide, size, windows.stride)
-    weight = blending_weight(size)
-    total = None
+    padded_height, padded_width = max(height, size), max(width, size)
+    tops = covering_starts(padded_height, size, windows.stride)
+    lefts = covering_starts(padded_width, size, windows.stride)
+    weight = blending_weight(size).to(windows.device)
+    sums = torch.zeros(num_classes, size, padded_width, device=windows.device)
     with Progress(len(tops) * len(lefts), raster.path.name, "window") as bar:
-        for top, next_top in zip(tops, [*tops[1:], high], strict=True):
+        for top, next_top in pairwise([*tops, padded_height]):
             valid = raster.valid(top, 0, min(size, height), width)
-            wanted = [left for left in lefts if valid[:, left : left + size].any()]
-            bar.update(len(lefts) - len(wanted))
-            for start in range(0, len(wanted), windows.at_once):
-                batch = wanted[start : start + windows.at_once]
+            occupied = [left for left in lefts if valid[:, left : left + size].any()]
+            bar.update(len(lefts) - len(occupied))
+            for start in range(0, len(occupied), windows.at_once):
+                batch = occupied[start : start + windows.at_once]
                 logits = predict(torch.stack([_window(raster, top, left, size) for left in batch]))
-                if total is None:
-                    weight, total = weight.to(logits.device), logits.new_zeros(num_classes, size, wide)
                 for left, window in zip(batch, logits, strict=True):
-                    total[:, :, left : left + size] += weight * window
+                    sums[:, :, left : left + size] += weight * window
                 bar.update(len(batch))
-            rows = next_top - top  # no later window reaches these
-            labels = np.full((rows, wide), IGNORE, np.uint8)
-            if total is not None:
-                labels = total[:, :rows].argmax(0).to(torch.uint8).cpu().numpy()
-                kept = total[:, rows:].clone()
-                total.zero_()[:, : size - rows] = kept
-            labels = labels[: min(rows, height), :width]
-            yield np.where(valid[: len(labels)], labels, IGNORE)
+            rows = next_top - top  # the next windows begin below them
+            valid = valid[:rows]
+            labels = sums[:, :rows].argmax(0).to(torch.uint8).cpu().numpy()
+            yield np.where(valid, labels[: len(valid), :width], IGNORE)
+            unfinished = sums[:, rows:].clone()
+            sums.zero_()
+            sums[:, : size - rows] = unfinished
 
 
 def blending_weight(size: int) -> Tensor:
@@ -70,6 +70,6 @@ def _window(raster: Raster, top: int, left: int, size: int) -> Tensor:
     """(3,P,P) uint8, mirrored beyond the border of a scene that is smaller."""
     height, width = (min(size, length) for length in raster.shape)
     pixels = raster.read(top, left, height, width)
-    if pixels.shape[:2] != (size, size):
+    if (height, width) != (size, size):
         pixels = np.pad(pixels, ((0, size - height), (0, size - width), (0, 0)), mode="reflect")
     return to_tensor(np.array(pixels))

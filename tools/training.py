@@ -81,16 +81,35 @@ def advise(args: Any, patches: int) -> None:
 
 def load_backbone(name: str, weights: str) -> Backbone:
     """The backbone of a training; raises `UserError` where its weights cannot be read or downloaded."""
+    if weights == "none":
+        return Backbone(name, "none")
+    if weights != "imagenet":
+        try:
+            return Backbone(name, _read_weights(Path(weights)))
+        except ValueError as error:
+            raise UserError(f"{weights}: {error}") from None
     try:
-        return Backbone(name, weights)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        return Backbone(name, "imagenet")
     except OSError as error:  # urllib's errors are of this class
         address = get_model_weights(name)["IMAGENET1K_V1"].url
         target = Path(torch.hub.get_dir()) / "checkpoints" / Path(address).name
         raise UserError(
             f"the ImageNet weights of {name} could not be downloaded ({error}): download {address} by other means to "
             f"{target}, or give a file with --weights FILE, or train without them: --weights none"
+        ) from None
+
+
+def _read_weights(file: Path) -> Any:
+    """The content of a file of tensors, without running code from it."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"the weights file {file} is missing: correct the path") from None
+    except Exception as error:  # torch has no common class for damaged files and for pickled code
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the weights file {file} cannot be read as a plain state dict ({reason}): copy the file again, or save "
+            "model.state_dict() with torch.save"
         ) from None
 
 
