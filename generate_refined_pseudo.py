@@ -18,9 +18,9 @@ from tools.command import run
 from tools.constants import Machine, Share, checked_constants
 from tools.dataset import Dataset
 from tools.labels import load_label, save_label
+from tools.map_files import load_maps
 from tools.masks import load_masks
 from tools.step import Step
-from tools.steps import STEPS
 
 
 @checked_constants
@@ -36,24 +36,18 @@ class Constants(Machine):  # and root, overwrite, workers, samples, device
 def refine_patch(
     patch: tuple[str, np.ndarray],
     *,
-    sources: dict[str, Path],
+    reads: dict[str, Path],
     output: Path,
     dataset: Dataset,
     refinement: Refinement,
-    maker: str,
 ) -> None:
-    """One patch, id and image-level label (K,) bool: pseudo-label and masks -> the rule -> refined pseudo-label.
-
-    `maker` is the command that makes the masks, for the error of a bad mask file.
-    """
+    """One patch, id and image-level label (K,) bool: pseudo-label and masks -> the rule -> refined pseudo-label."""
     id, image_label = patch
-    label = load_label(sources["pseudo_labels"] / f"{id}.png", dataset.num_classes)
-    masks = load_masks(sources["sam_masks"] / f"{id}.npz", label.shape, maker)
+    label = load_label(reads["pseudo_labels"] / f"{id}.png", dataset.num_classes)
+    masks = load_masks(reads["sam_masks"] / f"{id}.npz", label.shape)
     maps = {}
     if refinement.rule == "mean_cam":
-        from tools.map_files import load_maps  # imports torch, which takes seconds and no other rule needs
-
-        ids, values = load_maps(sources["cams"] / f"{id}.npz", dataset.num_classes, label.shape)
+        ids, values = load_maps(reads["cams"] / f"{id}.npz", dataset.num_classes, label.shape)
         maps = dict(zip(ids, values, strict=True))
     refined = refinement(label, masks, np.flatnonzero(image_label), maps)
     save_label(output / f"{id}.png", refined, dataset.colours)
@@ -66,16 +60,15 @@ def main(args: Constants) -> None:
     with step.output(".png"):
         work = partial(
             refine_patch,
-            sources=step.sources,
+            reads=step.reads,
             output=step.path,
             dataset=step.dataset,
             refinement=Refinement(args.rule, tau, step.dataset.background),
-            maker=STEPS["sam_masks"].hint(args, split=step.split),
         )
         # a patch travels with its image-level label: inside `work` all of them would travel with every patch
-        patches = [(id, step.labels[id]) for id in step.pending(step.ids, ".png")]
+        patches = [(id, step.image_labels[id]) for id in step.pending(step.ids, ".png")]
         step.each(work, patches, step.info.title)
-        step.draw_labels({"pseudo-label": step.sources["pseudo_labels"], "refined": step.path})
+        step.draw_labels({"pseudo-label": step.reads["pseudo_labels"], "refined": step.path})
 
 
 if __name__ == "__main__":

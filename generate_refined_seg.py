@@ -19,6 +19,7 @@ from tools.command import check, run
 from tools.constants import Machine, Share, checked_constants
 from tools.dataset import Dataset
 from tools.labels import IGNORE, load_label, save_label
+from tools.map_files import load_maps
 from tools.masks import load_masks
 from tools.step import Step
 from tools.steps import STEPS
@@ -37,27 +38,22 @@ class Constants(Machine):  # and root, overwrite, workers, samples, device
 def refine_patch(
     patch: tuple[str, np.ndarray | None],
     *,
-    sources: dict[str, Path],
+    reads: dict[str, Path],
     output: Path,
     dataset: Dataset,
     refinement: Refinement,
-    maker: str,
 ) -> None:
     """One patch, id and image-level label (K,) bool or None: label map and masks -> the rule -> refined label map.
 
-    Without an image-level label the classes of the label map may be written. `maker` is the command that makes the
-    masks, for the error of a bad mask file.
+    Without an image-level label the classes of the label map may be written.
     """
     id, image_label = patch
-    label = load_label(sources["segmentation"] / f"{id}.png", dataset.num_classes)
-    masks = load_masks(sources["sam_masks"] / f"{id}.npz", label.shape, maker)
+    label = load_label(reads["segmentation"] / f"{id}.png", dataset.num_classes)
+    masks = load_masks(reads["sam_masks"] / f"{id}.npz", label.shape)
     classes = np.setdiff1d(label, [IGNORE]) if image_label is None else np.flatnonzero(image_label)
     maps = {}
     if refinement.rule == "mean_cam":
-        from tools.map_files import load_maps  # imports torch, which takes seconds and no other rule needs
-
-        file = sources["segmentation"] / f"{id}.npz"
-        ids, values = load_maps(file, dataset.num_classes, label.shape, relative=False)
+        ids, values = load_maps(reads["segmentation"] / f"{id}.npz", dataset.num_classes, label.shape)
         maps = dict(zip(ids, values, strict=True))
     refined = refinement(label, masks, classes, maps)
     save_label(output / f"{id}.png", refined, dataset.colours)
@@ -67,25 +63,24 @@ def main(args: Constants) -> None:
     released = args.protocol == "released"
     step = Step("refined_segmentation", args, image_labels=released)
     check(
-        args.rule != "mean_cam" or any(step.sources["segmentation"].glob("*.npz")),
+        args.rule != "mean_cam" or any(step.reads["segmentation"].glob("*.npz")),
         "rule mean_cam needs the segmenter's probabilities: run "
         f"{STEPS['segmentation'].hint(args, split=step.split)} --keep-probabilities",
     )
     tau = step.method_value("tau", "tau_segmentation")
-    image_labels = step.labels if released else {}
+    image_labels = step.image_labels if released else {}
     with step.output(".png"):
         work = partial(
             refine_patch,
-            sources=step.sources,
+            reads=step.reads,
             output=step.path,
             dataset=step.dataset,
             refinement=Refinement(args.rule, tau, step.dataset.background),
-            maker=STEPS["sam_masks"].hint(args, split=step.split),
         )
         # a patch travels with its image-level label: inside `work` all of them would travel with every patch
         patches = [(id, image_labels.get(id)) for id in step.pending(step.ids, ".png")]
         step.each(work, patches, step.info.title)
-        step.draw_labels({"segmentation": step.sources["segmentation"], "refined": step.path})
+        step.draw_labels({"segmentation": step.reads["segmentation"], "refined": step.path})
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from skimage.filters import threshold_otsu
 
 from models.crf import dense_crf
 from report.page import renew
-from tools.map_files import load_maps
 from tools.command import UserError, check, run
 from tools.constants import Count, Machine, NonNegative, Positive, checked_constants
 from tools.dataset import Dataset
 from tools.labels import load_image, save_label
+from tools.map_files import load_maps
 from tools.step import Step
 
 
@@ -86,9 +86,10 @@ def check_constants(args: Constants, dataset: Dataset) -> None:
 def main(args: Constants) -> None:
     step = Step("pseudo_labels", args)
     check_constants(args, step.dataset)
-    notes = {"extension": "background by Otsu's threshold"} if args.background == "threshold" else {}
-    with step.output(".png", notes=notes):
-        work = partial(make_label, cams=step.sources["cams"], output=step.path, dataset=step.dataset, args=args)
+    if args.background == "threshold":
+        step.notes["extension"] = "background by Otsu's threshold"
+    with step.output(".png"):
+        work = partial(make_label, cams=step.reads["cams"], output=step.path, dataset=step.dataset, args=args)
         step.each(work, step.pending(step.ids, ".png"), "pseudo-labels")
         step.warn_of_labels(step.path, "look at the contact sheet of step 2, and train the classifier of step 1 better")
         step.draw_labels({"pseudo-label": step.path})

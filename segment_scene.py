@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,13 +26,14 @@ from accelerate.utils import gather_object
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from tools.map_files import at_scales, stack_scales
+from inference_segmentation import load_segmenter, summed_logits
 from tools.command import UserError, and_more, check, run
 from tools.constants import ROOT, Device, MayChange, PositiveCount, Scales, checked_constants, flat, may_change
-from tools.dataset import Dataset, load_dataset
-from tools.devices import make_accelerator, precision_of, start_line
+from tools.dataset import Dataset
 from tools.files import read_json, remove_leftovers, write_json
+from tools.inference import at_scales, stack_scales
 from tools.labels import save_label
+from tools.memory import Halving
 from tools.pictures import colourise, contact_sheet, overlay
 from tools.rasters import (
     LONGEST_NAME,
@@ -44,8 +46,7 @@ from tools.rasters import (
 )
 from tools.runs import commit, package_versions
 from tools.scene_windows import Windows, label_strips
-from tools.segmenter import Segmenter
-from tools.step import experiment_folder, require
+from tools.step import Step
 
 OVERVIEW = 1024  # pixels of the longer side of a picture in the overview
 
@@ -93,34 +94,31 @@ class ResultFiles:
 
 def main(args: Constants) -> None:
     check_scenes(args.scene)
-    dataset = load_dataset(args.dataset, args.root)
-    folder = experiment_folder(args.root, args.dataset, args.experiment) / "scenes"
-    trainer = experiment_folder(args.root, args.dataset, args.segmenter or args.experiment)
-    trained = require(trainer / "segmenter", args, experiment=trainer.name)
-    accelerator = make_accelerator(args.precision, args.device)
-    segmenter = Segmenter(trainer / "segmenter", trained, dataset, accelerator)
-    precision = precision_of(accelerator)
-    if accelerator.is_main_process:
-        print(f"scenes, {start_line(accelerator, precision, args.device)}")
+    step = Step("scenes", args)
+    dataset, model, halving = step.dataset, load_segmenter(step), Halving(args.images_at_once, "windows")
 
-    def predict(batch: Tensor) -> Tensor:
+    def predict(windows: Tensor) -> Tensor:
         """Windows (B,3,P,P) uint8 -> logits (B,K,P,P)."""
-        images = [at_scales(window.permute(1, 2, 0).numpy(), args.scales) for window in batch]
-        return segmenter(stack_scales(images), batch.shape[-2:])
+        scales = stack_scales([at_scales(window.permute(1, 2, 0).numpy(), args.scales) for window in windows])
+        work = partial(summed_logits, model, size=windows.shape[-2:], device=step.device)
+        with step.accelerator.autocast():
+            (logits,) = halving.predict(work, scales, fill=False)
+        return logits
 
     size = dataset.patch_size
     stride = max(1, round(size * (1 - args.overlap)))
-    windows = Windows(size, stride, args.images_at_once, accelerator.device)
+    windows = Windows(size, stride, args.images_at_once, step.device)
     kinds = ("rgb", "holes", "grey") if args.grey == "repeat" else ("rgb", "holes")
+    settings = {"segmenter": step.reads["segmenter"].parent.name, "precision": step.precision, "window": size}
     made_with: dict[str, Any] = {
-        "trained": trained.started,
-        "constants": affecting(args) | {"segmenter": trainer.name, "precision": precision, "window": size},
+        "trained": step.run_of["segmenter"].started,
+        "constants": affecting(args) | settings,
         "commit": commit(),
         "packages": package_versions(),
     }
     failures = []
-    for scene in args.scene[accelerator.process_index :: accelerator.num_processes]:
-        begin, files, state = time.monotonic(), ResultFiles(scene, folder), scene.stat()
+    for scene in args.scene[step.state.process_index :: step.state.num_processes]:
+        begin, files, state = time.monotonic(), ResultFiles(scene, step.path), scene.stat()
         record = SceneRecord(image=str(scene.resolve()), bytes=state.st_size, modified=state.st_mtime_ns, **made_with)
         try:
             if not args.overwrite and is_finished(files, record):

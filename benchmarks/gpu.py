@@ -46,10 +46,10 @@ from PRC_SAM.checkpoints import SIZES, build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.sam_forward import encode_images, relative_positions
 from tools.augment import normalise
-from tools.map_files import at_scales, for_inference, mirrored_scales, stack_scales
 from tools.command import check
 from tools.devices import device_facts, device_name, process_state, set_precision
 from tools.files import write_json, write_whole
+from tools.map_files import at_scales, for_inference, mirrored_scales, stack_scales
 from tools.memory import memory_is_full
 from tools.runs import package_versions
 

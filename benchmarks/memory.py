@@ -10,7 +10,6 @@ Command: python benchmarks/memory.py
 import multiprocessing
 import sys
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,8 @@ from training import Constants as TrainingConstants
 from training import batch_of, model_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_segmentation
 from models.deeplab import DeepLabV3Plus
 from tools.devices import make_accelerator
-from tools.memory import MicroBatches
 
 
 @dataclass(frozen=True)
@@ -75,17 +72,20 @@ def peak_of(training: str, size: int, precision: str, parts: int, args: Constant
     settings = TrainingConstants(backbone=args.backbone, num_classes=args.num_classes, batch_sizes=args.batch_sizes)
     accelerator = make_accelerator(precision, "cpu")
     with FakeTensorMode():
-        model, _, compute_loss, _ = model_of(training, settings)
+        model, _ = model_of(training, settings)
         if isinstance(model, DeepLabV3Plus):
             model.freeze_norm = True  # step 5's default; the benchmark of its speed has no statistics to freeze
         model.train()
         images, targets = batch_of(training, size, settings)
         optimiser = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True)
-        count: Callable = train_segmentation.labelled_pixels if training == "segmentation" else len
-        step = MicroBatches(accelerator, compute_loss, -(-len(images) // parts), count)
+        micro_batch = -(-len(images) // parts)
         with PeakMemory(*model.parameters(), *model.buffers(), images, targets) as memory:
             for _ in range(2):
-                step(model, optimiser, images, targets)
+                optimiser.zero_grad(set_to_none=True)
+                for part, part_targets in zip(images.split(micro_batch), targets.split(micro_batch), strict=True):
+                    with accelerator.autocast():
+                        losses = losses_of(training, model, part, part_targets)
+                    losses["loss"].backward()
                 optimiser.step()
     return memory.peak / 2**30
 

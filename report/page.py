@@ -65,7 +65,7 @@ def read_experiment(args: Any, dataset: Dataset) -> Experiment:
     for file in sorted(folder.glob("*/run.json")):
         if run := _read_back(file, Run, broken):
             runs[file.parent.name] = run
-    if any("sam_masks" in run.inputs for run in runs.values()):
+    if any("sam_masks" in run.reads for run in runs.values()):
         for split in SPLITS:
             if run := _read_back(dataset.sam_masks(split) / "run.json", Run, broken):
                 runs[f"sam_masks, {split} split"] = run
@@ -93,7 +93,7 @@ def outdated_runs(runs: dict[str, Run], labels: set[str]) -> set[str]:
     present = {run.started: name for name, run in runs.items()} | dict.fromkeys(labels, "image_labels")
     outdated: set[str] = set()
     for name, run in runs.items():
-        for source, started in run.inputs.items():
+        for source, started in run.reads.items():
             if run.constants.get(source):
                 continue  # the input of another experiment, which this constant names
             known = source == "image_labels" or any(other.startswith(source) for other in runs)

@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field, RootModel
 
-from report.stages import Split, Stage, load_maps, load_prediction
+from report.stages import Split, Stage, load_prediction
 from tools.command import UserError, check
 from tools.dataset import Dataset
 from tools.labels import IGNORE, load_image, load_label
+from tools.map_files import load_maps
 from tools.masks import load_masks
 from tools.pictures import colourise, confusion_picture, contact_sheet, heat, regions, sample_ids
 
@@ -59,9 +60,9 @@ def panels(
     masks = dataset.sam_masks(split) / f"{id}.npz"
     for stage in stages:
         if with_maps and stage.step.folder == "cams":
-            for class_id, activation in zip(*load_maps(stage.path, id, count, size), strict=True):
+            for class_id, activation in zip(*load_maps(stage.path / f"{id}.npz", count, size), strict=True):
                 pictures[f"CAM of {dataset.classes[class_id]}"] = heat(image, activation)
-        if "sam_masks" in stage.step.inputs and "regions" not in pictures and masks.exists():
+        if "sam_masks" in stage.step.reads and "regions" not in pictures and masks.exists():
             pictures["regions"] = regions(load_masks(masks, size).unpack(), image)
         predictions[stage.title] = load_prediction(stage.path, id, count, size)
         pictures[stage.title] = colourise(predictions[stage.title], dataset.colours)

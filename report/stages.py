@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from tools.labels import load_label
+from tools.map_files import load_maps
 from tools.runs import Run
 from tools.scores import ConfusionMatrix
 from tools.steps import STEPS, StepInfo, step_of
@@ -50,12 +51,5 @@ def load_prediction(folder: Path, id: str, num_classes: int, size: tuple[int, ..
     """(H,W) uint8 class ids of one image of (H,W) = size; of CAMs, the class with the highest map."""
     if step_of(folder) is not STEPS["cams"]:
         return load_label(folder / f"{id}.png", num_classes)
-    classes, maps = load_maps(folder, id, num_classes, size)
+    classes, maps = load_maps(folder / f"{id}.npz", num_classes, size)
     return classes.astype(np.uint8)[maps.argmax(axis=0)]
-
-
-def load_maps(folder: Path, id: str, num_classes: int, size: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Class ids (k,) and maps (k,H,W) in 0..1 of one image of (H,W) = size."""
-    from tools.map_files import load_maps  # imports torch, which no other folder needs
-
-    return load_maps(folder / f"{id}.npz", num_classes, size)

@@ -8,9 +8,9 @@ import numpy as np
 from scipy import ndimage
 
 from PRC_SAM.refine import Refinement
-from tools.map_files import load_maps
 from tools.dataset import Dataset
 from tools.labels import IGNORE, load_label
+from tools.map_files import load_maps
 from tools.masks import Masks, load_masks, pack_masks
 from tools.progress import Progress
 from tools.scores import ConfusionMatrix
@@ -45,7 +45,7 @@ def refined(
             counts += patch_counts
             bar.update()
     return {
-        name: [_matrix(dataset.num_classes, of_rule) for of_rule in of_masks]
+        name: [ConfusionMatrix(dataset.num_classes, of_rule) for of_rule in of_masks]
         for name, of_masks in zip(MASKS, counts, strict=True)
     }
 
@@ -66,7 +66,7 @@ def _refined_patch(
     classes = np.setdiff1d(label, [IGNORE]) if image_label is None else np.flatnonzero(image_label)
     class_maps = {}
     if maps:
-        ids, values = load_maps(maps / f"{id}.npz", num_classes, truth.shape, relative=maps != folder)
+        ids, values = load_maps(maps / f"{id}.npz", num_classes, truth.shape)
         class_maps = dict(zip(ids, values, strict=True))
     counts = []
     for masks in (load_masks(dataset.sam_masks(split) / f"{id}.npz", truth.shape), perfect_regions(truth, num_classes)):
@@ -75,12 +75,6 @@ def _refined_patch(
             matrix.update(truth, rule(label, masks, classes, class_maps))
             counts.append(matrix.counts)
     return np.stack(counts).reshape(len(MASKS), len(rules), num_classes, num_classes + 1)
-
-
-def _matrix(num_classes: int, counts: np.ndarray) -> ConfusionMatrix:
-    matrix = ConfusionMatrix(num_classes)
-    matrix.counts += counts
-    return matrix
 
 
 def on_true_background(dataset: Dataset, cams: Path, background: int) -> ConfusionMatrix:

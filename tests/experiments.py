@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from report.summary import Scored
-from tools.map_files import save_maps
 from tools.labels import save_label
+from tools.map_files import save_maps
 from tools.masks import pack_masks, save_masks
 from tools.runs import Run
 
@@ -70,7 +70,7 @@ def make_experiment(root: Path) -> Path:
                 save_label(folder / f"{id}.png", np.where(wrong, rng.integers(0, 4, truth.shape), truth), COLOURS)
     for id in "abcde":
         maps, logits = [rng.random((2, 2, 2))], rng.normal(size=4)
-        save_cams(experiments / "run" / "cams" / f"{id}.npz", np.array([0, 2]), maps, (32, 32), logits)
+        save_maps(experiments / "run" / "cams" / f"{id}.npz", "cams", np.array([0, 2]), maps, (32, 32), logits)
     account(experiments / "run" / "cams", "train")
     for name, split in STAGES.items():
         account(experiments / "run" / name, split, **({"stand_in": "made masks"} if "refined" in name else {}))

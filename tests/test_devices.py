@@ -28,10 +28,10 @@ from PRC_SAM.checkpoints import build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from tools import augment, devices
-from tools.map_files import mirrored_scales
 from tools.command import UserError, _explain
 from tools.constants import Place
 from tools.folders import StepFolder
+from tools.map_files import mirrored_scales
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 

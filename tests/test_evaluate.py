@@ -13,10 +13,10 @@ import evaluate_miou
 from report import score_tables
 from report.summary import Experiment, Summary
 from tests.experiments import CLASSES, COLOURS, EVIL, STAGES, make_experiment, scored, scores_of
-from tools.map_files import load_maps, save_maps
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.labels import load_label, save_label
+from tools.map_files import load_maps, save_maps
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,7 @@ def test_error_messages(made, constants, words):
 
 def test_cams_of_other_classes_are_reported(root):
     file, maps = root / "experiments/tiny/run/cams/a.npz", [np.ones((2, 2, 2))]
-    save_cams(file, np.array([0, 7]), maps, (32, 32), np.zeros(4))
+    save_maps(file, "cams", np.array([0, 7]), maps, (32, 32), np.zeros(4))
     with pytest.raises(UserError, match=r"cams/a\.npz cannot be read .* whole numbers from 0 to 3"):
         evaluate(root)
 

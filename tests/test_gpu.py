@@ -20,8 +20,8 @@ from PRC_SAM.checkpoints import build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from tests.steps import STEPS, account, experiment, options
-from tools.map_files import mirrored_scales
 from tools.devices import make_accelerator, set_precision
+from tools.map_files import mirrored_scales
 from tools.masks import pack_masks
 from tools.memory import MicroBatches
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from datasetsprocess import label_page, process
 from tests.browser import CHROMIUM, CONTROL, SHIFT, Browser
-from tools.map_files import save_maps
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.image_labels import read_image_labels, write_image_labels
+from tools.map_files import save_maps
 
 EVIL = '<script>document.title = "evil"</script>'
 CLASSES = ("field", EVIL, 'roof, "old"', "water")
@@ -439,7 +439,7 @@ def reviewed(plots):
         logits = np.array([3.0, -3.0, -3.0, -3.0])
         logits[3] = {GRID[5]: 8.001, GRID[2]: 0.1}.get(id, -3.0)
         logits[0] = -2.0 if id == ODD[0] else 3.0
-        save_cams(cams / f"{id}.npz", np.array([0]), [np.ones((1, 2, 2))], (32, 32), logits)
+        save_maps(cams / f"{id}.npz", "cams", np.array([0]), [np.ones((1, 2, 2))], (32, 32), logits)
     account = {"constants": {}, "started": "1", "seconds": 1, "finished": True}
     (cams / "run.json").write_text(json.dumps(account))
     return plots

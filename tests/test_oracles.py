@@ -9,11 +9,11 @@ from tables.oracles import MASKS, on_true_background, perfect_regions, refined
 from tests.experiments import make_experiment
 from tests.test_ios import literal
 from tests.test_refine import reference
-from tools.map_files import load_maps, save_maps
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.image_labels import write_image_labels
 from tools.labels import load_label
+from tools.map_files import load_maps, save_maps
 from tools.masks import load_masks
 
 RULES = [Refinement("ios", 0.9), Refinement("ios", 0.1), Refinement("sepl", background=0), Refinement("vote")]
@@ -29,7 +29,9 @@ def experiment(tmp_path):
             dataset.image_labels_file(split), dataset.classes, {id: np.array([1, 1, 0, 1]) for id in "abcde"}
         )
     for id in "abcde":
-        save_cams(folder / "segmentation" / f"{id}.npz", np.arange(4), [rng.random((4, 8, 8))], (32, 32))
+        save_maps(
+            folder / "segmentation" / f"{id}.npz", "probabilities", np.arange(4), [rng.random((4, 8, 8))], (32, 32)
+        )
     return dataset, folder
 
 
@@ -54,7 +56,7 @@ def test_every_rule_with_both_kinds_of_masks(experiment, split, source, from_ima
         truth = load_label(dataset.labels(split) / f"{id}.png", 4)
         label = load_label(folder / source / f"{id}.png", 4)
         classes = [0, 1, 3] if from_image else np.unique(label)
-        values = dict(zip(*load_maps(maps / f"{id}.npz", 4, (32, 32), relative=split == "train"), strict=True))
+        values = dict(zip(*load_maps(maps / f"{id}.npz", 4, (32, 32)), strict=True))
         of_step_9 = load_masks(dataset.sam_masks(split) / f"{id}.npz").unpack()
         of_truth = [
             part == n for c in range(4) for part, count in [ndimage.label(truth == c)] for n in range(1, count + 1)

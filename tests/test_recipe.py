@@ -1,5 +1,7 @@
 """The training recipe: the patches and the order of an epoch, ranges of constants, and ignored pixels."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,6 @@ import train_segmentation
 from tests.steps import Recipe
 from tools.command import UserError
 from tools.devices import make_accelerator
-from tools.progress import Progress
 from tools.training import EpochBatches, Training, check_recipe
 
 
@@ -87,20 +88,6 @@ def test_fewer_patches_than_a_batch_are_refused():
         check_recipe(Recipe(batch_size=12), 11)
 
 
-def test_a_batch_that_is_all_ignore_costs_nothing():
-    model = nn.Conv2d(3, 4, 1)
-    x, labels = torch.randn(2, 3, 8, 8), torch.full((2, 8, 8), 255)
-    loss = train_segmentation.compute_loss(model, x, labels)["loss"]
-    loss.backward()
-    assert float(loss.detach()) == 0 and not model.weight.grad.any()
-    labels[0, 0, :2] = torch.tensor([1, 3])
-    logits = model(x).detach().double()[0, :, 0]
-    expected = -np.mean([logits[:, i].log_softmax(0)[k] for i, k in enumerate((1, 3))])
-    assert float(train_segmentation.compute_loss(model, x, labels)["loss"].detach()) == pytest.approx(
-        expected, rel=1e-6
-    )
-
-
 class Samples(torch.utils.data.Dataset):
     """Ten samples in float64, read by (epoch, index): images of one pixel, 3 channels, and targets of two numbers."""
 
@@ -141,21 +128,21 @@ def reference_steps(parameters, samples, batches, steps, recipe):
     [(train_classification, (0.1, 1e-4, 1e-4)), (train_segmentation, (0.007, 4e-5, 4e-5))],
     ids=["step 1", "step 5"],
 )
-def test_five_optimiser_steps_equal_those_of_the_release(step, recipe):
+def test_five_optimiser_steps_equal_those_of_the_release(step, recipe, tmp_path):
     """With the defaults of each step."""
     torch.manual_seed(0)
     backbone, head, samples = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), Samples()
     model = nn.Sequential(backbone, head, nn.Flatten()).double()
     expected = [value.detach().numpy().copy().reshape(value.shape[:2]) for value in model.parameters()]
 
-    def compute_loss(module, images, targets):
-        return {"loss": nn.functional.mse_loss(module(images), targets)}
-
-    constants = step.Constants(epochs=2, batch_size=2, workers=0)
-    training = Training(model, [backbone], samples, compute_loss, constants, make_accelerator("fp32"))
-    training.prepare()
+    args = step.Constants(epochs=2, batch_size=2, workers=0)
+    with Training(
+        SimpleNamespace(args=args, accelerator=make_accelerator("fp32"), path=tmp_path), model, samples, [backbone]
+    ) as training:
+        next(training.epochs())
+        for images, targets in training.batches():
+            training.descend(nn.functional.mse_loss(training.model(images), targets))
     batches = [[index for _, index in batch] for batch in EpochBatches(10, 2, 0)]
-    training.train_one_epoch(Progress(10, "training", "batch", shown=False))
     reference_steps(expected, samples, batches, 10, recipe)
     assert len(batches) == 5
     for value, other in zip(model.parameters(), expected, strict=True):

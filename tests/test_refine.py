@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tools.segmenter import small_probabilities
 
 import generate_refined_pseudo
 import generate_refined_seg
@@ -16,13 +17,12 @@ from PRC_SAM.refine import Refinement
 from tests.references import bilinear
 from tests.steps import TEST, experiment, same_results, step
 from tests.test_ios import literal
-from tools.map_files import load_maps, save_maps
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.image_labels import write_image_labels
 from tools.labels import load_label, save_image, save_label
+from tools.map_files import load_maps, save_maps
 from tools.masks import load_masks, pack_masks, save_masks
-from tools.segmenter import small_probabilities
 
 
 def chosen_class(rule, label, mask, classes, maps):
@@ -152,7 +152,7 @@ def small(tmp_path):
             save_masks(dataset.sam_masks(split) / f"{id}.npz", pack_masks(np.array(masks)))
             ids = np.arange(3) if split == "test" else np.flatnonzero(present)
             values = rng.random((len(ids), 4, 4)) * np.array([1, 0.6, 0.8])[ids, None, None]
-            save_cams(experiment(tmp_path) / maps / f"{id}.npz", ids, [values], (16, 16))
+            save_maps(experiment(tmp_path) / maps / f"{id}.npz", "cams", ids, [values], (16, 16))
         write_image_labels(
             dataset.image_labels_file(split), dataset.classes, {id: np.array(row) for id, row in LABELS.items()}
         )
@@ -179,7 +179,7 @@ def test_steps_apply_the_rule_to_every_patch(small, module, rule):
         label = load_label(experiment(root) / source / f"{id}.png", 3)
         masks = load_masks(dataset.sam_masks(split) / f"{id}.npz").unpack()
         classes = np.flatnonzero(present) if split == "train" else np.unique(label)
-        ids, values = load_maps(experiment(root) / maps / f"{id}.npz", 3, (16, 16), relative=split == "train")
+        ids, values = load_maps(experiment(root) / maps / f"{id}.npz", 3, (16, 16))
         named = dict(zip(ids, values, strict=True))
         if rule == "ios":
             expected = literal(label, masks, classes, 0.4)
@@ -238,7 +238,7 @@ def test_mean_cam_names_what_is_missing(small):
     root, _ = small
     values = {"dataset": "tiny", "root": root, "rule": "mean_cam", "workers": 0}
     (experiment(root) / "cams" / "q.npz").unlink()
-    save_cams(experiment(root) / "cams" / "r.npz", np.array([0]), [np.ones((1, 2, 2))], (32, 32))
+    save_maps(experiment(root) / "cams" / "r.npz", "cams", np.array([0]), [np.ones((1, 2, 2))], (32, 32))
     with pytest.raises(UserError) as caught:
         generate_refined_pseudo.main(generate_refined_pseudo.Constants(**values))
     assert "q.npz is missing: run" in str(caught.value)
@@ -265,7 +265,7 @@ def test_step_6_keeps_probabilities_for_step_7(finished, copy):
     dataset = load_dataset("tiny", copy)
     for id in TEST:
         label = load_label(experiment(copy) / "segmentation" / f"{id}.png", 3)
-        ids, values = load_maps(experiment(copy) / "segmentation" / f"{id}.npz", 3, (64, 64), relative=False)
+        ids, values = load_maps(experiment(copy) / "segmentation" / f"{id}.npz", 3, (64, 64))
         assert ids.tolist() == [0, 1, 2] and values.shape == (3, 64, 64)
         np.testing.assert_allclose(values.sum(0), 1, atol=5e-3)  # stored in float16
         masks = load_masks(dataset.sam_masks("test") / f"{id}.npz").unpack()
@@ -283,8 +283,8 @@ def test_small_probabilities_are_means_of_the_softmax(size, tmp_path):
     padded = np.pad(exact, [(0, 0), *((0, -length % 16) for length in size)], mode="edge")
     expected = padded.reshape(3, padded.shape[1] // 4, 4, padded.shape[2] // 4, 4).mean((2, 4))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    save_cams(tmp_path / "a.npz", np.arange(3), [found], size)
-    _, back = load_maps(tmp_path / "a.npz", 3, size, relative=False)  # the cells lie where the pixels are
+    save_maps(tmp_path / "a.npz", "cams", np.arange(3), [found], size)
+    _, back = load_maps(tmp_path / "a.npz", 3, size)  # the cells lie where the pixels are
     np.testing.assert_allclose(
         back[:, 1:3, 1:3].mean((1, 2)), bilinear(found, padded.shape[1:], False)[:, 1:3, 1:3].mean((1, 2)), rtol=5e-3
     )

@@ -19,12 +19,12 @@ from report.summary import Summary
 from tests.conftest import ROOT
 from tests.experiments import CLASSES, EVIL, STAGES, account, make_experiment, scored
 from tests.steps import STEPS, experiment, step
-from tools.map_files import save_maps
 from tools.command import run
 from tools.constants import Place
 from tools.dataset import load_dataset
 from tools.image_labels import write_image_labels
 from tools.labels import load_label
+from tools.map_files import save_maps
 from tools.runs import Run
 
 RUN = "experiments/tiny/run"
@@ -82,7 +82,7 @@ def test_labels_that_the_classifier_contradicts(root):
     write_image_labels(root / "datasets/tiny/train/image_labels.csv", tuple(CLASSES), labels)
     for id, logit in zip("abcde", (4, 4, -3, 4, 4), strict=True):
         file, logits = root / RUN / "cams" / f"{id}.npz", np.array([4, logit, 4, -4])
-        save_cams(file, np.array([0, 2]), [np.ones((2, 2, 2))], (32, 32), logits)
+        save_maps(file, "cams", np.array([0, 2]), [np.ones((2, 2, 2))], (32, 32), logits)
     renew(root)
     section = page_of(root).partition("Labels to check")[2].partition("</table>")[0]
     cells = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", section)]

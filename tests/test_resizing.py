@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from inference_segmentation import summed_logits
 from tools.augment import MEAN, STD, TrainingPatches
-from tools.map_files import image_batches, mirrored_scales
 from tools.command import stop
+from tools.inference import image_batches
 from tools.labels import IGNORE, save_label
 
 
@@ -52,7 +53,7 @@ def test_scales_of_inference(tmp_path):
     ((ids, size, found),) = image_batches(tmp_path, ["a", "b"], scales, 2, 0, stop)
     assert ids == ["a", "b"] and size == (37, 50)
     seen = []
-    mirrored_scales(lambda x: seen.append(x) or x[:, :1], found, torch.device("cpu"))
+    summed_logits(lambda x: seen.append(x) or x[:, :1], found, size, torch.device("cpu"))
     for (height, width), batch in zip(sizes, seen, strict=True):
         expected = [
             np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.experiments import CLASSES, make_experiment
-from tools.map_files import save_maps
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.image_labels import write_image_labels
+from tools.map_files import save_maps
 from tools.review import average_precision, doubt, read_logits, review
 
 CAMS = "experiments/tiny/run/cams"
@@ -53,7 +53,7 @@ def root(tmp_path):
         logits = np.where(labels[id], 4.0, -4.0)
         logits[3] = {"b": 2.0, "d": 0.5}.get(id, -4.0)
         logits[0] = -6.0 if id == "c" else logits[0]
-        save_cams(root / CAMS / f"{id}.npz", np.array([0, 2]), [np.ones((2, 2, 2))], (32, 32), logits)
+        save_maps(root / CAMS / f"{id}.npz", "cams", np.array([0, 2]), [np.ones((2, 2, 2))], (32, 32), logits)
     return root
 
 

@@ -12,11 +12,11 @@ from reproduce_tables import Constants, check_constants, main, rows_of
 from tables.oracles import MASKS
 from tables.table import show
 from tests.steps import TRAIN, step
-from tools.map_files import load_maps
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.description import Method
 from tools.labels import load_label
+from tools.map_files import load_maps
 from tools.scores import ConfusionMatrix
 from train_classification import Constants as Classification
 

@@ -7,8 +7,8 @@ from models.backbone import Backbone
 from models.classifier import Classifier
 from tests.steps import TRAIN, experiment, step
 from tools.augment import normalise, to_tensor
-from tools.map_files import fuse_scales, load_maps
 from tools.labels import load_image
+from tools.map_files import fuse_scales, load_maps
 from tools.training import load_checkpoint
 
 

@@ -419,7 +419,11 @@ def classification():
         classification = F.multilabel_soft_margin_loss(logits, targets)
         return {"loss": classification + 0.1 * image_reconstruction_loss(maps, images, targets, 4)}
 
-    return Classifier(Backbone("resnet18", "none"), 3, gamma=0.7, iterations=1, train_all=True), loss, (torch.rand(5, 3) < 0.5).double()
+    return (
+        Classifier(Backbone("resnet18", "none"), 3, gamma=0.7, iterations=1, train_all=True),
+        loss,
+        (torch.rand(5, 3) < 0.5).double(),
+    )
 
 
 def segmentation():

@@ -3,16 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from inference_segmentation import summed_logits
 from models.backbone import Backbone
 from models.deeplab import DeepLabV3Plus
 from tests.references import bilinear, largest_error
 from tools.augment import normalise
-from tools.dataset import load_dataset
-from tools.devices import make_accelerator
-from tools.runs import Run
-from tools.segmenter import Segmenter
-from tools.training import save_checkpoint
 
 
 @pytest.mark.parametrize("size", [(64, 96), (50, 33)])
@@ -32,17 +29,12 @@ def test_deeplab_aligns_the_corners_twice(size):
     assert largest_error(seen["result"], bilinear(seen["logits"], size, align_corners=True)) < 1e-5
 
 
-def test_step_6_sums_the_logits_of_all_scales_at_image_size(tmp_path, make_tiny_dataset):
+def test_step_6_sums_the_logits_of_all_scales_at_image_size():
     """A stand-in for the network says of each pixel its colour."""
-    make_tiny_dataset(tmp_path)
-    save_checkpoint(tmp_path / "model.pt", DeepLabV3Plus(Backbone("resnet18", "none"), 3, width=8, freeze_norm=True))
-    trained = {"dataset": "tiny", "backbone": "resnet18", "width": 8}
-    run = Run(constants=trained, started="", seconds=0, finished=True)
-    segmenter = Segmenter(tmp_path, run, load_dataset("tiny", tmp_path), make_accelerator("fp32", "cpu"))
-    segmenter.model = lambda x: x
     random = torch.Generator().manual_seed(0)
     sizes = (18, 25), (37, 50), (56, 75), (74, 100)
     images = [torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=random) for size in sizes]
     both = [2 * normalise(image).double().numpy() for image in images]  # an image and its mirror image
     expected = sum(bilinear(maps, (37, 50), align_corners=False) for maps in both)
-    assert largest_error(segmenter(images, (37, 50)).numpy(), expected) < 1e-5
+    (logits,) = summed_logits(nn.Identity(), images, (37, 50), torch.device("cpu"))
+    assert largest_error(logits.numpy(), expected) < 1e-5

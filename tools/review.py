@@ -13,6 +13,7 @@ from scipy.special import expit
 
 from tools.command import check
 from tools.dataset import Dataset
+from tools.map_files import load_logits
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,6 @@ def read_logits(cams: Path, ids: Iterable[str], num_classes: int) -> dict[str, n
 
     Raises `UserError` when a file is damaged or has another number of classes, and when no patch has a file.
     """
-    from tools.map_files import load_logits  # imports torch, which the report needs for nothing else
-
     logits = {id: load_logits(cams / f"{id}.npz") for id in ids if (cams / f"{id}.npz").exists()}
     check(bool(logits), f"{cams} has no file of the train patches: run step 2 on this data set again with --overwrite")
     for id, values in logits.items():

@@ -58,17 +58,19 @@ def _near(folder: Path) -> str:
 
 
 class Step(StepFolder):
-    """One run of a step. Creating it loads the data set, finds what is read, and prints the device; `output` opens the
-    folder that is written.
+    """One run of a step. Creating it loads the data set, finds what is read and prints the device;
+    `output` opens the folder that is written.
 
-    name: a folder of the table in tools/steps.py. reads: the folders that are read, in place of those of that table; a constant of
-    such a name (`cams = "other"`) names the experiment to read it from. With `image_labels` the image-level labels of
-    the split are read. split: for a step without an experiment. precision and bf16_on_cpu: see
-    `tools.devices.choose_precision`; an empty precision is for a step without floating-point work on the device.
+    name: a folder of the table in tools/steps.py. reads: the folders that are read, in place of
+    the table's; a constant of such a name (`cams = "other"`) names the experiment to read it from.
+    With `image_labels` the image-level labels of the split are read. split: for a step without an
+    experiment. precision and bf16_on_cpu: see `tools.devices.choose_precision`; an empty precision
+    is for a step without floating-point work on the device.
 
-    Attributes: `args`, `dataset`, `split`; `experiment`, the folder of the experiment; `reads`, name -> folder that is
-    read; `run_of`, name -> its `Run`; `image_labels`, id -> (K,) bool; `notes`, facts that later tables must show;
-    `accelerator`, `device`, `precision`; `path`, the output folder.
+    Attributes: `args`, `dataset`, `split`; `experiment`, the folder of the experiment; `reads`,
+    name -> folder that is read; `run_of`, name -> its `Run`; `image_labels`, id -> (K,) bool;
+    `notes`, facts that later tables must show; `accelerator`, `device`, `precision`; `path`, the
+    output folder.
     """
 
     args: Any
@@ -127,8 +129,8 @@ class Step(StepFolder):
             self.precision = self._settings["precision"] = precision_of(self.accelerator)
         self.device = self.accelerator.device
         if self.is_main:
-            start = start_line(self.accelerator, self.precision, self.args.device)
-            print(f"step {self.info.number}, {start}", flush=True)
+            title = "scenes" if self.info is SCENES else f"step {self.info.number}"
+            print(f"{title}, {start_line(self.accelerator, self.precision, self.args.device)}", flush=True)
 
     def method_value(self, name: str, key: str = "") -> float:
         """The constant `name`; where it is None, the data set's value in [method], there called `key`.
