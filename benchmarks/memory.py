@@ -1,8 +1,8 @@
 """Peak memory of a training step, counted without computing, for the whole batch and for micro-batches.
 
-The step of tools/memory.py runs under torch's FakeTensorMode: tensors have sizes but no values, and the sizes of all
-that live at the same time are added up: weights, gradients, momentum, activations and the batch. A GPU needs some
-hundred MB more, for its context and for the workspaces of its convolutions.
+A step of the loops of steps 1 and 5 runs under torch's FakeTensorMode: tensors have sizes but no values, and the sizes
+of all that live at the same time are added up: weights, gradients, momentum, activations and the batch. A GPU needs
+some hundred MB more, for its context and for the workspaces of its convolutions.
 
 Command: python benchmarks/memory.py
 """
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from training import Constants as TrainingConstants
-from training import batch_of, model_of
+from training import batch_of, losses_of, model_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models.deeplab import DeepLabV3Plus

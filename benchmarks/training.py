@@ -113,7 +113,8 @@ class Repeated(Dataset):
 
 def time_ours(training: str, size: int, args: Constants) -> tuple[float, list[float]]:
     """Seconds a step, and the loss of each step, by the loop of steps 1 and 5: the second of two epochs."""
-    (model, backbone), recipe, losses = model_of(training, args), recipe_of(training, args), []
+    (model, backbone), recipe = model_of(training, args), recipe_of(training, args)
+    losses: list[Tensor] = []
     accelerator = make_accelerator(args.precision)
     with tempfile.TemporaryDirectory() as folder:
         step = SimpleNamespace(args=recipe, accelerator=accelerator, path=Path(folder))
@@ -133,7 +134,8 @@ def time_ours(training: str, size: int, args: Constants) -> tuple[float, list[fl
 
 def time_plain(training: str, size: int, args: Constants) -> tuple[float, list[float]]:
     """Seconds a step, and the loss of each step, as a simple script trains: the second of two epochs."""
-    (model, backbone), recipe, losses = model_of(training, args), recipe_of(training, args), []
+    (model, backbone), recipe = model_of(training, args), recipe_of(training, args)
+    losses: list[float] = []
     device = make_accelerator("fp32").device
     model.to(device).train()
     new = [module for module in model.children() if module is not backbone]

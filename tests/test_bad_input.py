@@ -79,7 +79,7 @@ FAULTS = [  # step, file, its content, sentence
     ("infer_classification", f"{EXPERIMENT}/classifier/run.json", b"", r"run\.json is damaged .*: run step 1"),
     ("make_pseudo_labels", f"{EXPERIMENT}/cams/run.json", b"{", r"run\.json is damaged .*: run step 2"),
     ("make_pseudo_labels", f"{TRAIN}/images/train_2.png", png(np.zeros((64, 60, 3))), r"an image of \(64, 64\) pixels"),
-    ("make_pseudo_labels", f"{EXPERIMENT}/cams/train_2.npz", hostile_npz, "cannot be read as class activation maps"),
+    ("make_pseudo_labels", f"{EXPERIMENT}/cams/train_2.npz", hostile_npz, "cannot be read as class maps"),
     ("generate_refined_pseudo", f"{TRAIN}/sam_masks/run.json", b"", r"run\.json is damaged .*: run step 9"),
     ("generate_refined_pseudo", f"{EXPERIMENT}/pseudo_labels/train_2.png", SIZE, "holds masks of 64 x 64 pixels"),
     ("generate_refined_pseudo", f"{EXPERIMENT}/pseudo_labels/train_2.png", LARGE_ID, "holds the class id 9"),
@@ -97,7 +97,7 @@ FAULTS = [  # step, file, its content, sentence
     ("evaluate_miou", f"{TEST}/labels/test_2.png", LARGE_ID, "holds the class id 9"),
     ("evaluate_miou", f"{TEST}/labels/test_2.png", giant(), BROKEN),
     ("evaluate_miou", f"{EXPERIMENT}/segmentation/test_2.png", LARGE_ID, "holds the class id 9"),
-    ("evaluate_miou", f"{EXPERIMENT}/cams/train_2.npz", hostile_npz, "cannot be read as class activation maps"),
+    ("evaluate_miou", f"{EXPERIMENT}/cams/train_2.npz", hostile_npz, "cannot be read as class maps"),
 ]
 
 

@@ -136,9 +136,8 @@ def test_five_optimiser_steps_equal_those_of_the_release(step, recipe, tmp_path)
     expected = [value.detach().numpy().copy().reshape(value.shape[:2]) for value in model.parameters()]
 
     args = step.Constants(epochs=2, batch_size=2, workers=0)
-    with Training(
-        SimpleNamespace(args=args, accelerator=make_accelerator("fp32"), path=tmp_path), model, samples, [backbone]
-    ) as training:
+    step_of_args = SimpleNamespace(args=args, accelerator=make_accelerator("fp32"), path=tmp_path)
+    with Training(step_of_args, model, samples, [backbone]) as training:
         next(training.epochs())
         for images, targets in training.batches():
             training.descend(nn.functional.mse_loss(training.model(images), targets))

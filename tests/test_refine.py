@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tools.segmenter import small_probabilities
 
 import generate_refined_pseudo
 import generate_refined_seg
+from inference_segmentation import small_probabilities
 from PRC_SAM.refine import Refinement
 from tests.references import bilinear
 from tests.steps import TEST, experiment, same_results, step
@@ -152,7 +152,8 @@ def small(tmp_path):
             save_masks(dataset.sam_masks(split) / f"{id}.npz", pack_masks(np.array(masks)))
             ids = np.arange(3) if split == "test" else np.flatnonzero(present)
             values = rng.random((len(ids), 4, 4)) * np.array([1, 0.6, 0.8])[ids, None, None]
-            save_maps(experiment(tmp_path) / maps / f"{id}.npz", "cams", ids, [values], (16, 16))
+            holds = "probabilities" if maps == "segmentation" else "cams"
+            save_maps(experiment(tmp_path) / maps / f"{id}.npz", holds, ids, [values], (16, 16))
         write_image_labels(
             dataset.image_labels_file(split), dataset.classes, {id: np.array(row) for id, row in LABELS.items()}
         )
@@ -191,7 +192,7 @@ def test_steps_apply_the_rule_to_every_patch(small, module, rule):
     assert changed > 0
     account = json.loads((experiment(root) / output / "run.json").read_text())
     assert account["constants"]["rule"] == rule and account["files"] == 3
-    assert set(account["inputs"]) >= {source, "sam_masks"} | ({maps} if rule == "mean_cam" else set())
+    assert set(account["reads"]) >= {source, "sam_masks"} | ({maps} if rule == "mean_cam" else set())
 
 
 def test_the_released_protocol_writes_the_classes_of_the_image_level_label(small):
@@ -242,7 +243,7 @@ def test_mean_cam_names_what_is_missing(small):
     with pytest.raises(UserError) as caught:
         generate_refined_pseudo.main(generate_refined_pseudo.Constants(**values))
     assert "q.npz is missing: run" in str(caught.value)
-    assert "r.npz cannot be read as class activation maps (it belongs to an image of (32, 32)" in str(caught.value)
+    assert "r.npz cannot be read as class maps (it belongs to an image of (32, 32)" in str(caught.value)
     shutil.rmtree(experiment(root) / "cams")
     with pytest.raises(UserError, match="cams is missing: run step 2"):
         generate_refined_pseudo.main(generate_refined_pseudo.Constants(**values, overwrite=True))
@@ -283,7 +284,7 @@ def test_small_probabilities_are_means_of_the_softmax(size, tmp_path):
     padded = np.pad(exact, [(0, 0), *((0, -length % 16) for length in size)], mode="edge")
     expected = padded.reshape(3, padded.shape[1] // 4, 4, padded.shape[2] // 4, 4).mean((2, 4))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    save_maps(tmp_path / "a.npz", "cams", np.arange(3), [found], size)
+    save_maps(tmp_path / "a.npz", "probabilities", np.arange(3), [found], size)
     _, back = load_maps(tmp_path / "a.npz", 3, size)  # the cells lie where the pixels are
     np.testing.assert_allclose(
         back[:, 1:3, 1:3].mean((1, 2)), bilinear(found, padded.shape[1:], False)[:, 1:3, 1:3].mean((1, 2)), rtol=5e-3
