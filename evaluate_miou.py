@@ -124,27 +124,29 @@ def count_image(id: str, dataset: Dataset, split: str, folders: Sequence[Path]) 
 
 
 def score(dataset: Dataset, stages: Sequence[Stage], args: Constants) -> list[str]:
-    """Count the images of one split for its stages -> a sentence for each file that cannot be scored.
+    """Count the images of each split for its stages -> a sentence for each file that cannot be scored.
 
     Each truth is read once for all stages, and no prediction is kept. The mean IoU of an image leaves out the pixels
     and the score of the classes that the data set leaves out, as that of all images does (`ConfusionMatrix.scores`).
     """
-    split, failures = stages[0].split, []
-    ids, left_out = dataset.ids(split), np.flatnonzero(~dataset.scored)
-    count = partial(count_image, dataset=dataset, split=split, folders=[stage.path for stage in stages])
-    workers = min(args.workers, len(ids) // PATCHES_A_PROCESS)
-    with Progress(len(ids), f"scoring {split}") as bar:
-        for id, image in zip(ids, in_workers(count, ids, workers if workers > 1 else 0, chunk=4), strict=True):
-            failures += image.failures
-            bar.update()
-            for stage in stages:
-                if stage.path not in image.counts:
-                    stage.partial = True
-                    continue
-                matrix = ConfusionMatrix(dataset.num_classes, image.counts[stage.path])
-                stage.matrix.counts += matrix.counts
-                stage.per_image[id] = matrix.scores(left_out, args.protocol)["miou"]
-                stage.present[id] = int(matrix.counts[dataset.scored].any(axis=1).sum())
+    failures, left_out = [], np.flatnonzero(~dataset.scored)
+    for split in sorted({stage.split for stage in stages}, key=SPLITS.index):
+        ids, of_split = dataset.ids(split), [stage for stage in stages if stage.split == split]
+        count = partial(count_image, dataset=dataset, split=split, folders=[stage.path for stage in of_split])
+        workers = min(args.workers, len(ids) // PATCHES_A_PROCESS)
+        results = in_workers(count, ids, workers if workers > 1 else 0, chunk=4)
+        with Progress(len(ids), f"scoring {split}") as bar:
+            for id, image in zip(ids, results, strict=True):
+                failures += image.failures
+                bar.update()
+                for stage in of_split:
+                    if stage.path not in image.counts:
+                        stage.partial = True
+                        continue
+                    matrix = ConfusionMatrix(dataset.num_classes, image.counts[stage.path])
+                    stage.matrix.counts += matrix.counts
+                    stage.per_image[id] = matrix.scores(left_out, args.protocol)["miou"]
+                    stage.present[id] = int(matrix.counts[dataset.scored].any(axis=1).sum())
     return failures
 
 
@@ -152,17 +154,14 @@ def main(args: Constants) -> None:
     begin = time.monotonic()
     dataset = load_dataset(args.dataset, args.root)
     folder = experiment_folder(args.root, args.dataset, args.experiment)
+    output = folder / "scores"
     stages = find_stages(dataset, folder, args)
-    by_split = {split: [stage for stage in stages if stage.split == split] for split in SPLITS}
-    failures: list[str] = []
-    for of_split in by_split.values():
-        if of_split:
-            failures += score(dataset, of_split, args)
+    failures = score(dataset, stages, args)
 
-    output, samples = folder / "scores", SamplesFile({})
     remove_leftovers(output)
-    for split, of_split in by_split.items():
-        drawable = [stage for stage in of_split if stage.per_image]
+    samples = SamplesFile({})
+    for split in SPLITS:
+        drawable = [stage for stage in stages if stage.split == split and stage.per_image]
         if drawable:
             samples.root[split] = draw_split(dataset, output, drawable, args.experiment, args.samples, failures)
     write_json(output / "samples.json", samples.model_dump())

@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +28,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows. `references`: rows to compare with, which stand in grey below the others."""
+    """Columns and rows; a row with a true value of "faint" stands in grey."""
 
     columns: list[Column]
     rows: list[Row]
-    references: list[Row] = field(default_factory=list)
 
 
 def score_columns(dataset: Dataset) -> list[Column]:
@@ -56,10 +55,13 @@ def score_columns(dataset: Dataset) -> list[Column]:
 
 
 def score_table(summary: Summary) -> Table:
-    """The main table, a row for each scored stage; the paper's figures stand at the last one and at the bound."""
+    """The main table, a row for each scored stage; the paper's figures stand at the last one and at the bound.
+
+    Below them, in grey, what one class everywhere would reach.
+    """
     paper = summary.dataset.paper
     results = [row for row in summary.rows if row["split"] == "test" and not row["is_bound"]]
-    rows, references = [], []
+    rows = []
     for row in summary.rows:
         published = {"paper_miou": "not published", "paper_share": "not published"}
         if paper and results and row is results[-1]:
@@ -71,8 +73,8 @@ def score_table(summary: Summary) -> Table:
         rows.append(row | published | {"name": name})
     for split, row in summary.constant.items():
         name = f"every pixel {row['class']}, the most frequent class"
-        references.append(row | {"name": name, "split": split, "paper_miou": "–", "paper_share": "–"})
-    return Table([column for column in score_columns(summary.dataset) if column.in_page], rows, references)
+        rows.append(row | {"name": name, "split": split, "paper_miou": "–", "paper_share": "–", "faint": True})
+    return Table([column for column in score_columns(summary.dataset) if column.in_page], rows)
 
 
 def class_table(summary: Summary) -> Table:
@@ -156,7 +158,7 @@ def markdown(summary: Summary) -> str:
 def _markdown(table: Table) -> str:
     rules = {"text": "---", "number": "---:", "headline": "---:"}
     lines = [[column.title for column in table.columns], [rules[column.style] for column in table.columns]]
-    lines += [[column.cell(row) for column in table.columns] for row in table.rows + table.references]
+    lines += [[column.cell(row) for column in table.columns] for row in table.rows]
     return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 

@@ -34,9 +34,7 @@ class Stage:
 
     @property
     def step(self) -> StepInfo:
-        step = step_of(self.path)
-        assert step is not None
-        return step
+        return STEPS[self.path.name.removesuffix(f"_{self.split}")]
 
     @property
     def title(self) -> str:

@@ -26,7 +26,6 @@ from tools.dataset import Dataset
 from tools.devices import process_state
 from tools.scores import ConfusionMatrix
 from tools.step import experiment_folder
-from tools.steps import SPLITS
 
 Changes = dict[str, Any]  # constant -> value
 
@@ -122,15 +121,12 @@ class Runner:
             root=self.args.root,
         )
         stages = evaluate_miou.find_stages(self.dataset, self.folder(experiment), args)
-        for split in SPLITS:
-            if of_split := [stage for stage in stages if stage.split == split]:
-                failures = evaluate_miou.score(self.dataset, of_split, args)
-                check(not failures, f"{len(failures)} files of {experiment} could not be scored: {failures[:1]}")
-                matrix = of_split[0].matrix
-                k = most_frequent_class(matrix, self.dataset.scored)
-                miou = self.headline(constant_map(matrix, k))
-                name = self.dataset.classes[k]
-                self.constant_maps[split] = f"{name} everywhere has {miou:.2f} on the {split} split"
+        failures = evaluate_miou.score(self.dataset, stages, args)
+        check(not failures, f"{len(failures)} files of {experiment} could not be scored: {failures[:1]}")
+        for stage in stages:
+            k = most_frequent_class(stage.matrix, self.dataset.scored)
+            miou, name = self.headline(constant_map(stage.matrix, k)), self.dataset.classes[k]
+            self.constant_maps[stage.split] = f"{name} everywhere has {miou:.2f} on the {stage.split} split"
         return {stage.path.name: self.headline(stage.matrix) for stage in stages}
 
     def headline(self, matrix: ConfusionMatrix) -> float:

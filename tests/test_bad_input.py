@@ -18,7 +18,7 @@ import evaluate_miou
 from datasetsprocess import process
 from PRC_SAM import get_se_map
 from PRC_SAM.checkpoints import load_sam
-from tests.steps import STEPS, account, experiment, step
+from tests.steps import STEPS, experiment, record, step
 from tests.test_splitting import digests, script, small_vaihingen
 from tools.command import UserError
 
@@ -139,7 +139,7 @@ def test_a_faulty_file(spoilt, tmp_path, name, file, content, sentence):
         assert path.name.split(".")[0] in str(caught.value) and "Traceback" not in str(caught.value)
         assert not (tmp_path / "ran").exists() and not list(spoilt.parent.rglob("escaped*"))
         if "files that failed" in str(caught.value):
-            assert account(ours)["files"] == (3 if "test" in file else 9)  # all the others
+            assert record(ours)["files"] == (3 if "test" in file else 9)  # all the others
     finally:
         path.write_bytes(good)
         if kept:

@@ -19,7 +19,7 @@ from models.deeplab import DeepLabV3Plus
 from PRC_SAM.checkpoints import build_sam
 from PRC_SAM.generator import MaskGenerator, Settings
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
-from tests.steps import STEPS, account, experiment, options
+from tests.steps import STEPS, experiment, options, record
 from tools.devices import make_accelerator, set_precision
 from tools.map_files import mirrored_scales
 from tools.masks import pack_masks
@@ -172,5 +172,5 @@ def test_all_steps_run_on_the_gpu(tmp_path, make_tiny_dataset, run_script):
     for script, (folder, constants, _, _) in STEPS.items():
         constants = {name: "auto" if name == "precision" else value for name, value in constants.items()}
         started = run_script(f"{script}.py", *place, *options(constants | {"device": DEVICE.type}))
-        run = account(experiment(tmp_path) / folder)
+        run = record(experiment(tmp_path) / folder)
         assert run["finished"] and DEVICE.type in run["device"], started.stdout

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.steps import STEPS, account, experiment, options, same_results
+from tests.steps import STEPS, experiment, options, record, same_results
 
 # Python imports this module first, in every process that PYTHONPATH reaches, spawned workers included.
 ELSEWHERE = """
@@ -99,5 +99,5 @@ def test_a_step_with_two_workers(finished, copy, elsewhere, run_script, script):
     shutil.rmtree(experiment(copy) / name)
     elsewhere(ROOT)
     run_script(f"{script}.py", "--dataset", "tiny", "--root", copy, *options(constants | {"workers": 2}))
-    assert account(experiment(copy) / name)["finished"]
+    assert record(experiment(copy) / name)["finished"]
     assert same_results(experiment(copy) / name, experiment(finished) / name, suffix)

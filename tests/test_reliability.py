@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.steps import account, experiment, step
+from tests.steps import experiment, record, step
 from tools import runs
 from tools.command import UserError
 from tools.workers import in_workers
@@ -90,7 +90,7 @@ def test_the_commit_of_another_repository_is_not_recorded(tmp_path, monkeypatch)
 
 
 def test_the_account_says_where_values_come_from(finished):
-    classifier, refined = (account(experiment(finished) / name) for name in ("classifier", "refined_pseudo_labels"))
+    classifier, refined = (record(experiment(finished) / name) for name in ("classifier", "refined_pseudo_labels"))
     assert classifier["constants"]["gamma"] == 0.7 and classifier["origins"] == {"gamma": "default"}
     assert refined["constants"]["tau"] == 0.9 and refined["origins"] == {"tau": "default"}
     assert classifier["hardware"]["device"] == "cpu" and classifier["hardware"]["name"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.steps import account, experiment, step
+from tests.steps import experiment, record, step
 from tools.dataset import load_dataset
 from tools.labels import save_label
 from tools.result_checks import check_classifier, check_losses, check_shares, patch_shares, pixel_shares
@@ -67,7 +67,7 @@ def test_step_6_compares_with_the_labels_of_step_5(copy, monkeypatch):
     shares = {"refined_pseudo_labels": 0.9, "segmentation": 0.04}
     monkeypatch.setattr("tools.step.pixel_shares", lambda folder, ids, classes: {name: shares[folder.name]})
     step("inference_segmentation", copy, overwrite=True)
-    (sentence,) = account(experiment(copy) / "segmentation")["warnings"]
+    (sentence,) = record(experiment(copy) / "segmentation")["warnings"]
     assert "4.00%" in sentence and "90.00%" in sentence and "pseudo-labels" in sentence
 
 
@@ -86,5 +86,5 @@ def test_the_shares_are_counted(tmp_path):
 def test_a_step_prints_and_keeps_its_warnings(copy, capsys):
     """One epoch of a tiny classifier with a rate far too high finds nothing; the warning is in run.json too."""
     step("train_classification", copy, experiment="wild", lr=3.0, epochs=2, batch_size=2)
-    warnings = account(experiment(copy, "wild") / "classifier")["warnings"]
+    warnings = record(experiment(copy, "wild") / "classifier")["warnings"]
     assert warnings and f"warning: {warnings[0]}" in capsys.readouterr().err

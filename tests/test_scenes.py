@@ -15,7 +15,7 @@ from PIL import Image
 
 import segment_scene
 from tests.conftest import TINY_COLOURS
-from tests.steps import account, experiment
+from tests.steps import experiment, record
 from tests.tiffs import UTM, noise, write_tif
 from tools.command import UserError
 from tools.rasters import Raster, covering_starts, label_tiff
@@ -267,7 +267,7 @@ def test_results_of_other_scenes_are_never_touched(root, capsys):
         "made_from/a.json",
         "overview/a.png",
     } and before.keys() == after.keys()
-    assert account(experiment(root) / "segmentation")["finished"]  # the patches are another step's
+    assert record(experiment(root) / "segmentation")["finished"]  # the patches are another step's
 
 
 def test_a_result_of_another_file_or_training_is_refused(root):

@@ -8,7 +8,7 @@ from models.classifier import Classifier
 from tests.steps import TRAIN, experiment, step
 from tools.augment import normalise, to_tensor
 from tools.labels import load_image
-from tools.map_files import fuse_scales, load_maps
+from tools.map_files import fuse_scales, load_maps, relative
 from tools.training import load_checkpoint
 
 
@@ -25,7 +25,7 @@ def test_gamma_and_iterations_come_from_the_training(copy):
         load_checkpoint(experiment(copy, "loose") / "classifier" / "model.pt", model)
         with torch.inference_mode():
             both = model(x)[1].relu() + model(x.flip(-1))[1].relu().flip(-1)
-        maps[gamma, iterations] = fuse_scales([both[0]], (64, 64)).numpy()
+        maps[gamma, iterations] = relative(fuse_scales([both[0].numpy()], (64, 64)))
 
     for name, expected in (("loose", maps[0.02, 2]), ("once", maps[0.02, 1])):
         classes, found = load_maps(experiment(copy, name) / "cams" / f"{TRAIN[1]}.npz", 3, (64, 64))

@@ -114,7 +114,7 @@ class Step(StepFolder):
         if name == "sam_masks":
             return self.dataset.sam_masks(self.split)
         other = getattr(self.args, name, "")
-        experiment = self.experiment.parent / other if other else self.experiment
+        experiment = experiment_folder(self.args.root, self.dataset.name, other) if other else self.experiment
         return experiment / (STEPS[name].folder_of(self.split) if name in STEPS else name)
 
     def _find_device(self, precision: str, bf16_on_cpu: bool) -> None:
