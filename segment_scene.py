@@ -194,7 +194,8 @@ def is_finished(files: ResultFiles, record: SceneRecord) -> bool:
 def remove_result(files: ResultFiles) -> None:
     """Remove the record first, so that an interrupted run leaves no old record beside a new label map.
 
-    Also what a killed run left, and a label map or world file of another format. The label map itself is replaced.
+    Also what a killed run left, and a label map or world file of another format. The label map
+    itself is replaced.
     """
     files.record.unlink(missing_ok=True)
     remove_leftovers(files.labels.parent, f"**/.{glob.escape(files.labels.stem)}.*.tmp*")

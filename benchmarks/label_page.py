@@ -92,7 +92,8 @@ def main(args: Constants) -> None:
             for step in args.steps:
                 scrolled = page.js(f"{SCROLL}({args.frames}, {step})")
                 print(
-                    f"{args.frames} frames of {step} heights: {scrolled['blank']} blank, {scrolled['loading']} loading; "
+                    f"{args.frames} frames of {step} heights: "
+                    f"{scrolled['blank']} blank, {scrolled['loading']} loading; "
                     f"{scrolled['median']:.0f} ms a frame, the longest {scrolled['longest']:.0f} ms"
                 )
             print(f"{page.js('document.querySelectorAll(`.cell`).length')} cells exist at the end")

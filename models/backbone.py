@@ -17,11 +17,13 @@ Weights = Literal["imagenet", "none"] | Mapping[str, Tensor]
 class Backbone(nn.Module):
     """x (B,3,H,W) -> low (B,C1,H/4,W/4), mid (B,C2,H/8,W/8), high (B,C3,H/16,W/16).
 
-    For a ResNet, low is the output of layer1, mid of layer2 and high of layer4. The stride of layer4 is 1, without
-    dilation. MobileNetV2 is cut at the same strides. `low_channels` and `high_channels` are C1 and C3.
+    For a ResNet, low is the output of layer1, mid of layer2 and high of layer4. The stride of
+    layer4 is 1, without dilation. MobileNetV2 is cut at the same strides. `low_channels` and
+    `high_channels` are C1 and C3.
 
-    name: one of `NAMES`. weights: "imagenet" (downloaded by torchvision), "none" (random), or the state dict of the
-    network in torchvision, with or without the classification head. Raises `ValueError` for other names and weights.
+    name: one of `NAMES`. weights: "imagenet" (downloaded by torchvision), "none" (random), or the
+    state dict of the network in torchvision, with or without the classification head. Raises
+    `ValueError` for other names and weights.
     """
 
     def __init__(self, name: str, weights: Weights):
@@ -54,8 +56,9 @@ class Backbone(nn.Module):
 def fold_batchnorm(model: nn.Module) -> None:
     """Fold each BatchNorm into the convolution before it, in place; results stay equal within rounding.
 
-    For inference: `model` must be in evaluation mode. In torchvision's networks a BatchNorm is registered directly
-    after its convolution, in a Sequential as well as in a block, and is called directly after it.
+    For inference: `model` must be in evaluation mode. In torchvision's networks a BatchNorm is
+    registered directly after its convolution, in a Sequential as well as in a block, and is called
+    directly after it.
     """
     for parent in list(model.modules()):
         for (name, convolution), (norm_name, norm) in pairwise(list(parent.named_children())):

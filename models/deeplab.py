@@ -63,10 +63,10 @@ class SpatialAttention(nn.Module):
 class DeepLabV3Plus(nn.Module):
     """x (B,3,H,W) normalised RGB -> logits (B,K,H,W).
 
-    Output stride 16 without dilation in the backbone; the new norms are GroupNorm(4). The new convolutions start from
-    Kaiming-normal weights, except those of the attentions, which start from torch's default. width: channels of ASPP
-    and decoder, a multiple of 4. freeze_norm: the backbone's BatchNorm keeps its running statistics; its scale and bias
-    learn.
+    Output stride 16 without dilation in the backbone; the new norms are GroupNorm(4). The new
+    convolutions start from Kaiming-normal weights, except those of the attentions, which start from
+    torch's default. width: channels of ASPP and decoder, a multiple of 4. freeze_norm: the
+    backbone's BatchNorm keeps its running statistics; its scale and bias learn.
     """
 
     def __init__(self, backbone: Backbone, num_classes: int, width: int, freeze_norm: bool):

@@ -13,11 +13,12 @@ EPSILON = 1e-5
 def image_reconstruction_loss(cam: Tensor, image: Tensor, image_labels: Tensor, tiles: int) -> Tensor:
     """Mean squared error of the image reconstructed from the class maps, each with its mean colour; a scalar.
 
-    cam (B,K,h,w) class maps after PRC, of any range; image (B,3,H,W) normalised RGB; image_labels (B,K) 0/1. tiles: 1,
-    4, 9, ... equal parts (1 x 1, 2 x 2, ...), each with class colours of its own, because a class may look different in
-    different places. Where h or w is not divisible, parts differ by one row or column; every value has the same weight.
-    There is no background channel: a pixel in the map of no present class is reconstructed as black, so the loss
-    rewards complete maps. Computed in float32 or better. Raises `ValueError` as `check_tiles`.
+    cam (B,K,h,w) class maps after PRC, of any range; image (B,3,H,W) normalised RGB; image_labels
+    (B,K) 0/1. tiles: 1, 4, 9, ... equal parts (1 x 1, 2 x 2, ...), each with class colours of its
+    own, because a class may look different in different places. Where h or w is not divisible,
+    parts differ by one row or column; every value has the same weight. There is no background
+    channel: a pixel in the map of no present class is reconstructed as black, so the loss rewards
+    complete maps. Computed in float32 or better. Raises `ValueError` as `check_tiles`.
     """
     side = check_tiles(tiles, cam.shape[-2:])
     maps = relative_maps(cam, image_labels)

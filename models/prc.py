@@ -8,13 +8,14 @@ from torch.nn import functional as F
 class PixelRelationshipConstraint(nn.Module):
     """M = C A: the class maps of a pixel become the weighted mean of the class maps of similar pixels.
 
-    The affinity A (N,N), N = h*w, is the cosine similarity of the projected features [image ; features], clamped to
-    [0.01, 0.999]. Values below `gamma` become 0, then each column is divided by its sum. Gradients flow through A. The
-    affinity is computed in float32 in any precision around it, because its threshold must not depend on the rounding of
-    bf16.
+    The affinity A (N,N), N = h*w, is the cosine similarity of the projected features [image ;
+    features], clamped to [0.01, 0.999]. Values below `gamma` become 0, then each column is divided
+    by its sum. Gradients flow through A. The affinity is computed in float32 in any precision
+    around it, because its threshold must not depend on the rounding of bf16.
 
-    feature_channels: D, channels of the backbone's last stage. gamma: 0 to 0.999; above 0.999 even the diagonal would
-    become 0. iterations: how often A is applied; 0 switches PRC off. Raises `ValueError` for other values.
+    feature_channels: D, channels of the backbone's last stage. gamma: 0 to 0.999; above 0.999 even
+    the diagonal would become 0. iterations: how often A is applied; 0 switches PRC off. Raises
+    `ValueError` for other values.
     """
 
     def __init__(self, feature_channels: int, gamma: float, iterations: int):
@@ -42,9 +43,9 @@ class PixelRelationshipConstraint(nn.Module):
         g = self.project(features, image)
         with torch.autocast(features.device.type, enabled=False):
             similarity = (g @ g.transpose(1, 2)).clamp(0.01, 0.999)
-            kept = similarity * (similarity >= self.gamma)
+            similarity = similarity * (similarity >= self.gamma)
             # The column of a pixel whose features are all exactly 0 is empty: its maps become 0 instead of NaN.
-            return kept / kept.sum(1, keepdim=True).clamp_min(1e-12)
+            return similarity / similarity.sum(1, keepdim=True).clamp_min(1e-12)
 
     def forward(self, cam: Tensor, features: Tensor, image: Tensor) -> Tensor:
         """cam (B,K,h,w), features (B,D,h,w), image (B,3,H,W) -> (B,K,h,w) in float32 or better."""

@@ -36,7 +36,7 @@ def test_deeplab_aligns_the_corners_twice(size):
 
 
 def test_step_6_sums_the_logits_of_all_scales_at_image_size(tmp_path, make_tiny_dataset):
-    """A stand-in for the network says of each pixel its colour."""
+    """The stand-in for the network returns its input."""
     make_tiny_dataset(tmp_path)
     save_checkpoint(tmp_path / "model.pt", DeepLabV3Plus(Backbone("resnet18", "none"), 3, width=8, freeze_norm=True))
     trained = {"dataset": "tiny", "backbone": "resnet18", "width": 8}
@@ -65,10 +65,10 @@ def test_scales_of_inference(tmp_path):
     for id, image in images.items():
         Image.fromarray(image).save(tmp_path / f"{id}.png")
     scales, sizes = (0.5, 1.0, 1.5, 2.0), ((18, 25), (37, 50), (56, 75), (74, 100))
-    ((ids, size, found),) = image_batches(tmp_path, ["a", "b"], scales, 2, 0, stop)
+    ((ids, size, batches),) = image_batches(tmp_path, ["a", "b"], scales, 2, 0, stop)
     assert ids == ["a", "b"] and size == (37, 50)
     seen = []
-    mirrored_scales(lambda x: seen.append(x) or x[:, :1], found, torch.device("cpu"))
+    mirrored_scales(lambda x: seen.append(x) or x[:, :1], batches, torch.device("cpu"))
     for (height, width), batch in zip(sizes, seen, strict=True):
         expected = [
             np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

@@ -74,8 +74,8 @@ def random_crop(
 ) -> Crop:
     """The training augmentation of an image of (H,W) = size: random scale, mirror image and place (method section 1).
 
-    The longer side becomes a whole number, uniform in `scales` x S, S = patch_size. A resized side longer than S is cut
-    at a random place, a shorter side lies at a random place of the patch.
+    The longer side becomes a whole number, uniform in `scales` x S, S = patch_size. A resized side
+    longer than S is cut at a random place, a shorter side lies at a random place of the patch.
     """
     longer = int(random.integers(int(scales[0] * patch_size), int(scales[1] * patch_size), endpoint=True))
     height, width = (max(1, round(length * longer / max(size))) for length in size)
@@ -87,17 +87,17 @@ def random_crop(
 def _place(random: np.random.Generator, length: int, patch_size: int) -> tuple[slice, slice]:
     """Along one axis: the part that is cut from the image, and its place in the patch."""
     offset = int(random.integers(abs(length - patch_size) + 1))
-    kept = min(length, patch_size)
-    part, whole = slice(offset, offset + kept), slice(0, kept)
-    return (part, whole) if length > patch_size else (whole, part)
+    size = min(length, patch_size)
+    start, shifted = slice(0, size), slice(offset, offset + size)
+    return (shifted, start) if length > patch_size else (start, shifted)
 
 
 class TrainingPatches(TorchDataset):
     """Patches of a training, indexed by (epoch, patch), so that a seed gives the same crops in any worker process.
 
-    images: the folder of <id>.png. targets: the image-level labels, id -> (K,) bool, or the folder of label maps
-    <id>.png, which are cropped like the images. Items: image (3,S,S) float32; target (K,) float32 or (S,S) int64.
-    Raises `UserError` for a bad file.
+    images: the folder of <id>.png. targets: the image-level labels, id -> (K,) bool, or the folder
+    of label maps <id>.png, which are cropped like the images. Items: image (3,S,S) float32; target
+    (K,) float32 or (S,S) int64. Raises `UserError` for a bad file.
     """
 
     def __init__(

@@ -67,8 +67,8 @@ def save_label(path: Path, ids: np.ndarray, colours: np.ndarray) -> None:
 def load_label(path: Path, num_classes: int) -> np.ndarray:
     """Read (H,W) uint8 class ids.
 
-    Raises `UserError` when the file cannot be read, is not one channel of 8 bits or a palette image, or holds an id
-    that is neither a class nor 255.
+    Raises `UserError` when the file cannot be read, is not one channel of 8 bits or a palette
+    image, or holds an id that is neither a class nor 255.
     """
     with _png(path, "run the step that makes it again, or copy it there") as (image, bits):
         check(
@@ -77,10 +77,10 @@ def load_label(path: Path, num_classes: int) -> np.ndarray:
             "datasetsprocess, which turn colours into ids, or save the ids as a palette PNG or a grey PNG of 8 bits",
         )
         ids = np.array(image)
-    wrong = (ids >= num_classes) & (ids != IGNORE)
-    if wrong.any():
+    unknown = (ids >= num_classes) & (ids != IGNORE)
+    if unknown.any():
         raise UserError(
-            f"{path} holds the class id {ids[wrong][0]}, but there are {num_classes} classes (0 to "
+            f"{path} holds the class id {ids[unknown][0]}, but there are {num_classes} classes (0 to "
             f"{num_classes - 1}, and 255 for ignore)"
         )
     return ids

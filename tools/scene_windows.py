@@ -29,10 +29,10 @@ class Windows:
 def label_strips(predict: Predict, raster: Raster, num_classes: int, windows: Windows) -> Iterator[np.ndarray]:
     """Class ids of the scene from top to bottom, a strip (h,W) uint8 for each row of windows; nodata is 255.
 
-    Where windows overlap, their logits are summed with weights that fall smoothly to nearly 0 at the border of a
-    window, where it sees least of the surroundings. The class of the largest sum wins, so the weights need not add up
-    to 1. Sums are kept for one row of windows at a time: K * P * W * 4 bytes. A scene smaller than a window is mirrored
-    at its border.
+    Where windows overlap, their logits are summed with weights that fall smoothly to nearly 0 at
+    the border of a window, where it sees least of the surroundings. The class of the largest sum
+    wins, so the weights need not add up to 1. Sums are kept for one row of windows at a time: K * P
+    * W * 4 bytes. A scene smaller than a window is mirrored at its border.
     """
     size, (height, width) = windows.size, raster.shape
     padded_height, padded_width = max(height, size), max(width, size)
