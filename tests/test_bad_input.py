@@ -80,16 +80,13 @@ FAULTS = [  # step, file, its content, sentence
     ("make_pseudo_labels", f"{EXPERIMENT}/cams/run.json", b"{", r"run\.json .*: run step 2"),
     ("make_pseudo_labels", f"{TRAIN}/images/train_2.png", png(np.zeros((64, 60, 3))), r"\(64, 64\)"),
     ("make_pseudo_labels", f"{EXPERIMENT}/cams/train_2.npz", hostile_npz, "cannot be read"),
-    ("generate_refined_pseudo", f"{TRAIN}/sam_masks/run.json", b"", r"run\.json .*: run step 9"),
     ("generate_refined_pseudo", f"{EXPERIMENT}/pseudo_labels/train_2.png", SIZE, "64 x 64"),
     ("generate_refined_pseudo", f"{EXPERIMENT}/pseudo_labels/train_2.png", LARGE_ID, "class id 9"),
     ("generate_refined_pseudo", f"{TRAIN}/sam_masks/train_2.npz", hostile_npz, "mask file"),
-    ("train_segmentation", f"{EXPERIMENT}/refined_pseudo_labels/run.json", b"", r"run\.json .*: run step 4"),
     ("train_segmentation", f"{EXPERIMENT}/refined_pseudo_labels/train_2.png", b"", BROKEN),
     ("train_segmentation", f"{EXPERIMENT}/refined_pseudo_labels/train_2.png", SIZE, "60 x 64"),
     ("train_segmentation", f"{EXPERIMENT}/refined_pseudo_labels/train_2.png", LARGE_ID, "class id 9"),
     ("train_segmentation", f"{TRAIN}/images/train_2.png", b"", BROKEN),
-    ("inference_segmentation", f"{EXPERIMENT}/segmenter/run.json", b"", r"run\.json .*: run step 5"),
     ("inference_segmentation", f"{EXPERIMENT}/segmenter/model.pt", b"", "checkpoint"),
     ("inference_segmentation", f"{TEST}/images/test_2.png", giant(), BROKEN),
     ("generate_refined_seg", f"{EXPERIMENT}/segmentation/test_2.png", LARGE_ID, "class id 9"),
@@ -143,24 +140,6 @@ def test_a_faulty_file(spoilt, tmp_path, name, file, content, sentence):
             finished.rename(folder)
 
 
-@pytest.mark.parametrize("name", ["process", "get_se_map", *STEPS, "evaluate_miou"])
-def test_no_images(spoilt, name):
-    split = TEST if "seg" in name and "train" not in name else TRAIN
-    images = (spoilt / split / "images").rename(spoilt / split / "away")
-    try:
-        (spoilt / split / "images").mkdir()
-        (spoilt / split / "images" / "._train_1.png").write_bytes(b"")  # what some systems leave behind
-        if name == "process":  # the other split is labelled all the same
-            (spoilt / TEST / "images").rename(spoilt / TEST / "away")
-        with pytest.raises(UserError, match=r"holds no png images"):
-            go(name, spoilt, **({"labels": "truth"} if name == "train_segmentation" else {}))
-    finally:
-        if name == "process":
-            (spoilt / TEST / "away").rename(spoilt / TEST / "images")
-        shutil.rmtree(spoilt / split / "images")
-        images.rename(spoilt / split / "images")
-
-
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -181,13 +160,6 @@ def test_names_that_would_leave_the_folder(spoilt, name, change):
 
 
 @pytest.mark.parametrize("name", ["train_classification", "train_segmentation"])
-def test_a_loss_that_is_not_finite(spoilt, name):
-    constants = {"experiment": "wild", "lr": 1e20, "epochs": 2, "batch_size": 2}
-    with pytest.raises(UserError, match=r"epoch 1: lower lr"):
-        go(name, spoilt, **constants, **({"labels": "truth"} if "seg" in name else {}))
-
-
-@pytest.mark.parametrize("name", ["train_classification", "train_segmentation"])
 def test_a_damaged_checkpoint_of_a_training_to_continue(copy, name):
     folder = experiment(copy) / STEPS[name][0]
     model, file = (folder / "model.pt").read_bytes(), folder / "checkpoint.pt"
@@ -197,20 +169,6 @@ def test_a_damaged_checkpoint_of_a_training_to_continue(copy, name):
         with pytest.raises(UserError, match=r"checkpoint\.pt"):
             go(name, copy)
     assert (folder / "model.pt").read_bytes() == model
-
-
-def test_another_number_of_classes(copy):
-    file = copy / "datasets" / "tiny" / "dataset.toml"
-    file.write_text(
-        file.read_text().replace("]\n", '  {name = "car", colour = [9, 9, 9]},\n]\n').replace("},\n  {", "},{")
-    )
-    text = (copy / TRAIN / "image_labels.csv").read_text().splitlines()
-    with pytest.raises(UserError, match="id,ground,roof,tree,car"):
-        go("infer_classification", copy, overwrite=True)
-    (copy / TRAIN / "image_labels.csv").write_text("\n".join([text[0] + ",car", *(line + ",0" for line in text[1:])]))
-    for name in ("infer_classification", "inference_segmentation"):
-        with pytest.raises(UserError, match=r"model\.pt .*number of classes"):
-            go(name, copy, overwrite=True)
 
 
 def test_odd_but_fitting_data_runs_through_all_steps(finished, tmp_path):

@@ -18,25 +18,12 @@ from tests.conftest import TINY_COLOURS
 from tests.steps import account, experiment
 from tests.tiffs import UTM, noise, write_tif
 from tools.command import UserError
-from tools.rasters import Raster, covering_starts, label_tiff
+from tools.rasters import Raster, label_tiff
 from tools.scene_windows import Windows, label_strips
 
 CPU = torch.device("cpu")
 
 # windows and blending ----------------------------------------------------------------------------------------------
-
-
-@given(st.integers(1, 60), st.data())
-def test_windows_cover_every_pixel(size, data):
-    length, stride = data.draw(st.integers(size, 400)), data.draw(st.integers(1, size))
-    starts = covering_starts(length, size, stride)
-    covered = np.zeros(length, int)
-    for start in starts:
-        assert 0 <= start <= length - size
-        covered[start : start + size] += 1
-    assert (covered > 0).all() and starts == sorted(set(starts))
-    assert all(start == index * stride for index, start in enumerate(starts[:-1]))
-    assert len(starts) == -(-(length - size) // stride) + 1  # not one more than needed
 
 
 def logits_of(images: torch.Tensor, size: int, classes: int = 4) -> torch.Tensor:
