@@ -1,10 +1,11 @@
-"""Label maps of whole large images by a trained segmenter: overlapping windows, their logits blended.
+"""Label maps of large images by a trained segmenter: overlapping windows, logits blended.
 
-Each scene has a record of how it was made. Where that differs now, only this scene is refused; --overwrite segments the
-named scenes again, and no others.
+Each scene has a record of how it was made. Where that differs now, only this scene is refused;
+--overwrite segments the named scenes again, and no others.
 
 Reads  segmenter/ and the scenes: tif, png, jpg or jp2
-Writes experiments/<dataset>/<experiment>/scenes/<name>.tif (for png and jpg <name>.png): class ids, 255 for nodata
+Writes experiments/<dataset>/<experiment>/scenes/<name>.tif: class ids, 255 for nodata;
+       for png and jpg <name>.png
        scenes/overview/<name>.png: image and labels side by side, with the area of each class
        scenes/made_from/<name>.json: file, segmenter and constants, and the pixels of each class
 
@@ -58,11 +59,11 @@ class Constants:
     scene: MayChange[Annotated[tuple[Path, ...], Field(min_length=1)]]  # files of the scenes
     segmenter: str = ""  # the experiment whose segmenter is used; empty: that of `experiment`
     scales: Scales = (0.5, 1.0, 1.5, 2.0)  # each with its mirror image
-    overlap: Annotated[float, Field(ge=0, le=0.75)] = 0.25  # share of a window's side that the next window covers too
-    nodata: Nodata = -1  # value of nodata pixels in all channels; -1: the nodata value stored in the file
+    overlap: Annotated[float, Field(ge=0, le=0.75)] = 0.25  # of a window's side, shared with the next window
+    nodata: Nodata = -1  # value of nodata pixels in all channels; -1: as stored in the file
     grey: Literal["stop", "repeat"] = "stop"  # scenes with one channel: stop, or repeat it three times
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as in step 5
-    images_at_once: MayChange[PositiveCount] = 8  # windows of one batch; lower it when the GPU's memory is short
+    images_at_once: MayChange[PositiveCount] = 8  # windows of one batch; lower: less GPU memory
     device: MayChange[Device] = "auto"  # auto | cpu | cuda | cuda:1 | mps
     root: MayChange[Path] = ROOT  # the folder that holds datasets/ and experiments/
     overwrite: MayChange[bool] = False  # segment the named scenes again, and replace their results
@@ -118,8 +119,14 @@ def main(args: Constants) -> None:
     }
     failures = []
     for scene in args.scene[step.state.process_index :: step.state.num_processes]:
-        begin, files, state = time.monotonic(), ResultFiles(scene, step.path), scene.stat()
-        record = SceneRecord(image=str(scene.resolve()), bytes=state.st_size, modified=state.st_mtime_ns, **made_with)
+        begin = time.monotonic()
+        files, state = ResultFiles(scene, step.path), scene.stat()
+        record = SceneRecord(
+            image=str(scene.resolve()),
+            bytes=state.st_size,
+            modified=state.st_mtime_ns,
+            **made_with,
+        )
         try:
             if not args.overwrite and is_finished(files, record):
                 print(f"exists already: {files.labels}")
@@ -146,7 +153,7 @@ def main(args: Constants) -> None:
 
 
 def check_scenes(scenes: Sequence[Path]) -> None:
-    """Raise `UserError` for a scene that is no image file, and for names that results cannot have."""
+    """Raise `UserError` for files that are no images, and for names that results cannot have."""
     names = [scene.stem for scene in scenes]
     for scene, name in zip(scenes, names, strict=True):
         check_file(scene)
@@ -154,7 +161,10 @@ def check_scenes(scenes: Sequence[Path]) -> None:
             scene.suffix.lower() in SUFFIXES,
             f"the scene {scene} is not one of {', '.join(SUFFIXES)}: convert it with gdal_translate",
         )
-        check(names.count(name) == 1, f"two scenes are called {name} and would share a result: rename one of them")
+        check(
+            names.count(name) == 1,
+            f"two scenes are called {name} and would share a result: rename one of them",
+        )
         check(
             name.isprintable() and len(os.fsencode(name)) <= LONGEST_NAME,  # printable names are valid UTF-8
             f"the name of the scene {name!a} is not UTF-8 or has more than {LONGEST_NAME} bytes: rename the file",
@@ -164,11 +174,12 @@ def check_scenes(scenes: Sequence[Path]) -> None:
 def affecting(args: Constants) -> dict[str, Any]:
     """The constants that affect a result, as JSON gives them back: lists instead of tuples."""
     speed = may_change(args)
-    return json.loads(json.dumps({name: value for name, value in flat(args).items() if name not in speed}))
+    constants = {name: value for name, value in flat(args).items() if name not in speed}
+    return json.loads(json.dumps(constants))
 
 
 def is_finished(files: ResultFiles, record: SceneRecord) -> bool:
-    """Whether the result of a scene exists. Raises `UserError` where it was made from or with something else."""
+    """Whether the result of a scene exists. Raises `UserError` if it was made otherwise."""
     if not files.record.exists():
         return False
     before = read_json(files.record, SceneRecord, "replace the result with --overwrite")
@@ -190,9 +201,10 @@ def is_finished(files: ResultFiles, record: SceneRecord) -> bool:
 
 
 def remove_result(files: ResultFiles) -> None:
-    """Remove the record first, so that an interrupted run leaves no old record beside a new label map.
+    """Remove the record first: an interrupted run must not leave it beside a new label map.
 
-    Also what a killed run left, and a label map or world file of another format. The label map itself is replaced.
+    Also what a killed run left, and a label map or world file of another format. The label map
+    itself is replaced.
     """
     files.record.unlink(missing_ok=True)
     remove_leftovers(files.labels.parent, f"**/.{glob.escape(files.labels.stem)}.*.tmp*")
@@ -203,13 +215,13 @@ def remove_result(files: ResultFiles) -> None:
 
 def write_result(files: ResultFiles, raster: Raster, strips: Iterable[np.ndarray], dataset: Dataset) -> dict[str, int]:
     """Write label map, georeference and overview; returns the pixels of each class."""
-    step = -(-max(raster.shape) // OVERVIEW)  # every step-th pixel of every step-th row is in the overview
+    step = -(-max(raster.shape) // OVERVIEW)  # the overview has every step-th row and pixel
     counts, rows, top = np.zeros(256, np.int64), [], 0
     with label_file(files.labels, raster, dataset) as write:
         for strip in strips:
             write(strip)
             counts += np.bincount(strip.ravel(), minlength=256)
-            rows.append(strip[-top % step :: step, ::step].copy())  # a view would keep the strip in memory
+            rows.append(strip[-top % step :: step, ::step].copy())  # a view would keep the strip
             top += len(strip)
     pixels = dict(zip(dataset.classes, counts[: dataset.num_classes].tolist(), strict=True))
     height, width = raster.shape
@@ -227,7 +239,7 @@ def write_result(files: ResultFiles, raster: Raster, strips: Iterable[np.ndarray
 
 @contextmanager
 def label_file(path: Path, raster: Raster, dataset: Dataset) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yield `write(strip)`, from top to bottom; at the end of the block the label map exists, with its georeference."""
+    """Yield `write(strip)`, from top to bottom; the end of the block writes file and georeference."""
     if path.suffix == ".tif":
         with label_tiff(path, raster.shape, dataset.colours, raster.place) as write:
             yield write

@@ -90,10 +90,11 @@ def main(args: Constants) -> None:
             key = page.js("performance.now()") - before
             print(f"usable {(drawn + key) / 1e3:.2f} s after it was opened; a key takes {key:.0f} ms")
             for step in args.steps:
-                found = page.js(f"{SCROLL}({args.frames}, {step})")
+                scrolled = page.js(f"{SCROLL}({args.frames}, {step})")
                 print(
-                    f"{args.frames} frames of {step} heights: {found['blank']} blank, {found['loading']} loading; "
-                    f"{found['median']:.0f} ms a frame, the longest {found['longest']:.0f} ms"
+                    f"{args.frames} frames of {step} heights: "
+                    f"{scrolled['blank']} blank, {scrolled['loading']} loading; "
+                    f"{scrolled['median']:.0f} ms a frame, the longest {scrolled['longest']:.0f} ms"
                 )
             print(f"{page.js('document.querySelectorAll(`.cell`).length')} cells exist at the end")
         finally:

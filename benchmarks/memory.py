@@ -40,7 +40,7 @@ class Constants:
 
 
 class PeakMemory(TorchDispatchMode):
-    """`peak`: the most bytes that tensors made inside, or given at the beginning, held at one time."""
+    """`peak`: the most bytes that tensors made inside, or passed in, held at one time."""
 
     def __init__(self, *tensors: Tensor):
         super().__init__()
@@ -61,9 +61,9 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         result = function(*arguments, **(options or {}))
-        for found in tree_leaves(result):
-            if isinstance(found, Tensor):
-                self._add(found)
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._add(value)
         return result
 
 

@@ -9,9 +9,10 @@ from models.prc import PixelRelationshipConstraint
 class Classifier(nn.Module):
     """Image-level classifier with PRC on its class activation maps.
 
-    The logits are the spatial mean of the RAW maps, so only the image reconstruction loss trains PRC. The stages low
-    and mid (ResNet: stem, layer1, layer2) do not learn, but their BatchNorm statistics move. With `train_all` they
-    learn as well, for backbones that start from random weights. gamma, iterations: see `PixelRelationshipConstraint`.
+    The logits are the spatial mean of the RAW maps, so only the image reconstruction loss trains
+    PRC. The stages low and mid (ResNet: stem, layer1, layer2) do not learn, but their BatchNorm
+    statistics move. With `train_all` they learn as well, for backbones that start from random
+    weights. gamma, iterations: see `PixelRelationshipConstraint`.
     """
 
     def __init__(self, backbone: Backbone, num_classes: int, gamma: float, iterations: int, train_all: bool):

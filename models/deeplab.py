@@ -15,7 +15,7 @@ def conv_norm(inputs: int, outputs: int, kernel: int = 1, dilation: int = 1) -> 
 
 
 class AtrousSpatialPyramidPooling(nn.Module):
-    """ASPP (Chen et al., 2018): convolutions of rates 1, 6, 12, 18 and the image mean; (B,C,h,w) -> (B,width,h,w)."""
+    """ASPP (Chen et al., 2018): rates 1, 6, 12, 18 and the image mean; (B,C,h,w) -> (B,width,h,w)."""
 
     def __init__(self, inputs: int, width: int, rates: tuple[int, ...] = (6, 12, 18), dropout: float = 0.5):
         super().__init__()
@@ -31,7 +31,7 @@ class AtrousSpatialPyramidPooling(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """CBAM (Woo et al., 2018): weights channels by their mean and maximum through one shared bottleneck.
+    """CBAM (Woo et al., 2018): weights channels by mean and maximum through one shared bottleneck.
 
     The shape stays (B,C,h,w).
     """
@@ -50,30 +50,32 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """CBAM: weights pixels by a 7 x 7 convolution of the mean and maximum over channels; the shape stays (B,C,h,w)."""
+    """CBAM: weights pixels by a 7 x 7 convolution of their mean and maximum; stays (B,C,h,w)."""
 
     def __init__(self):
         super().__init__()
         self.convolution = nn.Conv2d(2, 1, 7, padding=3, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.convolution(torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)))
+        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)
+        return x * torch.sigmoid(self.convolution(pooled))
 
 
 class DeepLabV3Plus(nn.Module):
     """x (B,3,H,W) normalised RGB -> logits (B,K,H,W).
 
-    Output stride 16 without dilation in the backbone; the new norms are GroupNorm(4). The new convolutions start from
-    Kaiming-normal weights, except those of the attentions, which start from torch's default. width: channels of ASPP
-    and decoder, a multiple of 4. freeze_norm: the backbone's BatchNorm keeps its running statistics; its scale and bias
-    learn.
+    Output stride 16 without dilation in the backbone; the new norms are GroupNorm(4). The new
+    convolutions start from Kaiming-normal weights, except those of the attentions, which start from
+    torch's default. width: channels of ASPP and decoder, a multiple of 4. freeze_norm: the
+    backbone's BatchNorm keeps its running statistics; its scale and bias learn.
     """
 
     def __init__(self, backbone: Backbone, num_classes: int, width: int, freeze_norm: bool):
         super().__init__()
         self.backbone, self.freeze_norm = backbone, freeze_norm
         self.aspp = AtrousSpatialPyramidPooling(backbone.high_channels, width)
-        self.low = nn.Sequential(conv_norm(backbone.low_channels, 48), ChannelAttention(48), SpatialAttention())
+        reduction = conv_norm(backbone.low_channels, 48)
+        self.low = nn.Sequential(reduction, ChannelAttention(48), SpatialAttention())
         self.decoder = nn.Sequential(
             conv_norm(width + 48, width, 3),
             nn.Dropout(0.5),
@@ -86,11 +88,11 @@ class DeepLabV3Plus(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def train(self, mode: bool = True) -> "DeepLabV3Plus":
-        """Switch to training, except a frozen BatchNorm: it uses its running statistics and does not update them."""
+        """Switch to training; a frozen BatchNorm keeps using its running statistics."""
         super().train(mode)
         if self.freeze_norm:
             for module in self.backbone.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm on several GPUs as well
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm as well
                     module.eval()
         return self
 

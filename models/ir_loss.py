@@ -1,4 +1,4 @@
-"""Image reconstruction loss (IR): the class maps must reconstruct the image, one colour a class (method section 1)."""
+"""Image reconstruction loss (IR): class maps must reconstruct the image (method section 1)."""
 
 import math
 from collections.abc import Sequence
@@ -11,30 +11,30 @@ EPSILON = 1e-5
 
 
 def image_reconstruction_loss(cam: Tensor, image: Tensor, image_labels: Tensor, tiles: int) -> Tensor:
-    """Mean squared error of the image reconstructed from the class maps, each with its mean colour; a scalar.
+    """Mean squared error of the image painted with the mean colour of each class map; a scalar.
 
-    cam (B,K,h,w) class maps after PRC, of any range; image (B,3,H,W) normalised RGB; image_labels (B,K) 0/1. tiles: 1,
-    4, 9, ... equal parts (1 x 1, 2 x 2, ...), each with class colours of its own, because a class may look different in
-    different places. Where h or w is not divisible, parts differ by one row or column; every value has the same weight.
-    There is no background channel: a pixel in the map of no present class is reconstructed as black, so the loss
-    rewards complete maps. Computed in float32 or better. Raises `ValueError` as `check_tiles`.
+    cam (B,K,h,w) class maps after PRC, of any range; image (B,3,H,W) normalised RGB; image_labels
+    (B,K) 0/1. tiles: 1, 4, 9, ... equal parts (1 x 1, 2 x 2, ...), each with class colours of its
+    own, because a class may look different in different places. Where h or w is not divisible,
+    parts differ by one row or column; every value has the same weight. There is no background
+    channel: a pixel in the map of no present class is reconstructed as black, so the loss rewards
+    complete maps. Computed in float32 or better. Raises `ValueError` as `check_tiles`.
     """
     side = check_tiles(tiles, cam.shape[-2:])
     maps = relative_maps(cam, image_labels)
     precision = maps.dtype
     with torch.autocast(cam.device.type, enabled=False):
-        target = F.interpolate(image.detach().to(precision), cam.shape[-2:], mode="bilinear", align_corners=False)
+        pixels = image.detach().to(precision)
+        target = F.interpolate(pixels, cam.shape[-2:], mode="bilinear", align_corners=False)
         target = F.normalize(target, dim=1)
         error = torch.zeros((), device=target.device, dtype=precision)
-        for map_row, target_row in zip(maps.tensor_split(side, 2), target.tensor_split(side, 2), strict=True):
-            tiles_of_row = zip(map_row.tensor_split(side, 3), target_row.tensor_split(side, 3), strict=True)
-            for map_tile, target_tile in tiles_of_row:
-                error = error + _tile_error(map_tile.flatten(2), target_tile.flatten(2))
+        for map_tile, target_tile in zip(_tiles(maps, side), _tiles(target, side), strict=True):
+            error = error + _tile_error(map_tile, target_tile)
         return error / target.numel()
 
 
 def relative_maps(cam: Tensor, image_labels: Tensor) -> Tensor:
-    """Class maps (B,K,h,w) and labels (B,K) 0/1 -> shares of each map's maximum, 0 to 1, 0 where the label is 0.
+    """Maps (B,K,h,w), image_labels (B,K) 0/1 -> shares of each map's maximum, 0 for absent classes.
 
     The S of method section 1; in float32 or better.
     """
@@ -46,13 +46,20 @@ def relative_maps(cam: Tensor, image_labels: Tensor) -> Tensor:
 
 
 def check_tiles(tiles: int, size: Sequence[int]) -> int:
-    """Tiles along each side. Raises `ValueError` where `tiles` does not fit class maps of size (h,w)."""
+    """Tiles along each side. Raises `ValueError` unless `tiles` fits class maps of size (h,w)."""
     side = math.isqrt(max(tiles, 0))
     if tiles < 1 or side * side != tiles:
         raise ValueError(f"tiles is {tiles}, but it must be a square number (1, 4, 9, ...)")
     if min(size) < side:
-        raise ValueError(f"tiles is {tiles}, but class maps of {size[0]} x {size[1]} cannot have {side} x {side} tiles")
+        maps = f"class maps of {size[0]} x {size[1]}"
+        raise ValueError(f"tiles is {tiles}, but {maps} cannot have {side} x {side} tiles")
     return side
+
+
+def _tiles(x: Tensor, side: int) -> list[Tensor]:
+    """(B,C,h,w) -> side x side tiles (B,C,n), row by row."""
+    rows = x.tensor_split(side, 2)
+    return [tile.flatten(2) for row in rows for tile in row.tensor_split(side, 3)]
 
 
 def _tile_error(maps: Tensor, target: Tensor) -> Tensor:

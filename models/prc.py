@@ -1,4 +1,4 @@
-"""Pixel relationship constraint (PRC): class maps spread over pixels with similar features (method section 1)."""
+"""Pixel relationship constraint (PRC): class maps spread over similar pixels (method section 1)."""
 
 import torch
 from torch import Tensor, nn
@@ -6,15 +6,16 @@ from torch.nn import functional as F
 
 
 class PixelRelationshipConstraint(nn.Module):
-    """M = C A: the class maps of a pixel become the weighted mean of the class maps of similar pixels.
+    """M = C A: the class maps of a pixel become the weighted mean of those of similar pixels.
 
-    The affinity A (N,N), N = h*w, is the cosine similarity of the projected features [image ; features], clamped to
-    [0.01, 0.999]. Values below `gamma` become 0, then each column is divided by its sum. Gradients flow through A. The
-    affinity is computed in float32 in any precision around it, because its threshold must not depend on the rounding of
-    bf16.
+    The affinity A (N,N), N = h*w, is the cosine similarity of the projected features [image ;
+    features], clamped to [0.01, 0.999]. Values below `gamma` become 0, then each column is divided
+    by its sum. Gradients flow through A. The affinity is computed in float32 in any precision
+    around it, because its threshold must not depend on the rounding of bf16.
 
-    feature_channels: D, channels of the backbone's last stage. gamma: 0 to 0.999; above 0.999 even the diagonal would
-    become 0. iterations: how often A is applied; 0 switches PRC off. Raises `ValueError` for other values.
+    feature_channels: D, channels of the backbone's last stage. gamma: 0 to 0.999; above 0.999 even
+    the diagonal would become 0. iterations: how often A is applied; 0 switches PRC off. Raises
+    `ValueError` for other values.
     """
 
     def __init__(self, feature_channels: int, gamma: float, iterations: int):
@@ -28,13 +29,14 @@ class PixelRelationshipConstraint(nn.Module):
         self.projection.requires_grad_(iterations > 0)
 
     def project(self, features: Tensor, image: Tensor) -> Tensor:
-        """features (B,D,h,w), image (B,3,H,W) normalised RGB -> projected features (B,N,D) of length 1, float32."""
+        """features (B,D,h,w), image (B,3,H,W) normalised RGB -> unit vectors (B,N,D), float32."""
         precision = torch.promote_types(features.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(precision)
-            small = F.interpolate(image.to(precision), features.shape[-2:], mode="bilinear", align_corners=True)
+            size = features.shape[-2:]
+            small = F.interpolate(image.to(precision), size, mode="bilinear", align_corners=True)
             pixels = torch.cat([small, features], 1).flatten(2).transpose(1, 2)  # (B,N,3+D)
-            # The 1x1 convolution, written as a matrix product: faster, and TF32 for convolutions does not round it.
+            # The 1x1 convolution as a matrix product: faster, and not rounded to TF32.
             return F.normalize(F.linear(pixels, self.projection.weight.flatten(1)), dim=2)
 
     def affinity(self, features: Tensor, image: Tensor) -> Tensor:
@@ -42,9 +44,9 @@ class PixelRelationshipConstraint(nn.Module):
         g = self.project(features, image)
         with torch.autocast(features.device.type, enabled=False):
             similarity = (g @ g.transpose(1, 2)).clamp(0.01, 0.999)
-            kept = similarity * (similarity >= self.gamma)
-            # The column of a pixel whose features are all exactly 0 is empty: its maps become 0 instead of NaN.
-            return kept / kept.sum(1, keepdim=True).clamp_min(1e-12)
+            similarity = similarity * (similarity >= self.gamma)
+            # A pixel whose features are all 0 has an empty column: its maps become 0, not NaN.
+            return similarity / similarity.sum(1, keepdim=True).clamp_min(1e-12)
 
     def forward(self, cam: Tensor, features: Tensor, image: Tensor) -> Tensor:
         """cam (B,K,h,w), features (B,D,h,w), image (B,3,H,W) -> (B,K,h,w) in float32 or better."""

@@ -28,18 +28,18 @@ class Browser:
         self._numbers, self._buffer = itertools.count(1), b""
         self.events: list[dict] = []
         pipes = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (*os.pipe(), *os.pipe())]
-        theirs_in, self._out, self._in, theirs_out = pipes
+        commands, self._out, self._in, answers = pipes
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe"]
         self.process = subprocess.Popen(
             [str(CHROMIUM), *options, f"--user-data-dir={folder / 'profile'}"],
-            preexec_fn=lambda: (os.dup2(theirs_in, 3), os.dup2(theirs_out, 4)),  # where Chromium looks for its pipes
+            preexec_fn=lambda: (os.dup2(commands, 3), os.dup2(answers, 4)),  # where Chromium looks for its pipes
             pass_fds=(3, 4),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        os.close(commands)
+        os.close(answers)
         behaviour = {"behavior": "allow", "downloadPath": str(self.downloads)}
         self.call("Browser.setDownloadBehavior", **behaviour)
 
@@ -167,9 +167,9 @@ class Page:
         """Errors and warnings that the browser's console shows."""
         self.js("1")  # the events until now
         events = [event for event in self.browser.events if event.get("sessionId") == self.session]
-        wrong = [event["params"] for event in events if event["method"] == "Runtime.exceptionThrown"]
-        wrong += [event["params"]["entry"]["text"] for event in events if event["method"] == "Log.entryAdded"]
-        return list(map(str, wrong))
+        messages = [event["params"] for event in events if event["method"] == "Runtime.exceptionThrown"]
+        messages += [event["params"]["entry"]["text"] for event in events if event["method"] == "Log.entryAdded"]
+        return list(map(str, messages))
 
     def requests(self) -> list[str]:
         """The addresses that the page has asked for."""

@@ -18,6 +18,6 @@ def bilinear(x: np.ndarray, size: tuple[int, int], align_corners: bool) -> np.nd
     return x
 
 
-def largest_error(found: np.ndarray, expected: np.ndarray) -> float:
+def largest_error(result: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference, relative to the largest expected value."""
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+    return float(np.abs(result - expected).max() / np.abs(expected).max())

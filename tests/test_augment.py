@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tools.augment import TrainingPatches, normalise, random_crop, resize, to_tensor
+from tools.augment import TrainingPatches, normalise, random_crop, to_tensor
 from tools.command import UserError
 from tools.labels import save_label
 
@@ -25,49 +25,20 @@ def pixels(seed, *shape):
 
 def test_normalisation():
     image = pixels(0, 5, 7, 3)
-    found = normalise(to_tensor(image))
-    assert found.dtype == torch.float32 and found.shape == (3, 5, 7)
-    assert np.abs(found.numpy().transpose(1, 2, 0) - (image / 255 - MEAN) / STD).max() < 1e-6
-    assert torch.equal(normalise(to_tensor(image)[None])[0], found)
-
-
-def test_resized_images_are_pillow_s_bicubic():
-    """Bit for bit, and not what bilinear interpolation would give."""
-    image = pixels(1, 40, 70, 3)
-    for size in ((23, 41), (81, 99), (40, 70)):
-        expected = np.asarray(Image.fromarray(image).resize((size[1], size[0]), resample=3))  # 3: bicubic
-        assert np.array_equal(resize(image, size, Image.Resampling.BICUBIC), expected)
-    other = np.asarray(Image.fromarray(image).resize((41, 23), resample=2))
-    assert not np.array_equal(resize(image, (23, 41), Image.Resampling.BICUBIC), other)
-
-
-def test_resized_labels_are_pillow_s_nearest():
-    """The ids 0 and 9 at an odd scale: which pixel is nearest is a convention; this one is Pillow's."""
-    label = np.array([[0, 9, 0, 9, 9], [9, 9, 0, 0, 9], [0, 0, 0, 9, 0], [9, 0, 9, 9, 0], [0, 9, 9, 0, 0]], np.uint8)
-    assert resize(label, (3, 4), Image.Resampling.NEAREST).tolist() == [
-        [0, 9, 9, 9],  # the columns 0, 1, 3, 4 of row 0
-        [0, 0, 9, 0],  # of row 2
-        [0, 9, 0, 0],  # of row 4
-    ]
-    assert resize(label, (7, 8), Image.Resampling.NEAREST).tolist() == [
-        [0, 0, 9, 0, 0, 9, 9, 9],  # the columns 0, 0, 1, 2, 2, 3, 4, 4 of row 0
-        [9, 9, 9, 0, 0, 0, 9, 9],
-        [9, 9, 9, 0, 0, 0, 9, 9],
-        [0, 0, 0, 0, 0, 9, 0, 0],
-        [9, 9, 0, 9, 9, 9, 0, 0],
-        [9, 9, 0, 9, 9, 9, 0, 0],
-        [0, 0, 9, 9, 9, 0, 0, 0],
-    ]
+    x = normalise(to_tensor(image))
+    assert x.dtype == torch.float32 and x.shape == (3, 5, 7)
+    assert np.abs(x.numpy().transpose(1, 2, 0) - (image / 255 - MEAN) / STD).max() < 1e-6
+    assert torch.equal(normalise(to_tensor(image)[None])[0], x)
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), height=st.integers(3, 90), width=st.integers(3, 90), patch=st.integers(16, 48))
 def test_image_and_label_are_cut_alike(seed, height, width, patch):
-    """The whole augmentation a second time, with Pillow and NumPy alone."""
+    """The augmentation a second time: Pillow's bicubic on the image and nearest on the labels, and NumPy."""
     image, label = pixels(seed, height, width, 3), pixels(seed + 1, height, width) % 4
     crop = crop_of(seed, (height, width), patch)
-    found, ids = crop.image(image), crop.label(label)
-    assert found.shape == (3, patch, patch) and found.dtype == torch.float32
+    x, ids = crop.image(image), crop.label(label)
+    assert x.shape == (3, patch, patch) and x.dtype == torch.float32
     assert ids.shape == (patch, patch) and ids.dtype == torch.int64
     h, w = crop.size
     large, large_ids = (
@@ -81,7 +52,7 @@ def test_image_and_label_are_cut_alike(seed, height, width, patch):
     part = slice(top, top + rows), slice(left, left + columns)
     place = slice(down, down + rows), slice(right, right + columns)
     expected[place], expected_ids[place] = (large[part] / 255 - MEAN) / STD, large_ids[part]
-    assert np.abs(found.numpy().transpose(1, 2, 0) - expected).max() < 1e-5
+    assert np.abs(x.numpy().transpose(1, 2, 0) - expected).max() < 1e-5
     assert np.array_equal(ids.numpy(), expected_ids)
 
 
@@ -103,14 +74,14 @@ def ends(part):
 def test_places_are_drawn_uniformly():
     """Cut from any place where the side is longer than the patch, put at any place where it is shorter."""
     cut = [crop_of(seed, (64, 64), 64, scales=(1.5, 1.5)) for seed in range(2000)]
-    put = [crop_of(seed, (64, 64), 64, scales=(0.5, 0.5)) for seed in range(2000)]
+    placed = [crop_of(seed, (64, 64), 64, scales=(0.5, 0.5)) for seed in range(2000)]
     for axis in (0, 1):
         assert {ends(crop.target[axis]) for crop in cut} == {(0, 64)}
         assert {ends(crop.source[axis]) for crop in cut} == {(start, start + 64) for start in range(33)}
-        assert {ends(crop.source[axis]) for crop in put} == {(0, 32)}
-        assert {ends(crop.target[axis]) for crop in put} == {(start, start + 32) for start in range(33)}
+        assert {ends(crop.source[axis]) for crop in placed} == {(0, 32)}
+        assert {ends(crop.target[axis]) for crop in placed} == {(start, start + 32) for start in range(33)}
     assert len({(crop.source[0].start, crop.source[1].start) for crop in cut}) > 700  # rows and columns independently
-    assert 0.45 < np.mean([crop.mirrored for crop in cut + put]) < 0.55
+    assert 0.45 < np.mean([crop.mirrored for crop in cut + placed]) < 0.55
 
 
 @pytest.fixture
@@ -143,8 +114,8 @@ def test_patches_depend_on_seed_epoch_and_index_alone(patches):
 
 
 def test_image_level_labels(patches):
-    given = {id: np.array([id == "a", True, False, id == "c"]) for id in "abc"}
-    image, target = patches(given)[3, 2]
+    image_labels = {id: np.array([id == "a", True, False, id == "c"]) for id in "abc"}
+    image, target = patches(image_labels)[3, 2]
     assert target.dtype == torch.float32 and target.tolist() == [0, 1, 0, 1]
     assert torch.equal(image, patches()[3, 2][0])  # the same crop whatever it is trained on
 
@@ -152,11 +123,11 @@ def test_image_level_labels(patches):
 def test_bad_patches(patches):
     folder = patches.folder
     save_label(folder / "labels" / "a.png", np.zeros((32, 31), np.uint8), COLOURS)
-    with pytest.raises(UserError, match=r"a\.png has 31 x 32 pixels, but its image has 32 x 32"):
+    with pytest.raises(UserError, match=r"a\.png .*31 x 32"):
         patches()[0, 0]
     save_label(folder / "labels" / "b.png", np.full((32, 32), 4, np.uint8), COLOURS)
-    with pytest.raises(UserError, match="holds the class id 4, but there are 4 classes"):
+    with pytest.raises(UserError, match=r"b\.png .*class id 4"):
         patches()[0, 1]
     (folder / "images" / "c.png").write_bytes((folder / "images" / "c.png").read_bytes()[:600])
-    with pytest.raises(UserError, match=r"c\.png cannot be read as a PNG image"):
+    with pytest.raises(UserError, match=r"c\.png .*PNG"):
         patches()[0, 2]

@@ -8,12 +8,10 @@ import subprocess
 import sys
 from dataclasses import MISSING, fields, is_dataclass
 
-import numpy as np
 import pytest
 
 from PRC_SAM.checkpoints import OFFICIAL, URL
 from tests.conftest import ROOT
-from tools.augment import MEAN, STD, normalise, to_tensor
 from tools.constants import Machine, may_change
 from tools.dataset import load_dataset
 
@@ -266,11 +264,3 @@ def test_checkpoints_of_sam():
         "vit_l": ("sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
         "vit_b": ("sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
     }
-
-
-def test_images_are_normalised_as_for_torchvision_s_weights():
-    """Red, green, blue, in this order, on the scale 0 to 1."""
-    assert (MEAN, STD) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    orange = to_tensor(np.array([[[255, 102, 0]]], np.uint8))
-    expected = [(1 - 0.485) / 0.229, (0.4 - 0.456) / 0.224, (0 - 0.406) / 0.225]
-    assert normalise(orange).flatten().tolist() == pytest.approx(expected, rel=1e-5)

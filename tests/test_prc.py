@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from models.prc import PixelRelationshipConstraint
 from tests.references import bilinear, largest_error
@@ -71,9 +69,9 @@ def test_equals_the_formula(gamma, iterations, size):
     arrays = inputs(size=size)
     weight = prc.projection.weight[:, :, 0, 0]
     expected = reference(*double(weight, *arrays), gamma, iterations)
-    found = prc(*arrays)
-    assert found.dtype == torch.float32 and found.shape == arrays[0].shape
-    assert largest_error(found.detach().numpy(), expected) < 1e-6
+    maps = prc(*arrays)
+    assert maps.dtype == torch.float32 and maps.shape == arrays[0].shape
+    assert largest_error(maps.detach().numpy(), expected) < 1e-6
 
 
 def test_the_input_is_hard_enough():
@@ -82,38 +80,13 @@ def test_the_input_is_hard_enough():
     assert 0.2 < kept < 0.8
 
 
-def test_projection_equals_the_formula():
-    _, features, image = inputs()
-    prc = module()
-    weight, evidence, pictures = double(prc.projection.weight[:, :, 0, 0], features, image)
-    inputs_of_it = np.concatenate([bilinear(pictures, (4, 5), align_corners=True), evidence], 1)
-    g = np.einsum("oc,bchw->bohw", weight, inputs_of_it).reshape(2, 6, 20)
-    expected = (g / np.linalg.norm(g, axis=1, keepdims=True)).transpose(0, 2, 1)
-    assert largest_error(prc.project(features, image).detach().numpy(), expected) < 1e-6
+@pytest.mark.parametrize("gamma", [0.9991, -0.1, float("nan")])
+def test_a_gamma_that_would_empty_columns_is_refused(gamma):
+    with pytest.raises(ValueError, match="gamma"):
+        PixelRelationshipConstraint(6, gamma, 1)
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 999), gamma=st.floats(0, 0.999), height=st.integers(1, 5), width=st.integers(1, 5))
-def test_columns_sum_to_one(seed, gamma, height, width):
-    cam, features, image = inputs(seed, size=(height, width))
-    prc = module(gamma)
-    affinity = prc.affinity(features, image)
-    assert affinity.shape == (2, height * width, height * width)
-    assert (affinity >= 0).all()
-    assert torch.allclose(affinity.sum(1), torch.ones(()), atol=1e-6)
-    found, cam = prc(cam, features, image).flatten(2), cam.flatten(2)  # so every pixel is a mean of pixels
-    assert (found <= cam.amax(2, keepdim=True) + 1e-5).all() and (found >= cam.amin(2, keepdim=True) - 1e-5).all()
-
-
-def test_limits_of_gamma():
-    cam, features, image = inputs()
-    found = module(0.999)(cam, features, image)  # nothing but the diagonal
-    assert torch.allclose(found, cam, rtol=1e-6, atol=0)
-    everything = module(0).affinity(features, image)
-    assert (everything > 0).all()
-    for wrong in (0.9991, 1.0, -0.1, float("nan")):
-        with pytest.raises(ValueError, match=r"gamma is .* from 0 to 0.999"):
-            PixelRelationshipConstraint(6, wrong, 1)
+def test_negative_iterations_are_refused():
     with pytest.raises(ValueError, match="iterations is -1"):
         PixelRelationshipConstraint(6, 0.7, -1)
 
@@ -127,19 +100,12 @@ def test_no_iteration_is_no_constraint():
     )  # a process group would wait for its gradient
 
 
-def test_equal_pixels_share_their_evidence():
-    cam, features, image = inputs()
-    features, image = features[:, :, :1, :1].expand_as(features), torch.full_like(image, 0.3)
-    found = module()(cam, features, image)
-    assert torch.allclose(found, cam.mean((2, 3), keepdim=True).expand_as(cam), atol=1e-6)
-
-
 def test_zeros_give_no_nan():
     cam, features, image = inputs()
     features = torch.zeros_like(features).requires_grad_()
-    found = module()(cam, features, torch.zeros_like(image))
-    found.sum().backward()
-    assert found.isfinite().all() and features.grad.isfinite().all()
+    maps = module()(cam, features, torch.zeros_like(image))
+    maps.sum().backward()
+    assert maps.isfinite().all() and features.grad.isfinite().all()
     lone = inputs()[1]  # one dead pixel must not disturb the others
     lone[:, :, 1, 2], image[:] = 0, 0
     assert module()(cam, lone, image).isfinite().all()
@@ -170,19 +136,3 @@ def test_gradients_by_finite_differences(iterations):
         return torch.func.functional_call(prc, parameters, (cam, features, image))
 
     assert torch.autograd.gradcheck(constrained, (cam, features, image, weight))
-
-
-def test_gradients_flow_through_the_affinity():
-    cam, features, image = inputs()
-    features.requires_grad_()
-    prc = module()
-    prc(cam, features, image).square().sum().backward()  # the map itself asks for no gradient
-    assert features.grad.abs().sum() > 0 and prc.projection.weight.grad.abs().sum() > 0
-
-
-def test_rescaled_features_change_nothing():
-    """Only directions count: with a black image, features of double length give the same maps."""
-    cam, features, image = inputs()
-    image = torch.zeros_like(image)
-    prc = module()
-    assert torch.allclose(prc(cam, 2 * features, image), prc(cam, features, image), atol=1e-6)

@@ -11,19 +11,16 @@ from torch import nn
 
 import train_classification
 import train_segmentation
-from tests.steps import Recipe
 from tools.command import UserError
 from tools.devices import make_accelerator
-from tools.training import EpochBatches, Training, check_recipe
+from tools.training import EpochBatches, Training
 
 
 @given(size=st.integers(1, 60), batch=st.integers(1, 12), seed=st.integers(0, 9), epoch=st.integers(0, 5))
 @settings(deadline=None)
 def test_an_epoch_reads_each_patch_at_most_once(size, batch, seed, epoch):
     if size < batch:
-        with pytest.raises(
-            UserError, match=f"there are {size} training patches, fewer than one batch: lower batch_size .{batch}"
-        ):
+        with pytest.raises(UserError, match=f"{size} training patches.* batch_size .{batch}"):
             EpochBatches(size, batch, seed)
         return
     sampler = EpochBatches(size, batch, seed)
@@ -50,13 +47,13 @@ def test_the_order_depends_on_seed_and_epoch_alone():
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_partition_each_batch(processes):
-    whole = list(EpochBatches(30, 8, 3))
+    batches = list(EpochBatches(30, 8, 3))
     parts = [list(EpochBatches(30, 8, 3, process, processes)) for process in range(processes)]
-    for index, batch in enumerate(whole):
+    for index, batch in enumerate(batches):
         shared = [part[index] for part in parts]
         assert {len(share) for share in shared} == {8 // processes}
         assert sorted(key for share in shared for key in share) == sorted(batch)
-    with pytest.raises(UserError, match="batch_size is 9, which cannot be shared out evenly to 2 processes"):
+    with pytest.raises(UserError, match=r"batch_size is 9.* 2 processes"):
         EpochBatches(30, 9, 0, 0, 2)
 
 
@@ -66,26 +63,17 @@ def test_processes_partition_each_batch(processes):
     [
         ("epochs", 0),
         ("batch_size", 0),
-        ("batch_size", -1),
         ("lr", -0.1),
         ("lr", float("nan")),
         ("momentum", 1.0),
-        ("momentum", -0.1),
         ("weight_decay", -1.0),
         ("workers", -1),
-        ("seed", -1),
         ("seed", 2**40),
     ],
 )
 def test_constants_that_cannot_work(step, name, value):
     with pytest.raises(UserError, match=f"{name} is {value}, but"):
         step.Constants(**{name: value})
-
-
-def test_fewer_patches_than_a_batch_are_refused():
-    check_recipe(Recipe(batch_size=11), 11)
-    with pytest.raises(UserError, match=r"there are 11 training patches, fewer than one batch: lower batch_size .12"):
-        check_recipe(Recipe(batch_size=12), 11)
 
 
 class Samples(torch.utils.data.Dataset):

@@ -1,4 +1,4 @@
-"""Step 2 applies PRC as the classifier was trained with it: its gamma and its iterations, unless told otherwise."""
+"""Step 2 applies PRC with the gamma and the iterations of the training, unless a constant says otherwise."""
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ def test_gamma_and_iterations_come_from_the_training(copy):
         maps[gamma, iterations] = relative(fuse_scales([both[0].numpy()], (64, 64)))
 
     for name, expected in (("loose", maps[0.02, 2]), ("once", maps[0.02, 1])):
-        classes, found = load_maps(experiment(copy, name) / "cams" / f"{TRAIN[1]}.npz", 3, (64, 64))
-        np.testing.assert_allclose(found, expected[classes], atol=2e-3)
+        classes, cams = load_maps(experiment(copy, name) / "cams" / f"{TRAIN[1]}.npz", 3, (64, 64))
+        np.testing.assert_allclose(cams, expected[classes], atol=2e-3)
         for other in maps.values():  # the constants are felt
-            assert other is expected or np.abs(found - other[classes]).max() > 0.02
+            assert other is expected or np.abs(cams - other[classes]).max() > 0.02

@@ -1,4 +1,4 @@
-"""The patches that a training reads and their augmentation, random only through (seed, epoch, patch)."""
+"""The patches of a training and their augmentation, random only through (seed, epoch, patch)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,13 +37,13 @@ def normalise(image: Tensor) -> Tensor:
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int], filter: Image.Resampling) -> np.ndarray:
-    """(H,W) or (H,W,3) uint8 -> (h,w) or (h,w,3) uint8 with (h,w) = size, by Pillow, as in the release."""
+    """(H,W) or (H,W,3) uint8 -> (h,w) or (h,w,3), (h,w) = size, by Pillow, as the release."""
     return np.array(Image.fromarray(pixels).resize(size[::-1], filter))
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A view of an image: resized to `size`, perhaps mirrored; its part `source` lies at `target` of a square patch."""
+    """An image resized to `size`, perhaps mirrored; its part `source` lies at `target` of a patch."""
 
     patch_size: int
     size: tuple[int, int]
@@ -57,9 +57,10 @@ class Crop:
         return (resized.flip(1) if self.mirrored else resized)[self.source]
 
     def image(self, image: np.ndarray) -> Tensor:
-        """(H,W,3) uint8 -> normalised patch (3,S,S) float32, 0 where there is no image; S = patch_size."""
+        """(H,W,3) uint8 -> normalised (3,S,S) float32, 0 where there is no image; S = patch_size."""
         patch = torch.zeros(3, self.patch_size, self.patch_size)
-        patch[:, *self.target] = normalise(self.cut(image, Image.Resampling.BICUBIC).permute(2, 0, 1))
+        pixels = self.cut(image, Image.Resampling.BICUBIC)
+        patch[:, *self.target] = normalise(pixels.permute(2, 0, 1))
         return patch
 
     def label(self, label: np.ndarray) -> Tensor:
@@ -72,12 +73,13 @@ class Crop:
 def random_crop(
     random: np.random.Generator, size: Sequence[int], patch_size: int, scales: tuple[float, float] = (0.5, 1.5)
 ) -> Crop:
-    """The training augmentation of an image of (H,W) = size: random scale, mirror image and place (method section 1).
+    """The training augmentation of an image of (H,W) = size (method section 1).
 
-    The longer side becomes a whole number, uniform in `scales` x S, S = patch_size. A resized side longer than S is cut
-    at a random place, a shorter side lies at a random place of the patch.
+    The longer side becomes a whole number, uniform in `scales` x S, S = patch_size. A resized side
+    longer than S is cut at a random place, a shorter side lies at a random place of the patch.
     """
-    longer = int(random.integers(int(scales[0] * patch_size), int(scales[1] * patch_size), endpoint=True))
+    shortest, longest = (int(scale * patch_size) for scale in scales)
+    longer = int(random.integers(shortest, longest, endpoint=True))
     height, width = (max(1, round(length * longer / max(size))) for length in size)
     mirrored = bool(random.random() < 0.5)
     rows, columns = (_place(random, length, patch_size) for length in (height, width))
@@ -87,17 +89,17 @@ def random_crop(
 def _place(random: np.random.Generator, length: int, patch_size: int) -> tuple[slice, slice]:
     """Along one axis: the part that is cut from the image, and its place in the patch."""
     offset = int(random.integers(abs(length - patch_size) + 1))
-    kept = min(length, patch_size)
-    part, whole = slice(offset, offset + kept), slice(0, kept)
-    return (part, whole) if length > patch_size else (whole, part)
+    size = min(length, patch_size)
+    start, shifted = slice(0, size), slice(offset, offset + size)
+    return (shifted, start) if length > patch_size else (start, shifted)
 
 
 class TrainingPatches(TorchDataset):
-    """Patches of a training, indexed by (epoch, patch), so that a seed gives the same crops in any worker process.
+    """Patches indexed by (epoch, patch), so that a seed gives the same crops in any worker process.
 
-    images: the folder of <id>.png. targets: the image-level labels, id -> (K,) bool, or the folder of label maps
-    <id>.png, which are cropped like the images. Items: image (3,S,S) float32; target (K,) float32 or (S,S) int64.
-    Raises `UserError` for a bad file.
+    images: the folder of <id>.png. targets: the image-level labels, id -> (K,) bool, or the folder
+    of label maps <id>.png, which are cropped like the images. Items: image (3,S,S) float32; target
+    (K,) float32 or (S,S) int64. Raises `UserError` for a bad file.
     """
 
     def __init__(
@@ -119,7 +121,8 @@ class TrainingPatches(TorchDataset):
         epoch, index = key
         id = self.ids[index]
         image = load_image(self.images / f"{id}.png")
-        crop = random_crop(np.random.default_rng((self.seed, epoch, index)), image.shape[:2], self.patch_size)
+        random = np.random.default_rng((self.seed, epoch, index))
+        crop = random_crop(random, image.shape[:2], self.patch_size)
         if isinstance(self.targets, dict):
             return crop.image(image), torch.from_numpy(self.targets[id]).float()
         label = load_label(self.targets / f"{id}.png", self.num_classes)

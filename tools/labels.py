@@ -21,7 +21,7 @@ def colour_keys(rgb: np.ndarray) -> np.ndarray:
 
 
 class ColourDecoder:
-    """Colours to class ids by a look-up table of all 2^24 colours: exact, unknown colours never become a class.
+    """Colours to class ids by a table of all 2^24 colours: an unknown colour becomes no class.
 
     `colours` (K,3) uint8 in the order of the ids; `ignore_colours` (J,3) become 255.
     """
@@ -35,7 +35,7 @@ class ColourDecoder:
         self.table[colour_keys(np.asarray(colours, np.uint8))] = np.arange(len(colours))
 
     def __call__(self, rgb: np.ndarray, counts: dict[tuple[int, int, int], int] | None = None) -> np.ndarray:
-        """(H,W,3) uint8 -> (H,W) uint8 ids. Unknown colours become 255 and their pixels are added to `counts`."""
+        """(H,W,3) uint8 -> (H,W) uint8 ids; unknown colours become 255 and are counted in `counts`."""
         keys = colour_keys(rgb)
         ids = self.table[keys]
         unknown = ids == self.UNKNOWN
@@ -67,8 +67,8 @@ def save_label(path: Path, ids: np.ndarray, colours: np.ndarray) -> None:
 def load_label(path: Path, num_classes: int) -> np.ndarray:
     """Read (H,W) uint8 class ids.
 
-    Raises `UserError` when the file cannot be read, is not one channel of 8 bits or a palette image, or holds an id
-    that is neither a class nor 255.
+    Raises `UserError` when the file cannot be read, is not one channel of 8 bits or a palette
+    image, or holds an id that is neither a class nor 255.
     """
     with _png(path, "run the step that makes it again, or copy it there") as (image, bits):
         check(
@@ -77,29 +77,30 @@ def load_label(path: Path, num_classes: int) -> np.ndarray:
             "datasetsprocess, which turn colours into ids, or save the ids as a palette PNG or a grey PNG of 8 bits",
         )
         ids = np.array(image)
-    wrong = (ids >= num_classes) & (ids != IGNORE)
-    if wrong.any():
+    unknown = (ids >= num_classes) & (ids != IGNORE)
+    if unknown.any():
         raise UserError(
-            f"{path} holds the class id {ids[wrong][0]}, but there are {num_classes} classes (0 to "
+            f"{path} holds the class id {ids[unknown][0]}, but there are {num_classes} classes (0 to "
             f"{num_classes - 1}, and 255 for ignore)"
         )
     return ids
 
 
 def save_image(path: Path, rgb: np.ndarray) -> None:
-    """Write (H,W,3) uint8 as PNG, with filter and strategy for photographs: faster than Pillow, files no larger."""
+    """Write (H,W,3) uint8 as PNG, by settings that are faster than Pillow's for photographs."""
     parameters = [
         *(cv2.IMWRITE_PNG_COMPRESSION, 1),
         *(cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE),
         *(cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_AVG),
     ]
-    _, png = cv2.imencode(".png", cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2BGR), parameters)
+    bgr = cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2BGR)
+    _, png = cv2.imencode(".png", bgr, parameters)
     with write_whole(path) as temporary:
         temporary.write_bytes(png.tobytes())
 
 
 def load_image(path: Path) -> np.ndarray:
-    """Read a patch as (H,W,3) uint8; raises `UserError` when it is damaged or not an RGB PNG of 8 bits."""
+    """Read a patch as (H,W,3) uint8; raises `UserError` unless it is an RGB PNG of 8 bits."""
     with _png(path, "cut the scenes again, or copy it there") as (image, bits):
         check(
             image.mode == "RGB" and bits == 8,
@@ -116,7 +117,8 @@ def _png(path: Path, remedy: str) -> Iterator[tuple[Image.Image, int]]:
     No other format, whatever the file's name: for an EPS, Pillow would start Ghostscript.
     """
     check(path.exists(), f"{path} is missing: {remedy}")
-    check(path.is_file(), f"{path} is not a regular file: {remedy}")  # reading a named pipe would wait without end
+    # reading a named pipe would wait without end
+    check(path.is_file(), f"{path} is not a regular file: {remedy}")
     try:
         with path.open("rb") as file:
             header = file.read(25)  # its last byte holds the bits

@@ -1,4 +1,4 @@
-"""Windows that cover a large image: their logits blended, label rows handed on as they are finished."""
+"""Windows that cover a large image: logits blended, rows of labels as they are finished."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Predict = Callable[[Tensor], Tensor]  # windows (B,3,P,P) uint8 -> logits (B,K,P
 
 @dataclass(frozen=True)
 class Windows:
-    """How a scene is covered: windows of `size` pixels a side, one every `stride`, `at_once` in a batch."""
+    """How a scene is covered: windows of `size` pixels, one every `stride`, `at_once` in a batch."""
 
     size: int
     stride: int
@@ -27,12 +27,12 @@ class Windows:
 
 
 def label_strips(predict: Predict, raster: Raster, num_classes: int, windows: Windows) -> Iterator[np.ndarray]:
-    """Class ids of the scene from top to bottom, a strip (h,W) uint8 for each row of windows; nodata is 255.
+    """Class ids from top to bottom, a strip (h,W) uint8 for each row of windows; nodata is 255.
 
-    Where windows overlap, their logits are summed with weights that fall smoothly to nearly 0 at the border of a
-    window, where it sees least of the surroundings. The class of the largest sum wins, so the weights need not add up
-    to 1. Sums are kept for one row of windows at a time: K * P * W * 4 bytes. A scene smaller than a window is mirrored
-    at its border.
+    Where windows overlap, their logits are summed with weights that fall smoothly to nearly 0 at
+    the border of a window, where it sees least of the surroundings. The class of the largest sum
+    wins, so the weights need not add up to 1. Sums are kept for one row of windows at a time: K * P
+    * W * 4 bytes. A scene smaller than a window is mirrored at its border.
     """
     size, (height, width) = windows.size, raster.shape
     padded_height, padded_width = max(height, size), max(width, size)
