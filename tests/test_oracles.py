@@ -38,9 +38,9 @@ def experiment(tmp_path):
 def counted(truth, prediction):
     """(4,5) int64, pixel by pixel; the last column counts 255."""
     counts = np.zeros((4, 5), np.int64)
-    for of_truth, found in zip(truth.ravel().tolist(), prediction.ravel().tolist(), strict=True):
-        if of_truth != 255:
-            counts[of_truth, min(found, 4)] += 1
+    for row, column in zip(truth.ravel().tolist(), prediction.ravel().tolist(), strict=True):
+        if row != 255:
+            counts[row, min(column, 4)] += 1
     return counts
 
 
@@ -50,7 +50,8 @@ def counted(truth, prediction):
 def test_every_rule_with_both_kinds_of_masks(experiment, split, source, from_image):
     dataset, folder = experiment
     maps = folder / ("cams" if split == "train" else source)
-    found = refined(dataset, folder / source, split, [*RULES, Refinement("mean_cam")], from_image=from_image, maps=maps)
+    rules = [*RULES, Refinement("mean_cam")]
+    matrices = refined(dataset, folder / source, split, rules, from_image=from_image, maps=maps)
     expected = np.zeros((2, 5, 4, 5), np.int64)
     for id in "abcde":
         truth = load_label(dataset.labels(split) / f"{id}.png", 4)
@@ -70,21 +71,21 @@ def test_every_rule_with_both_kinds_of_masks(experiment, split, source, from_ima
                 expected[kind, number] += counted(truth, result)
             expected[kind, 4] += counted(truth, reference("mean_cam", label, masks, classes, values))
     for kind, name in enumerate(MASKS):
-        np.testing.assert_array_equal([matrix.counts for matrix in found[name]], expected[kind])
+        np.testing.assert_array_equal([matrix.counts for matrix in matrices[name]], expected[kind])
     assert "TRUTH" in MASKS[1] and (expected[0] != expected[1]).any()
 
 
 def test_a_missing_file_is_named(experiment):
     dataset, folder = experiment
     (dataset.sam_masks("train") / "c.npz").unlink()
-    with pytest.raises(UserError, match=r"c\.npz is missing: make it with step 9"):
+    with pytest.raises(UserError, match=r"c\.npz is missing"):
         refined(dataset, folder / "pseudo_labels", "train", RULES, from_image=True)
 
 
 def test_perfect_regions_are_the_components_of_each_class():
     truth = np.array([[0, 0, 1], [1, 0, 1], [1, 255, 255]], np.uint8)
-    found = {tuple(map(tuple, np.argwhere(mask))) for mask in perfect_regions(truth, 3).unpack()}
-    assert found == {((0, 0), (0, 1), (1, 1)), ((0, 2), (1, 2)), ((1, 0), (2, 0))}
+    regions = {tuple(map(tuple, np.argwhere(mask))) for mask in perfect_regions(truth, 3).unpack()}
+    assert regions == {((0, 0), (0, 1), (1, 1)), ((0, 2), (1, 2)), ((1, 0), (2, 0))}
     assert len(perfect_regions(np.full((2, 2), 255, np.uint8), 3)) == 0
 
 

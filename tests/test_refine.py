@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 import generate_refined_pseudo
 import generate_refined_seg
@@ -16,7 +15,7 @@ from inference_segmentation import small_probabilities
 from PRC_SAM.refine import Refinement
 from tests.references import bilinear
 from tests.steps import TEST, experiment, same_results, step
-from tests.test_ios import literal
+from tests.test_ios import SEEDS, SIZES, TAUS, literal, random_case
 from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.image_labels import write_image_labels
@@ -45,51 +44,31 @@ def reference(rule, label, masks, classes, maps=None, background=None):
     """Masks painted one after the other, from large to small; of equally large ones those of the lower class last."""
     if rule == "sepl":
         classes = [c for c in classes if c != background]
-    taken = [chosen_class(rule, label, mask, classes, maps) for mask in masks]
+    writes = [(mask, chosen_class(rule, label, mask, classes, maps)) for mask in masks]
+    writes = [(mask, c) for mask, c in writes if c is not None]
     result = label.copy()
-    for mask, c in sorted(
-        ((mask, c) for mask, c in zip(masks, taken, strict=True) if c is not None),
-        key=lambda pair: (-int(pair[0].sum()), -int(pair[1])),
-    ):
+    for mask, c in sorted(writes, key=lambda write: (-int(write[0].sum()), -int(write[1]))):
         result[mask] = c
     return result
 
 
-@st.composite
-def cases(draw):
-    """Maps of 255 and a few classes; overlapping, equal, empty and full masks; maps in steps of 1/8, so that means tie.
-
-    Widths above 64 pixels give runs that cross words.
-    """
-    size = draw(st.sampled_from([(1, 1), (3, 5), (9, 14), (2, 70), (4, 64), (3, 130)]))
-    seed, count, many = draw(st.integers(0, 2**32 - 1)), draw(st.integers(1, 4)), draw(st.integers(0, 6))
-    rng = np.random.default_rng(seed)
-    label = rng.choice([*range(count), 255], size).astype(np.uint8)
-    masks = rng.random((many, *size)) < rng.random((many, 1, 1))
-    masks = np.concatenate([masks, draw(hnp.arrays(bool, (draw(st.integers(0, 2)), *size)))])
-    special = [label == 0, label == 255, np.ones(size, bool), np.zeros(size, bool), *masks[:1]]
-    picked = draw(st.lists(st.sampled_from(range(len(special))), max_size=5))
-    masks = np.concatenate([masks, np.array([special[index] for index in picked], bool).reshape(-1, *size)])
-    classes = draw(st.lists(st.sampled_from([0, 1, 2, 3, 250]), unique=True))
-    with_maps = draw(st.lists(st.sampled_from(range(4)), unique=True))
-    steps = draw(st.sampled_from([1, 8, 1 << 20]))
-    maps = {c: (rng.integers(0, steps + 1, size) / steps).astype(np.float32) for c in with_maps}
-    return label, masks, classes, maps, draw(st.sampled_from([None, 0, 2]))
-
-
 @pytest.mark.parametrize("rule", ["sepl", "vote", "mean_cam"])
-@given(cases())
-def test_rules_equal_the_loop(rule, case):
-    label, masks, classes, maps, background = case
+@given(SEEDS, SIZES, st.sampled_from([1, 8, 1 << 20]), st.sampled_from([None, 0, 2]))
+def test_rules_equal_the_loop(rule, seed, size, steps, background):
+    """Maps in whole steps, so that means tie."""
+    rng = np.random.default_rng(seed)
+    label, masks, classes = random_case(rng, size)
     before = label.copy()
+    with_map = rng.permutation(5)[: rng.integers(0, 6)]
+    maps = {c: (rng.integers(0, steps + 1, size) / steps).astype(np.float32) for c in with_map.tolist()}
     refined = Refinement(rule, background=background)(label, pack_masks(masks), classes, maps)
     np.testing.assert_array_equal(refined, reference(rule, label, masks, classes, maps, background))
     np.testing.assert_array_equal(label, before)
 
 
-@given(cases(), st.floats(0, 1))
-def test_ios_is_one_of_the_rules(case, tau):
-    label, masks, classes, *_ = case
+@given(SEEDS, SIZES, TAUS)
+def test_ios_is_one_of_the_rules(seed, size, tau):
+    label, masks, classes = random_case(np.random.default_rng(seed), size)
     refined = Refinement("ios", tau)(label, pack_masks(masks), classes)
     np.testing.assert_array_equal(refined, literal(label, masks, classes, tau))
 
@@ -145,8 +124,8 @@ def small(tmp_path):
     for split, source, maps in (("train", "pseudo_labels", "cams"), ("test", "segmentation", "segmentation")):
         for id, present in LABELS.items():
             save_image(dataset.images(split) / f"{id}.png", rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-            found = np.arange(3) if split == "train" else np.flatnonzero(present)
-            label = rng.choice(found, (4, 4)).astype(np.uint8).repeat(4, 0).repeat(4, 1)
+            classes = np.arange(3) if split == "train" else np.flatnonzero(present)
+            label = rng.choice([*classes, classes[0]], (4, 4)).astype(np.uint8).repeat(4, 0).repeat(4, 1)
             save_label(experiment(tmp_path) / source / f"{id}.png", label, dataset.colours)
             masks = [np.roll(np.arange(256) < 30 * n, 50 * n).reshape(16, 16) for n in range(1, 6)]
             save_masks(dataset.sam_masks(split) / f"{id}.npz", pack_masks(np.array(masks)))
@@ -158,8 +137,8 @@ def small(tmp_path):
             dataset.image_labels_file(split), dataset.classes, {id: np.array(row) for id, row in LABELS.items()}
         )
         for made in (experiment(tmp_path) / source, experiment(tmp_path) / maps, dataset.sam_masks(split)):
-            account = {"constants": {}, "started": made.name, "seconds": 1, "finished": True}
-            (made / "run.json").write_text(json.dumps(account))
+            record = {"constants": {}, "started": made.name, "seconds": 1, "finished": True}
+            (made / "run.json").write_text(json.dumps(record))
     return tmp_path, dataset
 
 
@@ -186,13 +165,13 @@ def test_steps_apply_the_rule_to_every_patch(small, module, rule):
             expected = literal(label, masks, classes, 0.4)
         else:
             expected = reference(rule, label, masks, classes, named, background=0)
-        found = load_label(experiment(root) / output / f"{id}.png", 3)
-        np.testing.assert_array_equal(found, expected)
-        changed += (found != label).sum()
+        refined = load_label(experiment(root) / output / f"{id}.png", 3)
+        np.testing.assert_array_equal(refined, expected)
+        changed += (refined != label).sum()
     assert changed > 0
-    account = json.loads((experiment(root) / output / "run.json").read_text())
-    assert account["constants"]["rule"] == rule and account["files"] == 3
-    assert set(account["reads"]) >= {source, "sam_masks"} | ({maps} if rule == "mean_cam" else set())
+    record = json.loads((experiment(root) / output / "run.json").read_text())
+    assert record["constants"]["rule"] == rule and record["files"] == 3
+    assert set(record["reads"]) >= {source, "sam_masks"} | ({maps} if rule == "mean_cam" else set())
 
 
 def test_the_released_protocol_writes_the_classes_of_the_image_level_label(small):
@@ -206,8 +185,8 @@ def test_the_released_protocol_writes_the_classes_of_the_image_level_label(small
         label = load_label(experiment(root) / "segmentation" / f"{id}.png", 3)
         masks = load_masks(dataset.sam_masks("test") / f"{id}.npz").unpack()
         expected = reference("vote", label, masks, np.flatnonzero(present))
-        found = load_label(experiment(root) / "refined_segmentation" / f"{id}.png", 3)
-        np.testing.assert_array_equal(found, expected)
+        refined = load_label(experiment(root) / "refined_segmentation" / f"{id}.png", 3)
+        np.testing.assert_array_equal(refined, expected)
 
 
 def test_bad_mask_files_are_listed_at_the_end(small):
@@ -218,21 +197,18 @@ def test_bad_mask_files_are_listed_at_the_end(small):
     (masks / "p.npz").unlink()
     (masks / "q.npz").write_bytes(good[:200])
     constants = generate_refined_pseudo.Constants(dataset="tiny", root=root, workers=0)
-    command = f"step 9, python PRC_SAM/get_se_map.py --dataset tiny --root {root} --split train"
-    with pytest.raises(UserError, match="files that failed: 2") as caught:
+    command = f"python PRC_SAM/get_se_map.py --dataset tiny --root {root} --split train"
+    with pytest.raises(UserError) as caught:
         generate_refined_pseudo.main(constants)
-    assert f"p.npz is missing: make it with {command}" in str(caught.value)
-    assert "q.npz is not a readable mask file (" in str(caught.value)
-    assert f"delete it and run {command} again" in str(caught.value)
+    sentences = str(caught.value)
+    assert "p.npz" in sentences and "q.npz" in sentences and command in sentences
     output = experiment(root) / "refined_pseudo_labels"
     assert [path.name for path in sorted(output.glob("?.png"))] == ["r.png"]
     (masks / "p.npz").write_bytes(good)
     save_masks(masks / "q.npz", pack_masks(np.ones((1, 8, 8), bool)))
-    with pytest.raises(
-        UserError, match=r"(?s)files that failed: 1.*q\.npz holds masks of 8 x 8 pixels, but its image has 16 x 16"
-    ) as caught:
+    with pytest.raises(UserError, match=r"(?s)q\.npz.*8 x 8") as caught:
         generate_refined_pseudo.main(constants)
-    assert f"make the masks again with {command} --overwrite" in str(caught.value)
+    assert f"{command} --overwrite" in str(caught.value) and "p.npz" not in str(caught.value)
 
 
 def test_mean_cam_names_what_is_missing(small):
@@ -240,21 +216,19 @@ def test_mean_cam_names_what_is_missing(small):
     values = {"dataset": "tiny", "root": root, "rule": "mean_cam", "workers": 0}
     (experiment(root) / "cams" / "q.npz").unlink()
     save_maps(experiment(root) / "cams" / "r.npz", "cams", np.array([0]), [np.ones((1, 2, 2))], (32, 32))
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"(?s)q\.npz.*missing.*r\.npz.*\(32, 32\)"):
         generate_refined_pseudo.main(generate_refined_pseudo.Constants(**values))
-    assert "q.npz is missing: run" in str(caught.value)
-    assert "r.npz cannot be read as class maps (it belongs to an image of (32, 32)" in str(caught.value)
     shutil.rmtree(experiment(root) / "cams")
-    with pytest.raises(UserError, match="cams is missing: run step 2"):
+    with pytest.raises(UserError, match="cams is missing"):
         generate_refined_pseudo.main(generate_refined_pseudo.Constants(**values, overwrite=True))
     for content in (None, b"PK"):
         file = experiment(root) / "segmentation" / "p.npz"
         file.unlink() if content is None else file.write_bytes(content)
-        with pytest.raises(UserError, match=r"p\.npz .*run python inference_segmentation\.py --keep-probabilities"):
+        with pytest.raises(UserError, match=r"p\.npz .*--keep-probabilities"):
             generate_refined_seg.main(generate_refined_seg.Constants(**values))
     for file in (experiment(root) / "segmentation").glob("*.npz"):
         file.unlink()
-    with pytest.raises(UserError, match=r"run step 6, .*inference_segmentation\.py .*--keep-probabilities$"):
+    with pytest.raises(UserError, match=r"inference_segmentation\.py .*--keep-probabilities"):
         generate_refined_seg.main(generate_refined_seg.Constants(**values))
 
 
@@ -271,21 +245,20 @@ def test_step_6_keeps_probabilities_for_step_7(finished, copy):
         np.testing.assert_allclose(values.sum(0), 1, atol=5e-3)  # stored in float16
         masks = load_masks(dataset.sam_masks("test") / f"{id}.npz").unpack()
         expected = reference("mean_cam", label, masks, np.unique(label), dict(enumerate(values)))
-        found = load_label(experiment(copy) / "refined_segmentation" / f"{id}.png", 3)
-        np.testing.assert_array_equal(found, expected)
+        refined = load_label(experiment(copy) / "refined_segmentation" / f"{id}.png", 3)
+        np.testing.assert_array_equal(refined, expected)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (20, 33)])
 def test_small_probabilities_are_means_of_the_softmax(size, tmp_path):
     logits = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    found = small_probabilities(logits, 4).numpy()[0]
+    probabilities = small_probabilities(logits, 4).numpy()[0]
     exact = np.exp(logits[0].double().numpy() / 4)
     exact /= exact.sum(0)
     padded = np.pad(exact, [(0, 0), *((0, -length % 16) for length in size)], mode="edge")
     expected = padded.reshape(3, padded.shape[1] // 4, 4, padded.shape[2] // 4, 4).mean((2, 4))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    save_maps(tmp_path / "a.npz", "probabilities", np.arange(3), [found], size)
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
+    save_maps(tmp_path / "a.npz", "probabilities", np.arange(3), [probabilities], size)
     _, back = load_maps(tmp_path / "a.npz", 3, size)  # the cells lie where the pixels are
-    np.testing.assert_allclose(
-        back[:, 1:3, 1:3].mean((1, 2)), bilinear(found, padded.shape[1:], False)[:, 1:3, 1:3].mean((1, 2)), rtol=5e-3
-    )
+    upsampled = bilinear(probabilities, padded.shape[1:], False)
+    np.testing.assert_allclose(back[:, 1:3, 1:3].mean((1, 2)), upsampled[:, 1:3, 1:3].mean((1, 2)), rtol=5e-3)
