@@ -17,7 +17,7 @@ from report import page as report
 from report.patch_pictures import Sample, choose, pack
 from report.summary import Summary
 from tests.conftest import ROOT
-from tests.experiments import CLASSES, EVIL, STAGES, account, make_experiment, scored
+from tests.experiments import CLASSES, EVIL, STAGES, make_experiment, scored, write_run
 from tests.steps import STEPS, experiment, step
 from tools.cams import save_cams
 from tools.command import run
@@ -356,7 +356,7 @@ def test_a_hostile_data_set(tmp_path, capfd):
         for part, suffix in (("images", ".png"), ("labels", ".png"), ("sam_masks", ".npz")):
             file = root / "datasets" / "tiny" / split / part / f"a{suffix}"
             file.rename(file.with_stem("a<b>&'"))
-    account(root / RUN / "classifier", "train", [evil], **{evil: evil})
+    write_run(root / RUN / "classifier", "train", [evil], **{evil: evil})
     renew(root)
     page = page_of(root)
     assert evil not in page and "<img src=x" not in page and "<b>&'" not in page and len(page) < 5_000_000
