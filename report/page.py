@@ -1,4 +1,4 @@
-"""report.html, the account of an experiment: one file that opens in any browser without a network.
+"""report.html, the record of an experiment: one file that opens in any browser without a network.
 
 evaluate_miou.py writes it with the scores, the truth and the errors; every other step renews it with what can be shown
 without the truth. The data is prepared here; page.html.j2 lays it out and escapes every name.
@@ -218,7 +218,7 @@ def _card(number: str, title: str, row: Row | None, faults: list[str], run: Run 
 
 def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
     """Write <experiment>/scores/report.html; samples beyond `MOST_BYTES` are left out, the last ones first."""
-    experiment, dataset, review = summary.experiment, summary.dataset, read_review(summary.experiment)
+    experiment, dataset, label_review = summary.experiment, summary.dataset, read_review(summary.experiment)
     finished = [step for name, step in STEPS.items() if name in experiment.runs and experiment.runs[name].finished]
     following = next_step(finished[-1]) if finished else STEPS["classifier"]
     content = {
@@ -233,8 +233,8 @@ def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
         "notes": notes(summary),
         "class_scores": class_table(summary),
         "groups": curves(experiment.folder),
-        "labels": review and label_table(review),
-        "doubts": review and doubt_table(review),
+        "labels": label_review and label_table(label_review),
+        "doubts": label_review and doubt_table(label_review),
         "review_command": command_line(
             "datasetsprocess/label_page.py", experiment.args, experiment=None, review=experiment.name
         ),

@@ -33,7 +33,7 @@ STAGES = {
 }
 
 
-def record(folder, split, warnings=(), **notes):
+def write_run(folder, split, warnings=(), **notes):
     """Write the run.json of a step."""
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(
@@ -71,11 +71,11 @@ def make_experiment(root: Path) -> Path:
     for id in "abcde":
         maps, logits = [rng.random((2, 2, 2))], rng.normal(size=4)
         save_maps(experiments / "run" / "cams" / f"{id}.npz", "cams", np.array([0, 2]), maps, (32, 32), logits)
-    record(experiments / "run" / "cams", "train")
+    write_run(experiments / "run" / "cams", "train")
     for name, split in STAGES.items():
-        record(experiments / "run" / name, split, **({"stand_in": "made masks"} if "refined" in name else {}))
-    record(experiments / "supervised" / "segmentation", "test")
-    record(experiments / "run" / "classifier", "train", [f"{EVIL}: average precision no better than chance"])
+        write_run(experiments / "run" / name, split, **({"stand_in": "made masks"} if "refined" in name else {}))
+    write_run(experiments / "supervised" / "segmentation", "test")
+    write_run(experiments / "run" / "classifier", "train", [f"{EVIL}: average precision no better than chance"])
     precision = json.dumps({"average_precision": {"road": 0.5, EVIL: 0.25, "roof": None}})[1:-1]
     (experiments / "run" / "classifier" / "log.jsonl").write_text(
         f'{{"epoch": 1, "step": 9, "loss": 2.5, "lr": 0.1, {precision}}}\n'

@@ -89,7 +89,7 @@ def test_the_commit_of_another_repository_is_not_recorded(tmp_path, monkeypatch)
     assert runs.commit() != "unknown"
 
 
-def test_the_account_says_where_values_come_from(finished):
+def test_run_json_says_where_values_come_from(finished):
     classifier, refined = (record(experiment(finished) / name) for name in ("classifier", "refined_pseudo_labels"))
     assert classifier["constants"]["gamma"] == 0.7 and classifier["origins"] == {"gamma": "default"}
     assert refined["constants"]["tau"] == 0.9 and refined["origins"] == {"tau": "default"}

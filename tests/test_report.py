@@ -17,7 +17,7 @@ from report import page as report
 from report.patch_pictures import Sample, choose, pack
 from report.summary import Summary
 from tests.conftest import ROOT
-from tests.experiments import CLASSES, EVIL, STAGES, make_experiment, record, scored
+from tests.experiments import CLASSES, EVIL, STAGES, make_experiment, scored, write_run
 from tests.steps import STEPS, experiment, step
 from tools.command import run
 from tools.constants import Place
@@ -204,8 +204,8 @@ def test_scores_stay_while_they_hold_and_are_marked_after(root):
     assert all("truth" not in titles for titles in panels_of(page, "test"))
 
 
-def run_of(started, constants=None, **inputs):
-    return Run(constants=constants or {}, inputs=inputs, started=started, seconds=0, finished=True)
+def run_of(started, constants=None, **reads):
+    return Run(constants=constants or {}, reads=reads, started=started, seconds=0, finished=True)
 
 
 def test_what_an_older_step_fed_is_older_too():
@@ -356,7 +356,7 @@ def test_a_hostile_data_set(tmp_path, capfd):
         for part, suffix in (("images", ".png"), ("labels", ".png"), ("sam_masks", ".npz")):
             file = root / "datasets" / "tiny" / split / part / f"a{suffix}"
             file.rename(file.with_stem("a<b>&'"))
-    record(root / RUN / "classifier", "train", [evil], **{evil: evil})
+    write_run(root / RUN / "classifier", "train", [evil], **{evil: evil})
     renew(root)
     page = page_of(root)
     assert evil not in page and "<img src=x" not in page and "<b>&'" not in page and len(page) < 5_000_000

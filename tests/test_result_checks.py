@@ -44,6 +44,7 @@ def test_a_class_that_the_classifier_does_not_find():
     ("road", "roof", "learnt", "words"),
     [
         (0.05, 0.25, {}, ()),
+        (0.0005, 0.25, {}, ()),  # above a thousandth of the pixels of the patches that have the class
         (0.02, 0.01, {}, ("land", "97.0%")),
         (0.0, 0.2, {}, ("road", "in 40% of the train patches", "0.00% of the pixels")),
         (0.0019, 0.3, {"road": 0.04}, ("road", "0.19%", "step 5 on 4.00%")),  # less than a twentieth of what it learnt
