@@ -155,8 +155,7 @@ def start_line(state: PartialState | Accelerator, precision: str = "", device: s
     if state.num_processes > 1:
         line += f"; {state.num_processes} processes"
     if state.device.type == "cpu" and device == "auto":
-        built = torch.version.cuda or torch.version.hip
-        line += "; no GPU was found" if built else "; this torch is built for the CPU alone"
+        line += "; no GPU was found" if _built_for() else "; this torch is built for the CPU alone"
     return line
 
 
@@ -201,8 +200,15 @@ def _no_gpu(device: str) -> str:
         reason = _first_sentence(error)
     if signs := signs_of_a_gpu():
         reason += f" ({signs})"
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
-    return f"device is {device}, but torch {torch.__version__} (built for {built}) cannot use a GPU: {reason}; {REMEDY}"
+    built = f"built for {_built_for() or 'the CPU alone'}"
+    return f"device is {device}, but torch {torch.__version__} ({built}) cannot use a GPU: {reason}; {REMEDY}"
+
+
+def _built_for() -> str:
+    """The GPUs that this torch was built for; empty for none."""
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
 
 
 def _try_out(device: torch.device) -> None:
