@@ -8,7 +8,7 @@ the size of the image are one; NMS, boxes and bits stay on the device.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from torchvision.ops import nms
 
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from PRC_SAM.sam_forward import PointDecoder, encode_images, relative_positions
-from PRC_SAM.settings import Settings
 from tools.masks import Masks
 from tools.memory import Parts
 
@@ -43,22 +42,24 @@ class Crop:
 
 
 @dataclass
-class Found:
-    """Masks on their way: one row each in every tensor."""
+class Candidates:
+    """Masks on the device before the last filter: one row each in every tensor."""
 
     bits: Tensor  # (M,bytes) uint8, of the whole image
     boxes: Tensor  # (M,4) x0, y0, x1, y1 in the whole image
     scores: Tensor  # (M,) predicted IoU
     stability: Tensor  # (M,)
 
-    def take(self, index: Tensor) -> "Found":
-        return Found(*(getattr(self, field.name)[index] for field in fields(self)))
+    def take(self, index: Tensor) -> "Candidates":
+        return Candidates(*(getattr(self, field.name)[index] for field in fields(self)))
 
     @staticmethod
-    def join(parts: list["Found"]) -> "Found":
-        return Found(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Found)))
+    def join(parts: list["Candidates"]) -> "Candidates":
+        names = [field.name for field in fields(Candidates)]
+        return Candidates(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
+@dataclass(eq=False)
 class MaskGenerator:
     """Call with a list of (H,W,3) uint8 RGB images, or of what `prepare` made of them -> a list of `Masks`.
 
@@ -66,36 +67,51 @@ class MaskGenerator:
     runs the encoder in bfloat16 and, on a GPU, the decoder's products in TF32. `batch` images (or crops) are encoded at
     once, fewer where the memory does not hold them. Only a memory that is too small changes the size of a batch, and
     with it the last digits of the results: neither the number of images nor that of processes does.
+
+    The keywords are SAM's settings under its own names; get_se_map.py describes them and has their defaults.
     """
 
-    def __init__(self, sam: Sam, settings: Settings | None = None, precision: str = "fp32", batch: int = 4):
-        self.sam, self.settings, self.precision, self.batch = sam.eval(), settings or Settings(), precision, batch
-        self.images_at_once = Parts(batch, "images", "images_at_once")
-        self.points_at_once = Parts(self.settings.points_per_batch, "points", "points_per_batch")
+    sam: Sam
+    precision: str
+    batch: int
+    _: KW_ONLY
+    points_per_side: int
+    points_per_batch: int
+    pred_iou_thresh: float
+    stability_score_thresh: float
+    stability_score_offset: float
+    box_nms_thresh: float
+    crop_n_layers: int
+    crop_nms_thresh: float
+    crop_overlap_ratio: float
+    crop_n_points_downscale_factor: int
+    min_mask_region_area: int
+
+    def __post_init__(self) -> None:
+        sam = self.sam.eval()
+        self.images_at_once = Parts(self.batch, "images", "images_at_once")
+        self.points_at_once = Parts(self.points_per_batch, "points", "points_per_batch")
         self.decoder = PointDecoder(sam)
-        self.decoder_in_tf32 = precision == "bf16" and sam.device.type == "cuda"
+        self.decoder_in_tf32 = self.precision == "bf16" and sam.device.type == "cuda"
         self.resize = ResizeLongestSide(sam.image_encoder.img_size)
         self.grids = build_all_layer_point_grids(
-            self.settings.points_per_side, self.settings.crop_n_layers, self.settings.crop_n_points_downscale_factor
+            self.points_per_side, self.crop_n_layers, self.crop_n_points_downscale_factor
         )
         with torch.inference_mode():
-            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
             self.positions = relative_positions(sam.image_encoder, dtype)
         self._prompts: dict[tuple, Tensor] = {}
         self._resampling: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def prepare(self, image: np.ndarray) -> tuple[tuple[int, int], list[Crop]]:
         """What the processor does to an image before the device sees it: its size and its crops, resized."""
-        size, settings = image.shape[:2], self.settings
-        boxes, layers = generate_crop_boxes(size, settings.crop_n_layers, settings.crop_overlap_ratio)
-        crops = [
-            Crop(
-                box,
-                layer,
-                torch.from_numpy(self.resize.apply_image(image[box[1] : box[3], box[0] : box[2]])).permute(2, 0, 1),
-            )
-            for box, layer in zip(boxes, layers, strict=True)
-        ]
+        size = image.shape[:2]
+        boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
+        crops = []
+        for box, layer in zip(boxes, layers, strict=True):
+            x0, y0, x1, y1 = box
+            pixels = self.resize.apply_image(image[y0:y1, x0:x1])
+            crops.append(Crop(box, layer, torch.from_numpy(pixels).permute(2, 0, 1)))
         return size, crops
 
     @torch.inference_mode()
@@ -105,19 +121,16 @@ class MaskGenerator:
         results = []
         for size, crops in prepared:
             parts = [self._crop(next(embeddings), crop, size) for crop in crops]
-            found = Found.join(parts)
+            masks = Candidates.join(parts)
             if len(crops) > 1:  # of duplicates in several crops, the one from the smallest crop stays
-                areas = [(crop.box[2] - crop.box[0]) * (crop.box[3] - crop.box[1]) for crop in crops]
-                prefer = torch.cat(
-                    [
-                        part.scores.new_full((len(part.scores),), 1 / area)
-                        for part, area in zip(parts, areas, strict=True)
-                    ]
-                )
-                found = found.take(_nms(found.boxes, prefer, self.settings.crop_nms_thresh))
-            if self.settings.min_mask_region_area > 0:
-                found = self._without_small_regions(found, size)
-            results.append(_finish(found, size))
+                preference = []
+                for crop, part in zip(crops, parts, strict=True):
+                    x0, y0, x1, y1 = crop.box
+                    preference.append(torch.full_like(part.scores, 1 / ((x1 - x0) * (y1 - y0))))
+                masks = masks.take(_nms(masks.boxes, torch.cat(preference), self.crop_nms_thresh))
+            if self.min_mask_region_area > 0:
+                masks = self._without_small_regions(masks, size)
+            results.append(_finish(masks, size))
         return results
 
     def _encode(self, crops: list[Tensor]) -> Iterator[Tensor]:
@@ -129,11 +142,10 @@ class MaskGenerator:
                 return [encode_images(self.sam.image_encoder, images, self.positions)]
 
         for start in range(0, len(crops), self.batch):
-            some = crops[start : start + self.batch]
-            images = [self.sam.preprocess(self._to_device(crop)) for crop in some]
+            images = [self.sam.preprocess(self._to_device(crop)) for crop in crops[start : start + self.batch]]
             full = torch.stack(images + images[:1] * (self.batch - len(images)))
             (embeddings,) = self.images_at_once.predict(encode, [full])
-            yield from embeddings[: len(some)]
+            yield from embeddings[: len(images)]
 
     def _to_device(self, image: Tensor) -> Tensor:
         if self.sam.device.type == "cuda":
@@ -151,14 +163,15 @@ class MaskGenerator:
         finally:
             torch.set_float32_matmul_precision(before)
 
-    def _crop(self, embedding: Tensor, crop: Crop, size: tuple[int, int]) -> Found:
+    def _crop(self, embedding: Tensor, crop: Crop, size: tuple[int, int]) -> Candidates:
         """All masks of one crop, in the frame of the whole image and without duplicates, in falling predicted IoU."""
         tokens = self._tokens(crop)
-        found = self.points_at_once(
-            lambda points: Found.join([self._points(embedding, some, crop, size) for some in tokens.split(points)]),
-            len(tokens),
-        )
-        return found.take(_nms(found.boxes, found.scores, self.settings.box_nms_thresh))
+
+        def decode(points: int) -> Candidates:
+            return Candidates.join([self._points(embedding, part, crop, size) for part in tokens.split(points)])
+
+        masks = self.points_at_once(decode, len(tokens))
+        return masks.take(_nms(masks.boxes, masks.scores, self.box_nms_thresh))
 
     def _tokens(self, crop: Crop) -> Tensor:
         """Prompt tokens of the crop's point grid; computed once for each shape of crops."""
@@ -170,12 +183,12 @@ class MaskGenerator:
             self._prompts[key] = self.decoder.tokens(points)
         return self._prompts[key]
 
-    def _points(self, embedding: Tensor, tokens: Tensor, crop: Crop, size: tuple[int, int]) -> Found:
+    def _points(self, embedding: Tensor, tokens: Tensor, crop: Crop, size: tuple[int, int]) -> Candidates:
         """The masks of a batch of points that pass the filters."""
-        settings, x0, y0, x1, y1 = self.settings, *crop.box
+        x0, y0, x1, y1 = crop.box
         with self._decoder_precision():
             scores, mask_tokens, pixels = self.decoder.transform(embedding, tokens)
-            keep = scores > (settings.pred_iou_thresh or -torch.inf)  # SAM takes 0 as no filter
+            keep = scores > (self.pred_iou_thresh or -torch.inf)  # SAM takes 0 as no filter
             points = keep.any(dim=1).nonzero()[:, 0]
             logits = self.decoder.masks(mask_tokens[points], pixels[points])[keep[points]]
         scores = scores[keep]
@@ -183,25 +196,25 @@ class MaskGenerator:
         rows, columns = self._resampling_of((used_rows, used_columns), (y1 - y0, x1 - x0))
         at_once = max(1, (PIXELS_ON_GPU if logits.is_cuda else PIXELS_ON_CPU) // ((y1 - y0) * (x1 - x0)))
         parts = []
-        for some, score in zip(logits.split(at_once), scores.split(at_once), strict=True):
-            full = rows @ some @ columns.T
+        for low, score in zip(logits.split(at_once), scores.split(at_once), strict=True):
+            full = rows @ low @ columns.T
             stability = self._stability(full)
-            if settings.stability_score_thresh > 0:
-                stable = stability >= settings.stability_score_thresh
+            if self.stability_score_thresh > 0:
+                stable = stability >= self.stability_score_thresh
                 full, score, stability = full[stable], score[stable], stability[stable]
             masks = full > self.sam.mask_threshold
             boxes = outer_boxes(masks)
-            if crop.layer > 0:  # drop what the crop's edge cuts through; the rest goes to its place in the image
+            if crop.layer > 0:  # drop what the crop's edge cuts through; move the others to their place in the image
                 inside = ~is_box_near_crop_edge(boxes, crop.box, [0, 0, size[1], size[0]])
                 masks = F.pad(masks[inside], (x0, size[1] - x1, y0, size[0] - y1))
                 boxes = boxes[inside] + boxes.new_tensor([x0, y0, x0, y0])
                 score, stability = score[inside], stability[inside]
-            parts.append(Found(pack_bits(masks), boxes, score, stability))
-        return Found.join(parts)
+            parts.append(Candidates(pack_bits(masks), boxes, score, stability))
+        return Candidates.join(parts)
 
     def _stability(self, logits: Tensor) -> Tensor:
         """(M,) IoU of the masks at a higher and a lower cutoff, one of which contains the other."""
-        threshold, offset = self.sam.mask_threshold, self.settings.stability_score_offset
+        threshold, offset = self.sam.mask_threshold, self.stability_score_offset
         return count_pixels(logits > threshold + offset) / count_pixels(logits > threshold - offset)
 
     def _resampling_of(self, inside: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -222,27 +235,27 @@ class MaskGenerator:
             self._resampling[key] = rows, columns
         return self._resampling[key]
 
-    def _without_small_regions(self, found: Found, size: tuple[int, int]) -> Found:
+    def _without_small_regions(self, candidates: Candidates, size: tuple[int, int]) -> Candidates:
         """Small islands and holes removed; of masks that became duplicates, those that needed no change stay."""
-        flat = np.unpackbits(found.bits.cpu().numpy(), axis=1, count=size[0] * size[1])
+        flat = np.unpackbits(candidates.bits.cpu().numpy(), axis=1, count=size[0] * size[1])
         masks = flat.reshape(-1, *size).astype(bool)
         unchanged = np.ones(len(masks), np.float32)
         for index, mask in enumerate(masks):
-            mask, filled = remove_small_regions(mask, self.settings.min_mask_region_area, "holes")
-            masks[index], cut = remove_small_regions(mask, self.settings.min_mask_region_area, "islands")
+            mask, filled = remove_small_regions(mask, self.min_mask_region_area, "holes")
+            masks[index], cut = remove_small_regions(mask, self.min_mask_region_area, "islands")
             unchanged[index] = not (filled or cut)
-        clean = torch.from_numpy(masks).to(found.bits.device)
-        found = Found(pack_bits(clean), outer_boxes(clean), found.scores, found.stability)
-        prefer = torch.from_numpy(unchanged).to(found.bits.device)
-        return found.take(_nms(found.boxes, prefer, max(self.settings.box_nms_thresh, self.settings.crop_nms_thresh)))
+        clean = torch.from_numpy(masks).to(candidates.bits.device)
+        candidates = Candidates(pack_bits(clean), outer_boxes(clean), candidates.scores, candidates.stability)
+        preference = torch.from_numpy(unchanged).to(candidates.bits.device)
+        return candidates.take(_nms(candidates.boxes, preference, max(self.box_nms_thresh, self.crop_nms_thresh)))
 
 
 def _nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     return nms(boxes.float(), scores, threshold)
 
 
-def _finish(found: Found, size: tuple[int, int]) -> Masks:
+def _finish(candidates: Candidates, size: tuple[int, int]) -> Masks:
     """Off the device, in falling predicted IoU."""
-    bits, boxes, scores, stability = (getattr(found, field.name).cpu().numpy() for field in fields(Found))
+    bits, boxes, scores, stability = (getattr(candidates, field.name).cpu().numpy() for field in fields(Candidates))
     masks = Masks(size, bits, np.bitwise_count(bits).sum(1, dtype=np.int32), boxes.astype(np.int32), scores, stability)
     return masks.chosen(np.argsort(-scores, kind="stable"))

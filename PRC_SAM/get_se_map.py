@@ -13,23 +13,30 @@ Steps 4 and 7 need the masks. This step reads no label. After an interruption th
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from PIL import Image
-from tyro.conf import OmitArgPrefixes
+from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from PRC_SAM.settings import Settings
 from tools.command import UserError, check, run
-from tools.constants import WORKERS, Count, Machine, MayChange, PositiveCount, Scales, checked_constants
-from tools.dataset import Dataset, load_dataset
+from tools.constants import (
+    Count,
+    Machine,
+    MayChange,
+    NonNegative,
+    PositiveCount,
+    Scales,
+    Share,
+    checked_constants,
+)
+from tools.dataset import load_dataset
 from tools.files import write_whole
 from tools.folders import StepFolder
 from tools.labels import load_image
@@ -37,26 +44,53 @@ from tools.masks import Masks, load_masks, save_masks
 from tools.pictures import contact_sheet, regions, sample_ids
 from tools.steps import SPLITS, STEPS, next_step
 
+if TYPE_CHECKING:  # the stand-in's workers need no torch
+    from segment_anything.modeling import Sam
+
+    from PRC_SAM.generator import MaskGenerator
+
 
 @checked_constants
-class Constants(Machine):
+class Constants(Machine):  # and root, overwrite, workers, samples, device
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     split: Literal["both", "train", "test"] = "both"  # both | train | test
     generator: Literal["sam", "felzenszwalb"] = "sam"  # felzenszwalb: a stand-in that needs no checkpoint
-    model: Literal["vit_h", "vit_l", "vit_b", "custom"] = "vit_h"  # custom: a file of other sizes, see checkpoints.py
+    coloured_maps: MayChange[bool] = False  # also write a picture of the regions to sam_masks/coloured/<id>.png
+
+    # SAM; workers: threads that read and write
+    model: Literal["vit_h", "vit_l", "vit_b"] = "vit_h"  # vit_h | vit_l | vit_b
     checkpoint: str = ""  # the model's file; empty: weights/<official name> under root
     download: MayChange[bool] = False  # fetch a missing official checkpoint (vit_h 2.6 GB, vit_l 1.2 GB, vit_b 0.4 GB)
-    sam: OmitArgPrefixes[Settings] = Settings()  # SAM's own settings, PRC_SAM/settings.py
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that computes in it, else fp32
-    scales: Scales = (100, 400, 1600)  # felzenszwalb: scales of the segmentation, fine to coarse
-    min_area: PositiveCount = 64  # felzenszwalb: pixels of the smallest region
-    images_at_once: MayChange[PositiveCount] = 4  # images that SAM encodes together
-    workers: MayChange[Count] = WORKERS  # felzenszwalb: worker processes; sam: reading and writing threads
-    coloured_maps: MayChange[bool] = False  # also write a picture of the regions to sam_masks/coloured/<id>.png
+    images_at_once: MayChange[PositiveCount] = 4  # images that SAM encodes together, at least 1
+
+    # SAM's own settings, by its own names and defaults
+    points_per_side: Annotated[int, Field(ge=1, le=1000)] = 32  # points of the prompt grid along each side, 1 to 1000
+    points_per_batch: MayChange[PositiveCount] = 64  # points decoded at once, at least 1; halved when memory is full
+    pred_iou_thresh: Share = 0.88  # 0 to 1: masks with a lower predicted IoU are dropped
+    stability_score_thresh: Share = 0.95  # 0 to 1: masks that change more when the mask threshold shifts are dropped
+    stability_score_offset: NonNegative = 1.0  # how far the mask threshold shifts up and down for that, at least 0
+    box_nms_thresh: Share = 0.7  # 0 to 1: of masks whose boxes have a higher IoU, the highest predicted IoU is kept
+    crop_n_layers: Annotated[int, Field(ge=0, le=4)] = 0  # 0 to 4: layer n runs again on 4^n crops of the image
+    crop_nms_thresh: Share = 0.7  # 0 to 1: box_nms_thresh between crops; masks of smaller crops are kept
+    crop_overlap_ratio: Annotated[float, Field(ge=0, le=0.9)] = 512 / 1500  # 0 to 0.9 of the shorter side
+    crop_n_points_downscale_factor: PositiveCount = 1  # points_per_side is divided by its n-th power in layer n
+    min_mask_region_area: Count = 0  # pixels: smaller islands and holes are removed from the masks; 0: none
+
+    # felzenszwalb; workers: worker processes
+    scales: Scales = (100, 400, 1600)  # scales of the segmentation, fine to coarse, above 0
+    min_area: PositiveCount = 64  # pixels of the smallest region, at least 1
+
+    def __post_init__(self) -> None:
+        check(
+            self.points_per_side >= self.crop_n_points_downscale_factor**self.crop_n_layers,
+            f"points_per_side is {self.points_per_side}, too small for the crop layers: it is divided by "
+            f"crop_n_points_downscale_factor, {self.crop_n_points_downscale_factor}, in each of {self.crop_n_layers} "
+            "layers: raise points_per_side, or lower one of the others",
+        )
 
 
 def main(args: Constants) -> None:
-    # imported here, because the stand-in's workers need no torch
     from tools.devices import device_facts, process_state, set_precision, start_line
 
     begin = time.monotonic()
@@ -64,60 +98,110 @@ def main(args: Constants) -> None:
     splits = SPLITS if args.split == "both" else (args.split,)
     for split in splits:
         dataset.ids(split)  # a split without images ends the run before the model is loaded
-    state = process_state(args.device)
     by_sam = args.generator == "sam"
+    state = process_state(args.device)
     precision = set_precision(args.precision, state.device, bf16_on_cpu=False) if by_sam else ""
     if state.is_main_process:  # before the checkpoint is downloaded
         print(f"step 9, {start_line(state, precision, args.device)}", flush=True)
-    generate = load_generator(args, state, precision) if by_sam else None
-    settings = {"precision": precision} if by_sam else {}
-    facts = device_facts(state.device) | ({"tf32_in_decoder": generate.decoder_in_tf32} if generate else {})
-    notes = {} if generate else {"stand_in": "felzenszwalb regions in place of SAM masks"}
+    settings, facts, notes = {}, device_facts(state.device), {}
+    if by_sam:
+        from PRC_SAM.checkpoints import find_checkpoint, load_sam
+
+        with state.main_process_first():  # the first process fetches the checkpoint, the others find it
+            file = find_checkpoint(args.model, args.checkpoint, args.root, args.download)
+        generate = mask_generator(args, load_sam(args.model, file).to(state.device), precision)
+        settings["precision"] = precision
+        facts["tf32_in_decoder"] = generate.decoder_in_tf32
+    else:
+        notes["stand_in"] = "felzenszwalb regions in place of SAM masks"
+
     steps, failures = [], []
     for split in splits:
-        steps.append(StepFolder(dataset.sam_masks(split), args))
+        step = StepFolder(dataset.sam_masks(split), args)
+        images, ids = dataset.images(split), dataset.ids(split)
+        steps.append(step)
         try:
-            with steps[-1].open(
-                ".npz",
-                state=state,
-                notes=notes,
-                settings=settings | {"split": split},
-                facts={"hardware": facts},
-            ) as step:
-                make_masks(step, args, dataset, split, generate)
+            with step.open(
+                ".npz", state=state, notes=notes, settings=settings | {"split": split}, facts={"hardware": facts}
+            ):
+                pending = step.pending(ids, ".npz")
+                if by_sam:
+                    sam_masks(step, args, images, pending, generate)
+                else:
+                    work = partial(felzenszwalb_regions, images=images, folder=step.path, args=args)
+                    step.each(work, pending, f"{split} regions")
+                step.join()
+                if step.is_main:
+                    draw_sheet(step.path, images, sample_ids(ids, args.samples))
         except UserError as error:  # the other split is made all the same
             failures.append(str(error))
     check(not failures, "\n".join(failures))
     if state.is_main_process:
-        print(f"made: {', '.join(f'{s.path}, {s.run.files} files' for s in steps)}, {time.monotonic() - begin:.0f} s")
+        made = [f"{step.path}, {step.run.files} files" for step in steps]
+        print(f"made: {', '.join(made)}, {time.monotonic() - begin:.0f} s")
         print(f"look at: {', '.join(str(step.path / 'contact_sheet.png') for step in steps)}")
         following = next_step(STEPS["sam_masks"])
         print(f"next: {following.command(args)}" if following else "")
 
 
-def load_generator(args: Constants, state: Any, precision: str) -> Any:
-    """A `MaskGenerator` on the device of `state`. Fetches the checkpoint if asked to."""
-    from PRC_SAM.checkpoints import find_checkpoint, load_sam
+def mask_generator(args: Constants, sam: "Sam", precision: str) -> "MaskGenerator":
+    """SAM's automatic mask generator with the settings of this run."""
     from PRC_SAM.generator import MaskGenerator
 
-    with state.main_process_first():  # the first process fetches the checkpoint, the others find it
-        file = find_checkpoint(args.model, args.checkpoint, args.root, args.download)
-    sam = load_sam(args.model, file).to(state.device)
-    return MaskGenerator(sam, args.sam, precision, args.images_at_once)
+    return MaskGenerator(
+        sam,
+        precision,
+        args.images_at_once,
+        points_per_side=args.points_per_side,
+        points_per_batch=args.points_per_batch,
+        pred_iou_thresh=args.pred_iou_thresh,
+        stability_score_thresh=args.stability_score_thresh,
+        stability_score_offset=args.stability_score_offset,
+        box_nms_thresh=args.box_nms_thresh,
+        crop_n_layers=args.crop_n_layers,
+        crop_nms_thresh=args.crop_nms_thresh,
+        crop_overlap_ratio=args.crop_overlap_ratio,
+        crop_n_points_downscale_factor=args.crop_n_points_downscale_factor,
+        min_mask_region_area=args.min_mask_region_area,
+    )
 
 
-def make_masks(step: StepFolder, args: Constants, dataset: Dataset, split: str, generate: Callable | None) -> None:
-    """Masks of all patches of a split that have none yet, and the contact sheet."""
-    images, ids = dataset.images(split), dataset.ids(split)
-    pending = step.pending(ids, ".npz")
-    if generate:
-        sam_masks(step, args, images, pending, generate)
-    else:
-        work = partial(felzenszwalb_regions, images=images, folder=step.path, args=args)
-        step.each(work, pending, f"{split} regions")
-    step.join()
-    if step.is_main:
-        draw_sheet(step.path, images, sample_ids(ids, args.samples))
+def sam_masks(step: StepFolder, args: Constants, images: Path, ids: Sequence[str], generate: "MaskGenerator") -> None:
+    """SAM's masks of these patches; threads read the next images and write the last masks meanwhile."""
+    from tools.map_files import in_background
+
+    def read(id: str) -> tuple | UserError:
+        try:
+            image = load_image(images / f"{id}.png")
+        except UserError as error:
+            return error
+        return id, image, generate.prepare(image)
+
+    def write_or_fail(id: str, masks: Masks, image: np.ndarray) -> None:
+        try:
+            write(step.path, id, masks, image, args.coloured_maps)
+        except UserError as error:
+            step.fail(error)
+
+    batch, threads = args.images_at_once, max(args.workers, 1)
+    with (
+        step.progress(len(ids), f"{images.parent.name} SAM masks") as bar,
+        ThreadPoolExecutor(threads) as readers,
+        in_background(threads) as submit,
+    ):
+        patches = read_ahead(readers, read, ids, 2 * batch)
+        for start in range(0, len(ids), batch):
+            readable = []
+            for _ in ids[start : start + batch]:
+                patch = next(patches)
+                if isinstance(patch, UserError):
+                    step.fail(patch)
+                else:
+                    readable.append(patch)
+            all_masks = generate([prepared for _, _, prepared in readable])
+            for (id, image, _), masks in zip(readable, all_masks, strict=True):
+                submit(write_or_fail, id, masks, image)
+            bar.update(len(ids[start : start + batch]))
 
 
 def felzenszwalb_regions(id: str, images: Path, folder: Path, args: Constants) -> None:
@@ -132,50 +216,17 @@ def felzenszwalb_regions(id: str, images: Path, folder: Path, args: Constants) -
     write(folder, id, masks, image, args.coloured_maps)
 
 
-def sam_masks(step: StepFolder, args: Constants, images: Path, ids: list[str], generate: Any) -> None:
-    """Masks of some patches by SAM, while threads read the next images and write the last masks."""
-    from tools.map_files import in_background
-
-    def read(id: str) -> tuple[np.ndarray, Any] | UserError:
-        try:
-            image = load_image(images / f"{id}.png")
-            return image, generate.prepare(image)
-        except UserError as error:
-            return error
-
-    def write_or_fail(id: str, masks: Masks, image: np.ndarray) -> None:
-        try:
-            write(step.path, id, masks, image, args.coloured_maps)
-        except UserError as error:
-            step.fail(error)
-
-    batch, threads = args.images_at_once, max(args.workers, 1)
-    with (
-        step.progress(len(ids), f"{images.parent.name} SAM masks") as bar,
-        ThreadPoolExecutor(threads) as readers,
-        in_background(threads) as submit,
-    ):
-        stream = read_ahead(readers, read, ids, 2 * batch)
-        while answers := list(islice(stream, batch)):
-            good = [(id, *answer) for id, answer in answers if not isinstance(answer, UserError)]
-            for _, answer in answers:
-                if isinstance(answer, UserError):
-                    step.fail(answer)
-            for (id, image, _), masks in zip(good, generate([prepared for *_, prepared in good]), strict=True):
-                submit(write_or_fail, id, masks, image)
-            bar.update(len(answers))
-
-
-def read_ahead(pool: ThreadPoolExecutor, read: Callable, ids: list[str], ahead: int) -> Iterator[tuple[str, Any]]:
-    """Yield (id, read(id)) in order, while the next `ahead` ids are being read."""
-    waiting: deque = deque()
+def read_ahead(
+    pool: ThreadPoolExecutor, read: Callable[[str], tuple | UserError], ids: Sequence[str], ahead: int
+) -> Iterator[tuple | UserError]:
+    """Yield read(id) in order, while the next `ahead` ids are being read."""
+    waiting: deque[Future] = deque()
     for id in ids:
-        waiting.append((id, pool.submit(read, id)))
+        waiting.append(pool.submit(read, id))
         if len(waiting) > ahead:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    for id, future in waiting:
-        yield id, future.result()
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()
 
 
 def write(folder: Path, id: str, masks: Masks, image: np.ndarray, coloured: bool) -> None:
@@ -186,7 +237,7 @@ def write(folder: Path, id: str, masks: Masks, image: np.ndarray, coloured: bool
     save_masks(folder / f"{id}.npz", masks)
 
 
-def draw_sheet(folder: Path, images: Path, ids: list[str]) -> None:
+def draw_sheet(folder: Path, images: Path, ids: Sequence[str]) -> None:
     """The contact sheet: images with their regions. Bad files are left out; they are among the failures."""
     rows = {}
     for id in ids:

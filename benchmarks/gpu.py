@@ -32,8 +32,8 @@ import torch
 import training as training_benchmark
 import tyro
 from measure import aerial_patch, measured
-from sam_masks import SMALL
-from segment_anything import SamAutomaticMaskGenerator
+from sam_masks import small
+from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
@@ -42,8 +42,7 @@ sys.path.insert(0, str(ROOT))
 from models.backbone import Backbone
 from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
-from PRC_SAM.checkpoints import SIZES, build_sam
-from PRC_SAM.generator import MaskGenerator, Settings
+from PRC_SAM import get_se_map
 from PRC_SAM.sam_forward import encode_images, relative_positions
 from tools.augment import normalise
 from tools.command import check
@@ -132,9 +131,9 @@ def fits(*measurements: tuple[float, float] | None) -> str:
 def random_sam(sizes: Sizes, device: torch.device) -> Sam:
     """SAM with random weights; some of its parameters begin as zeros, which would make all scores equal."""
     torch.manual_seed(0)
-    shape: dict[str, Any] = SMALL if sizes.sam == "small" else SIZES[sizes.sam]
+    build = small if sizes.sam == "small" else sam_model_registry[sizes.sam]
     with device:
-        sam = build_sam(**shape)
+        sam = build()
     for parameter in sam.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
     return sam.requires_grad_(False)
@@ -169,7 +168,8 @@ def generator(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     open_filters: dict[str, Any] = {"points_per_side": sizes.points, "stability_score_thresh": 0.0}
     set_precision("fp32", device)
     with torch.inference_mode():
-        probe = MaskGenerator(sam, Settings(**open_filters), batch=1)
+        constants = get_se_map.Constants(images_at_once=1, **open_filters)
+        probe = get_se_map.mask_generator(constants, sam, "fp32")
         _, (crop,) = probe.prepare(images[0])
         embedding = next(probe._encode([crop.pixels]))
         scores = probe.decoder.transform(embedding, probe._tokens(crop)[:128])[0]
@@ -182,7 +182,8 @@ def generator(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     for precision in ("bf16", "fp32"):
         set_precision(precision, device)
         for batch in sizes.generator_batches if precision == "bf16" else sizes.generator_batches[:1]:
-            ours = MaskGenerator(sam, Settings(**settings), precision, batch)
+            constants = get_se_map.Constants(images_at_once=batch, **settings)
+            ours = get_se_map.mask_generator(constants, sam, precision)
             found = timed(partial(ours, images), device, sizes, len(images))
             setting = f"{sizes.image} px, {batch} at once, {precision}"
             yield Row(f"SAM {sizes.sam}, masks (step 9)", setting, "image", plain, found, fits(found))

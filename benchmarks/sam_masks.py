@@ -12,39 +12,31 @@ official size instead, with the filters opened by pred_iou_thresh = 0 and stabil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from measure import measured
-from segment_anything import SamAutomaticMaskGenerator
+from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from segment_anything.modeling import Sam
 from torch.nn import functional as F
 from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from PRC_SAM.checkpoints import SIZES, build_sam, load_sam, save_sam
-from PRC_SAM.generator import MaskGenerator, Settings
+from PRC_SAM import get_se_map
+from PRC_SAM.checkpoints import load_sam
+from tests.small_sam import build_sam
+from tools.checkpoints import read_tensors
 from tools.command import run
 from tools.devices import set_precision
 from tools.labels import load_image
 
-SMALL: dict[str, Any] = {
-    "embed_dim": 96,
-    "depth": 3,
-    "num_heads": 4,
-    "global_attention": [1, 2],
-    "image_size": 256,
-    "window_size": 8,
-    "prompt_dim": 64,
-    "decoder_mlp_dim": 256,
-}
+SIDE = 256  # pixels of the small Sam's input
 
 
 @dataclass(frozen=True)
 class Constants:
-    model: str = "custom"  # custom | vit_b | vit_l | vit_h
+    model: str = "small"  # small | vit_b | vit_l | vit_h
     checkpoint: str = ""  # a file, "random" for random weights, empty to train a small model
     steps: int = 150  # of that training
     save: str = ""  # where to keep the trained model, for the next --checkpoint
@@ -81,7 +73,8 @@ def main(args: Constants) -> None:
     precision = set_precision(args.precision, device, bf16_on_cpu=False)
     print(f"{device} {torch.get_num_threads()} threads, {precision}, {args.size} px, {settings}")
     stock = SamAutomaticMaskGenerator(sam, **settings)
-    ours = MaskGenerator(sam, Settings(**settings), precision, args.images_at_once)
+    constants = get_se_map.Constants(images_at_once=args.images_at_once, **settings)
+    ours = get_se_map.mask_generator(constants, sam, precision)
     stock.generate(images[0]), ours(images[:1])  # kernels chosen, caches filled
     theirs, stock_seconds, stock_memory = measured(lambda: [stock.generate(image) for image in compared], 1, device)
     batches = [images[at : at + args.images_at_once] for at in range(0, len(images), args.images_at_once)]
@@ -117,18 +110,35 @@ def agreement(theirs: list, ours: list) -> None:
         )
 
 
+def small() -> Sam:
+    """A Sam small enough to be trained here, with random weights."""
+    return build_sam(
+        embed_dim=96,
+        num_heads=4,
+        global_attention=(False, True, True),
+        side=SIDE,
+        window_size=8,
+        prompt_dim=64,
+        mlp_dim=256,
+    )
+
+
 def the_model(args: Constants) -> Sam:
     torch.manual_seed(0)
     if args.checkpoint == "random":
-        sam = build_sam(**SIZES.get(args.model, SMALL))
+        sam = small() if args.model == "small" else sam_model_registry[args.model]()
         for parameter in sam.parameters():
             parameter.data += 0.02 * torch.randn_like(parameter)  # some of SAM's parameters begin as zeros
         return sam
-    if args.checkpoint:
+    if args.checkpoint and args.model != "small":
         return load_sam(args.model, Path(args.checkpoint))
+    if args.checkpoint:
+        sam = small()
+        sam.load_state_dict(read_tensors(Path(args.checkpoint), "train the small model again"))
+        return sam
     sam = train_small_sam(args.steps)
     if args.save:
-        save_sam(Path(args.save), sam, SMALL)
+        torch.save(sam.state_dict(), args.save)
     return sam
 
 
@@ -158,8 +168,8 @@ def shapes(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]
 
 def train_small_sam(steps: int, images: int = 4, points: int = 8) -> Sam:
     """A small Sam that finds shapes from one point: the best of its three masks learns, the scores learn the IoU."""
-    sam, rng = build_sam(**SMALL).train(), np.random.default_rng(0)
-    scenes = [shapes(rng, SMALL["image_size"]) for _ in range(256)]
+    sam, rng = small().train(), np.random.default_rng(0)
+    scenes = [shapes(rng, SIDE) for _ in range(256)]
     optimiser = torch.optim.AdamW(sam.parameters(), 5e-4, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, steps)
     bar = trange(steps, desc="training a small Sam", disable=None)

@@ -7,33 +7,57 @@ a training in the test itself would end with other weights, and other masks, on 
     python -m tests.small_sam        trains it again, about two minutes on one core, and writes small_sam.npz
 """
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from segment_anything.modeling import Sam
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import nn
 from torch.nn import functional as F
 
-from PRC_SAM.checkpoints import build_sam
-
 FILE = Path(__file__).with_suffix(".npz")
-SIZES = {
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "global_attention": [1],
-    "image_size": 128,
-    "window_size": 3,
-    "prompt_dim": 32,
-    "decoder_mlp_dim": 64,
-}
+
+
+def build_sam(
+    embed_dim: int = 32,
+    num_heads: int = 2,
+    global_attention: tuple[bool, ...] = (False, True),
+    side: int = 128,
+    window_size: int = 3,
+    prompt_dim: int = 32,
+    mlp_dim: int = 64,
+) -> Sam:
+    """A Sam with random weights, as segment_anything/build_sam.py builds its three sizes.
+
+    global_attention: for each block of the encoder, whether it attends to the whole image; side: of the encoder's
+    input, in pixels.
+    """
+    cells = (side // 16, side // 16)
+    return Sam(
+        ImageEncoderViT(
+            img_size=side,
+            embed_dim=embed_dim,
+            depth=len(global_attention),
+            num_heads=num_heads,
+            out_chans=prompt_dim,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=window_size,
+            global_attn_indexes=tuple(np.flatnonzero(global_attention)),
+        ),
+        PromptEncoder(prompt_dim, cells, (side, side), mask_in_chans=16),
+        MaskDecoder(
+            transformer_dim=prompt_dim,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=prompt_dim, num_heads=8, mlp_dim=mlp_dim),
+        ),
+    ).eval()
 
 
 @cache
 def small_sam() -> Sam:
     """The stored model, in eval mode. Tests share it and must not change it."""
-    sam = build_sam(**SIZES)
+    sam = build_sam()
     state = sam.state_dict()
     with np.load(FILE) as file:
         weights = torch.from_numpy(file["weights"].astype(np.float32))
@@ -53,7 +77,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 def train(steps: int = 3000, points: int = 16) -> Sam:
     """Train on four pictures: discs of three radii around each point, and made scores that depend on the point."""
     torch.manual_seed(0)
-    sam = build_sam(**SIZES).train()
+    sam = build_sam().train()
     optimiser = torch.optim.Adam(sam.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     images = [torch.from_numpy(picture(128, 128, seed)).permute(2, 0, 1) for seed in range(4)]

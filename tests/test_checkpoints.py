@@ -1,4 +1,4 @@
-"""Checkpoints of the trainings and of SAM: whole or not at all, fitting or refused, and no file runs code."""
+"""Checkpoints: whole or not at all, fitting or refused, and no file runs code."""
 
 from pathlib import Path
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from PRC_SAM import checkpoints
-from PRC_SAM.checkpoints import build_sam, load_sam
+from tools.checkpoints import read_tensors
 from tools.command import UserError
 from tools.training import load_checkpoint, save_checkpoint
 
@@ -59,6 +58,10 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     torch.save({"model": net().state_dict(), "epoch": Hostile(tmp_path / "ran")}, tmp_path / "model.pt")
     with pytest.raises(UserError, match=r"model\.pt cannot be read as a checkpoint"):
         load_checkpoint(tmp_path / "model.pt", net())
+    with pytest.raises(UserError, match=r"model\.pt cannot be read as a checkpoint.*: get it again"):
+        read_tensors(tmp_path / "model.pt", "get it again")
+    with pytest.raises(UserError, match=r"none\.pt is missing: get it again"):
+        read_tensors(tmp_path / "none.pt", "get it again")
     assert not (tmp_path / "ran").exists()
 
 
@@ -77,56 +80,20 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-SIZES = {
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "global_attention": [1],
-    "image_size": 64,
-    "window_size": 3,
-    "prompt_dim": 16,
-    "decoder_mlp_dim": 8,
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"embed_dim": 0}, "embed_dim is 0: Input should be greater than or equal to 1"),
-        ({"embed_dim": 33}, "embed_dim is 33, which num_heads, 2, does not divide"),
-        ({"embed_dim": 1e9}, "embed_dim is 1000000000.0: Input should be less"),
-        ({"depth": 10**6}, "depth is 1000000: Input should be less"),
-        ({"depth": -1}, "depth is -1"),
-        ({"num_heads": 0}, "num_heads is 0"),
-        ({"num_heads": None}, "num_heads is None"),
-        ({"global_attention": [2]}, r"global_attention is \[2\], but the blocks are numbered 0 to 1"),
-        ({"global_attention": 1}, "global_attention is 1"),
-        ({"image_size": 65}, "image_size is 65: Input should be a multiple of 16"),
-        ({"prompt_dim": 8}, "prompt_dim is 8"),
-        ({"window_size": 0}, "window_size is 0"),
-        ({"layers": 2}, "layers is 2: Unexpected keyword"),
-    ],
-)
-def test_sizes_that_make_no_sam(tmp_path, change, sentence):
-    torch.save({"sizes": SIZES | change, "model": {}}, tmp_path / "sam.pth")
-    with pytest.raises(UserError, match=rf"sam\.pth.*\(.*{sentence}.*\): choose the --model"):
-        load_sam("custom", tmp_path / "sam.pth")
-
-
-def test_a_sam_that_does_not_fit_its_file_is_not_built(tmp_path, monkeypatch):
-    """Sizes within their limits, but of a model that the file does not hold: refused before it is built."""
-    devices, built = [], build_sam
-
-    def build(**sizes):
-        devices.append(str(torch.get_default_device()))
-        return built(**sizes)
-
-    monkeypatch.setattr(checkpoints, "build_sam", build)
-    for sizes, model in ((SIZES | {"depth": 4, "embed_dim": 64}, built(**SIZES).state_dict()), (SIZES, {}), (3, {})):
-        torch.save({"sizes": sizes, "model": model}, tmp_path / "sam.pth")
-        with pytest.raises(UserError, match=r"sam\.pth does not hold a custom model \(.*choose the --model"):
-            load_sam("custom", tmp_path / "sam.pth")
-    assert devices == ["meta", "meta"]
-    torch.save({"sizes": SIZES, "model": built(**SIZES).state_dict()}, tmp_path / "sam.pth")
-    assert load_sam("custom", tmp_path / "sam.pth").image_encoder.pos_embed.shape == (1, 4, 4, 32)
-    assert devices == ["meta", "meta", "meta", "cpu"]
+def test_every_tensor_owns_its_memory(tmp_path):
+    """A fused optimiser writes through the view of a file, and crashes where several elements share their memory."""
+    shared = torch.arange(6.0).expand(3, 6)
+    format = torch.channels_last
+    content = {"a": shared, "b": [shared, (shared[:, 1:3], 3)], "c": torch.rand(2, 3, 4, 5).to(memory_format=format)}
+    torch.save(content, tmp_path / "a.pt")
+    loaded = read_tensors(tmp_path / "a.pt", "")
+    assert loaded["b"][1][1] == 3
+    tensors = [loaded["a"], loaded["b"][0], loaded["b"][1][0], loaded["c"]]
+    for tensor, expected in zip(tensors, (shared, shared, shared[:, 1:3], content["c"]), strict=True):
+        assert torch.equal(tensor, expected)
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert len({tensor.data_ptr() for tensor in tensors}) == 4
+    assert loaded["c"].is_contiguous(memory_format=format)  # as the parameter that an optimiser pairs it with
+    torch.save(torch.zeros(1).expand(1 << 20, 1 << 20), tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt cannot be read .* declares .*: get it again"):
+        read_tensors(tmp_path / "a.pt", "get it again")

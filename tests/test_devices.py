@@ -24,14 +24,14 @@ from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
 from models.ir_loss import image_reconstruction_loss
 from models.prc import PixelRelationshipConstraint
-from PRC_SAM.checkpoints import build_sam
-from PRC_SAM.generator import MaskGenerator, Settings
+from PRC_SAM.get_se_map import Constants, mask_generator
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
+from tests.small_sam import build_sam
 from tools import augment, devices
-from tools.command import UserError, _explain
+from tools.map_files import mirrored_scales
+from tools.command import UserError, explain
 from tools.constants import Place
 from tools.folders import StepFolder
-from tools.map_files import mirrored_scales
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -81,10 +81,9 @@ def test_auto_does_not_pass_over_a_gpu_that_torch_cannot_use(machine):
 @pytest.mark.parametrize(
     ("device", "usable", "sentence"),
     [
-        ("cuda", 0, r"device is cuda, but torch .* too old .*; update the driver .* or add --device cpu"),
-        ("cuda:1", 0, r"device is cuda:1, but torch .* cannot use a GPU"),
-        ("cuda:2", 2, r"device is cuda:2, but this machine's GPUs are cuda:0 to cuda:1"),
-        ("mps", 0, r"device is mps, but this torch finds no Apple GPU"),
+        ("cuda", 0, r"device is cuda, .* too old .*--device cpu"),
+        ("cuda:2", 2, r"device is cuda:2, .*cuda:0 to cuda:1"),
+        ("mps", 0, r"device is mps, .*Apple"),
     ],
 )
 def test_a_device_that_is_missing_is_refused(machine, device, usable, sentence):
@@ -103,11 +102,7 @@ def test_one_gpu_cannot_serve_several_processes(machine, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (
-            "CUDA error: no kernel image is available for execution on the device",
-            "code for sm_75, sm_80, not .*sm_61",
-        ),
-        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with", "another program holds it"),
+        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with", "another program"),
         ("CUDA error: unspecified launch failure\nCUDA kernel errors might", "unspecified launch failure;"),
     ],
 )
@@ -117,27 +112,24 @@ def test_a_gpu_that_fails_at_the_first_sum_is_explained(monkeypatch, error, sent
 
     monkeypatch.setattr(torch, "ones", ones)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GTX 1080")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
-    with pytest.raises(UserError, match=rf"the GPU cuda:0 \(NVIDIA GTX 1080\) cannot be used: .*{sentence}"):
+    with pytest.raises(UserError, match=rf"cuda:0 \(NVIDIA GTX 1080\) .*{sentence}"):
         devices._try_out(GPU)
 
 
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        ("CUDA error: out of memory\nCUDA kernel errors might", "the memory is full: lower micro_batch"),
-        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "the memory is full"),
-        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "the memory is full"),
-        ("CUDA error: no kernel image is available for execution on the device", "use a GPU of sm_75 or newer"),
-        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", "another program holds the GPU"),
-        ("The NVIDIA driver on your system is too old (found version 11040).", "update the driver"),
+        ("CUDA error: out of memory\nCUDA kernel errors might", "micro_batch"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "micro_batch"),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "micro_batch"),
+        ("CUDA error: no kernel image is available for execution on the device", "sm_75"),
+        ("The NVIDIA driver on your system is too old (found version 11040).", "driver"),
         ("CUDA error: an illegal memory access was encountered", ""),
     ],
 )
 def test_errors_of_a_gpu_in_the_middle_of_a_run_are_explained(error, sentence):
-    found = _explain(RuntimeError(error))
-    assert sentence in found and bool(sentence) == bool(found)
+    explanation = explain(RuntimeError(error))
+    assert sentence in explanation and bool(sentence) == bool(explanation)
 
 
 @pytest.mark.parametrize(
@@ -145,10 +137,8 @@ def test_errors_of_a_gpu_in_the_middle_of_a_run_are_explained(error, sentence):
     [
         (None, [], ""),
         ("", ["RTX, 535"], ""),
-        ("-1", ["RTX, 535"], ""),
         ("NoDevFiles", ["RTX, 535"], ""),
         ("0", [], 'CUDA_VISIBLE_DEVICES is "0"'),
-        ("GPU-3a", [], 'CUDA_VISIBLE_DEVICES is "GPU-3a"'),
         (None, ["NVIDIA GeForce RTX 3090, 535.104"], "nvidia-smi lists NVIDIA GeForce RTX 3090 with driver 535.104"),
     ],
 )
@@ -184,12 +174,12 @@ def test_fp32_is_not_rounded_to_tf32():
         torch.backends.cudnn.allow_tf32 = True
 
 
-def test_facts_for_the_account(monkeypatch):
+def test_facts_for_run_json(monkeypatch):
     assert devices.device_facts(CPU).keys() == {"device", "name", "threads"}
     monkeypatch.setattr(devices, "nvidia_gpus", lambda: ["NVIDIA H100, 570.86"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
-    found = SimpleNamespace(total_memory=80 * 2**30, major=9, minor=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    properties = SimpleNamespace(total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     facts = devices.device_facts(GPU)
     assert facts["driver"] == "570.86" and facts["capability"] == "sm_90" and facts["memory_gib"] == 80
     assert {facts["tf32_in_convolutions"], facts["tf32_in_products"]} <= {True, False} and "cudnn" in facts
@@ -211,16 +201,6 @@ def test_a_run_continues_on_another_device_in_its_precision(tmp_path):
 # On a GPU that is not there
 
 PRECISIONS = pytest.mark.parametrize("precision", ["fp32", "bf16"])
-SAM = {
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "global_attention": [1],
-    "image_size": 128,
-    "window_size": 3,
-    "prompt_dim": 32,
-    "decoder_mlp_dim": 64,
-}
 
 
 @pytest.fixture
@@ -322,8 +302,8 @@ def test_multi_scale_inference(fake_gpu, precision):
 
 @PRECISIONS
 def test_sam(fake_gpu, precision):
-    sam = moved(build_sam(**SAM))
-    generator = MaskGenerator(sam, Settings(points_per_side=4), precision, batch=2)
+    sam = moved(build_sam())
+    generator = mask_generator(Constants(points_per_side=4, images_at_once=2), sam, precision)
     size, (crop,) = generator.prepare(np.zeros((96, 70, 3), np.uint8))
     seen = []
     sam.image_encoder.neck[0].register_forward_hook(lambda module, inputs, output: seen.append(output))

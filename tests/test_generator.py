@@ -10,22 +10,28 @@ import json
 
 import numpy as np
 import pytest
+import segment_anything
 import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from segment_anything import SamAutomaticMaskGenerator
 
-from PRC_SAM.checkpoints import _fetch, find_checkpoint, load_sam, save_sam
-from PRC_SAM.generator import MaskGenerator, Settings
-from PRC_SAM.get_se_map import Constants
+from PRC_SAM.checkpoints import _fetch, find_checkpoint, load_sam
+from PRC_SAM.generator import MaskGenerator
+from PRC_SAM.get_se_map import Constants, mask_generator
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from PRC_SAM.sam_forward import PointDecoder, encode_images
-from tests.small_sam import SIZES, picture, small_sam
+from tests.conftest import ROOT
+from tests.small_sam import build_sam, picture, small_sam
 from tools.command import UserError
 from tools.masks import load_masks, pack_masks
 
 OPEN = {"points_per_side": 6, "pred_iou_thresh": 0.6, "stability_score_thresh": 0.6, "stability_score_offset": 0.5}
 UNFILTERED = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
+
+
+def small_generator(precision="fp32", **settings):
+    return mask_generator(Constants(**settings), small_sam(), precision)
 
 
 def test_encoder_equals_sams():
@@ -50,7 +56,7 @@ def test_decoder_equals_sams():
 
 @pytest.mark.parametrize("size", [(128, 128), (96, 128), (70, 50), (200, 260)])
 def test_resampling_equals_the_two_steps(size):
-    generator = MaskGenerator(small_sam(), Settings(points_per_side=2))
+    generator = small_generator(points_per_side=2)
     _, (crop,) = generator.prepare(picture(*size))
     low = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(3))
     rows, columns = generator._resampling_of(crop.pixels.shape[1:], size)
@@ -103,7 +109,7 @@ def test_equals_the_stock_generator(settings, count):
     images, settings = [picture(*shape) for shape in IMAGES], OPEN | settings
     stock = SamAutomaticMaskGenerator(small_sam(), **settings)
     ours_in_all = theirs_in_all = paired = 0
-    for image, masks in zip(images, MaskGenerator(small_sam(), Settings(**settings), batch=2)(images), strict=True):
+    for image, masks in zip(images, small_generator(images_at_once=2, **settings)(images), strict=True):
         records = stock.generate(image)
         theirs = np.array([record["segmentation"] for record in records]).reshape(-1, *image.shape[:2])
         scores, stability = (np.array([r[key] for r in records]) for key in ("predicted_iou", "stability_score"))
@@ -140,7 +146,7 @@ def test_each_filter_alone_by_hand():
     """What one filter keeps of all candidates, exactly: on one processor the candidates are the same numbers."""
 
     def masks(**settings):
-        return MaskGenerator(small_sam(), Settings(**OPEN | UNFILTERED | settings))([picture(96, 96)])[0]
+        return small_generator(**OPEN | UNFILTERED | settings)([picture(96, 96)])[0]
 
     candidates = masks()
     boxes, scores, stability = candidates.boxes, candidates.predicted_iou, candidates.stability
@@ -152,68 +158,67 @@ def test_each_filter_alone_by_hand():
         ("box_nms_thresh", 0.62): suppressed(boxes, scores, 0.62),
     }
     for (name, threshold), index in kept.items():
-        found = masks(**{name: threshold})
+        filtered = masks(**{name: threshold})
         assert 10 < len(index) < 98, name
-        np.testing.assert_array_equal(found.predicted_iou, scores[index], name)
+        np.testing.assert_array_equal(filtered.predicted_iou, scores[index], name)
         if name != "pred_iou_thresh":  # which drops points before their masks are made, so that the batches differ
-            np.testing.assert_array_equal(found.bits, candidates.bits[index], name)
+            np.testing.assert_array_equal(filtered.bits, candidates.bits[index], name)
 
 
 def test_bfloat16_finds_the_masks_of_the_reference():
     images = [picture(*shape) for shape in IMAGES]
     matched = []
-    for exact, fast in zip(
-        *(MaskGenerator(small_sam(), Settings(**OPEN), precision)(images) for precision in ("fp32", "bf16")),
-        strict=True,
-    ):
+    exact_masks, fast_masks = (small_generator(precision, **OPEN)(images) for precision in ("fp32", "bf16"))
+    for exact, fast in zip(exact_masks, fast_masks, strict=True):
         matched.extend(overlaps(exact.unpack(), fast.unpack()).max(1) >= 0.95)
     assert np.mean(matched) >= 0.9
 
 
 def test_batches_do_not_change_the_masks():
     images = [picture(96, 96, seed) for seed in range(3)]
-    one = MaskGenerator(small_sam(), Settings(**OPEN, points_per_batch=5), batch=1)(images)
-    for a, b in zip(one, MaskGenerator(small_sam(), Settings(**OPEN), batch=3)(images), strict=True):
+    one = small_generator(points_per_batch=5, images_at_once=1, **OPEN)(images)
+    three = small_generator(images_at_once=3, **OPEN)(images)
+    for a, b in zip(one, three, strict=True):
         pairs, _ = partners((a.unpack(), a.predicted_iou), (b.unpack(), b.predicted_iou))
         assert len(pairs) >= 0.97 * max(len(a), len(b)) > 30
 
 
 def test_memory_that_runs_out_halves_the_batch(monkeypatch):
-    generator = MaskGenerator(small_sam(), Settings(**OPEN, points_per_batch=36))
+    generator = small_generator(points_per_batch=36, **OPEN)
     (expected,) = generator([picture(96, 96)])
-    whole = MaskGenerator._points
+    decode = MaskGenerator._points
 
-    def small_memory(self, embedding, tokens, *rest):
+    def small_memory(self, embedding, tokens, *arguments):
         if len(tokens) > 10:
             raise torch.OutOfMemoryError
-        return whole(self, embedding, tokens, *rest)
+        return decode(self, embedding, tokens, *arguments)
 
     monkeypatch.setattr(MaskGenerator, "_points", small_memory)
-    (found,) = generator([picture(96, 96)])
+    (halved,) = generator([picture(96, 96)])
     assert generator.points_at_once.size == 9
-    pairs, _ = partners((expected.unpack(), expected.predicted_iou), (found.unpack(), found.predicted_iou))
-    assert len(pairs) >= 0.97 * max(len(expected), len(found)) > 30
+    pairs, _ = partners((expected.unpack(), expected.predicted_iou), (halved.unpack(), halved.predicted_iou))
+    assert len(pairs) >= 0.97 * max(len(expected), len(halved)) > 30
 
 
-def test_checkpoints(tmp_path):
-    save_sam(tmp_path / "tiny.pth", small_sam(), SIZES)
-    back = load_sam("custom", tmp_path / "tiny.pth")
+def test_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", build_sam)
+    torch.save(small_sam().state_dict(), tmp_path / "tiny.pth")
+    loaded = load_sam("vit_b", tmp_path / "tiny.pth").state_dict()
     for name, tensor in small_sam().state_dict().items():
-        assert torch.equal(tensor, back.state_dict()[name])
-    with pytest.raises(UserError, match=r"tiny.pth does not hold a vit_b model"):
-        load_sam("vit_b", tmp_path / "tiny.pth")
-    torch.save({"sizes": SIZES | {"depth": 3}, "model": small_sam().state_dict()}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other.pth does not hold a custom model"):
-        load_sam("custom", tmp_path / "other.pth")
-    (tmp_path / "noise.pth").write_bytes(b"noise")
-    with pytest.raises(UserError, match=r"noise.pth is not a checkpoint"):
-        load_sam("custom", tmp_path / "noise.pth")
-    with pytest.raises(UserError, match=r"0b3195.pth is missing: get it from https.*3adcc4315b64.*--download"):
+        assert torch.equal(tensor, loaded[name])
+    for content in (build_sam(embed_dim=64).state_dict(), {}, [1], {"a": 1}):
+        torch.save(content, tmp_path / "other.pth")
+        with pytest.raises(UserError, match=r"other.pth does not hold a vit_b model.*--model"):
+            load_sam("vit_b", tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"0b3195.pth is missing.*https.*3adcc4315b64.*--download"):
         find_checkpoint("vit_l", "", tmp_path)
     (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "sam_vit_b_01ec64.pth").write_bytes(b"noise")
-    with pytest.raises(UserError, match=r"sam_vit_b_01ec64.pth is damaged or another file"):
-        find_checkpoint("vit_b", "", tmp_path)
+    file = tmp_path / "weights" / "sam_vit_b_01ec64.pth"
+    file.write_bytes(b"noise")
+    for checkpoint in ("", str(file)):
+        with pytest.raises(UserError, match=r"sam_vit_b_01ec64.pth is damaged or another file"):
+            find_checkpoint("vit_b", checkpoint, tmp_path)
+    assert find_checkpoint("vit_b", str(tmp_path / "tiny.pth"), tmp_path).name == "tiny.pth"
 
 
 def test_download_is_checked_before_it_is_kept(tmp_path):
@@ -221,9 +226,9 @@ def test_download_is_checked_before_it_is_kept(tmp_path):
     url, sha256 = (tmp_path / "there.pth").as_uri(), hashlib.sha256(b"weights").hexdigest()
     _fetch(url, tmp_path / "weights" / "here.pth", sha256)
     assert (tmp_path / "weights" / "here.pth").read_bytes() == b"weights"
-    with pytest.raises(UserError, match=r"has the SHA-256 .* try again"):
+    with pytest.raises(UserError, match="SHA-256"):
         _fetch(url, tmp_path / "weights" / "other.pth", "0" * 64)
-    with pytest.raises(UserError, match=r"could not be fetched .* by other means"):
+    with pytest.raises(UserError, match="could not be fetched"):
         _fetch(url + "x", tmp_path / "weights" / "other.pth", sha256)
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["here.pth"]
 
@@ -241,11 +246,11 @@ def demo_images(tmp_path):
 def test_script_with_the_stand_in(demo_images, run_script):
     arguments = ("PRC_SAM/get_se_map.py", "--dataset", "demo", "--root", demo_images, "--workers", 0)
     refused = run_script(*arguments, fails=True)
-    assert "sam_vit_h_4b8939.pth is missing: get it from" in refused.stderr
+    assert "sam_vit_h_4b8939.pth is missing" in refused.stderr
     run_script(*arguments, "--generator", "felzenszwalb", "--coloured-maps")
     folder = demo_images / "datasets" / "demo" / "train" / "sam_masks"
-    account = json.loads((folder / "run.json").read_text())
-    assert account["finished"] and account["files"] == 3 and "stand_in" in account["notes"]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["finished"] and record["files"] == 3 and "stand_in" in record["notes"]
     assert (folder / "contact_sheet.png").exists() and len(list((folder / "coloured").glob("*.png"))) == 3
     assert load_masks(folder / "train0.npz").size == (64, 64)
     assert (folder.parents[1] / "test" / "sam_masks" / "test0.npz").exists()
@@ -253,30 +258,26 @@ def test_script_with_the_stand_in(demo_images, run_script):
     assert "min_area: 64 there, 9 now" in refused.stderr
 
 
-def test_script_continues_from_inside_its_folder(demo_images, run_script):
-    from tests.conftest import ROOT
+SMALL_REGISTRY = """
+import runpy
+import sys
+sys.path.insert(0, {root!r})
+import segment_anything
+from tests.small_sam import build_sam
+segment_anything.sam_model_registry["vit_b"] = build_sam
+runpy.run_path("get_se_map.py", run_name="__main__")
+"""
 
-    save_sam(demo_images / "tiny.pth", small_sam(), SIZES)
+
+def test_script_continues_from_inside_its_folder(demo_images, run_script):
+    (demo_images / "driver.py").write_text(SMALL_REGISTRY.format(root=str(ROOT)))
+    torch.save(small_sam().state_dict(), demo_images / "tiny.pth")
     images = demo_images / "datasets" / "demo" / "train" / "images"
     good = (images / "train1.png").read_bytes()
     (images / "train1.png").write_bytes(b"damaged")
-    arguments = (
-        "get_se_map.py",
-        "--dataset",
-        "demo",
-        "--root",
-        demo_images,
-        "--split",
-        "train",
-        "--model",
-        "custom",
-        "--checkpoint",
-        demo_images / "tiny.pth",
-        "--points-per-side",
-        4,
-        "--images-at-once",
-        2,
-    )
+    arguments = [demo_images / "driver.py", "--dataset", "demo", "--root", demo_images, "--split", "train"]
+    arguments += ["--model", "vit_b", "--checkpoint", demo_images / "tiny.pth"]
+    arguments += ["--points-per-side", 4, "--images-at-once", 2]
     refused = run_script(*arguments, fails=True, cwd=ROOT / "PRC_SAM")
     assert "train1.png cannot be read" in refused.stderr and "files that failed: 1" in refused.stderr
     masks = images.parent / "sam_masks"
@@ -284,34 +285,29 @@ def test_script_continues_from_inside_its_folder(demo_images, run_script):
     (images / "train1.png").write_bytes(good)
     run_script(*arguments, cwd=ROOT / "PRC_SAM")
     assert (masks / "train0.npz").stat().st_mtime_ns == first
-    account = json.loads((masks / "run.json").read_text())
-    assert account["files"] == 3 and account["notes"] == {} and account["constants"]["precision"] == "fp32"
+    record = json.loads((masks / "run.json").read_text())
+    assert record["files"] == 3 and record["notes"] == {} and record["constants"]["precision"] == "fp32"
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("generator", "watershed"),
-        ("split", "val"),
-        ("model", "vit_x"),
-        ("precision", "fp16"),
+        ("model", "custom"),
         ("pred_iou_thresh", 2),
         ("points_per_side", 0),
         ("crop_overlap_ratio", -0.1),
         ("images_at_once", 0),
         ("scales", ()),
-        ("scales", (1.0, -5.0)),
         ("box_nms_thresh", float("nan")),
     ],
 )
 def test_wrong_constants(name, value):
-    block = Settings if hasattr(Settings, name) else Constants
     with pytest.raises(UserError, match=f"^{name} is "):
-        block(**{name: value})
+        Constants(**{name: value})
 
 
 def test_crop_layers_without_points():
     settings = {"points_per_side": 4, "crop_n_layers": 2, "crop_n_points_downscale_factor": 4}
-    with pytest.raises(UserError, match="points_per_side is 4, too small to be divided"):
-        Settings(**settings)
-    assert Settings(**settings | {"points_per_side": 16}).points_per_side == 16
+    with pytest.raises(UserError, match="points_per_side is 4, too small"):
+        Constants(**settings)
+    assert Constants(**settings | {"points_per_side": 16}).points_per_side == 16

@@ -16,12 +16,12 @@ import train_segmentation
 from models.backbone import Backbone
 from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
-from PRC_SAM.checkpoints import build_sam
-from PRC_SAM.generator import MaskGenerator, Settings
+from PRC_SAM.get_se_map import Constants, mask_generator
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
-from tests.steps import STEPS, experiment, options, record
-from tools.devices import make_accelerator, set_precision
+from tests.small_sam import build_sam
+from tests.steps import STEPS, record, experiment, options
 from tools.map_files import mirrored_scales
+from tools.devices import make_accelerator, set_precision
 from tools.masks import pack_masks
 from tools.memory import MicroBatches
 
@@ -145,18 +145,17 @@ def test_masks_on_the_gpu_are_packed_counted_and_boxed_as_in_numpy():
 def test_sams_masks_equal_the_cpus(precision):
     """Random weights of a small Sam, all filters open: every point's masks, nearly all pixels equal."""
     torch.manual_seed(0)
-    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "global_attention": [1], "image_size": 128}
-    sam = build_sam(**sizes, window_size=3, prompt_dim=32, decoder_mlp_dim=64)
+    sam = build_sam()
     for parameter in sam.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (96, 70 + 20 * index, 3), dtype=np.uint8) for index in range(3)]
-    settings = Settings(
-        points_per_side=4, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0, min_mask_region_area=0
+    settings = Constants(
+        points_per_side=4, pred_iou_thresh=0, stability_score_thresh=0, box_nms_thresh=1, images_at_once=2
     )
-    expected = MaskGenerator(sam, settings, "fp32", 2)(images)
-    found = MaskGenerator(copy.deepcopy(sam).to(DEVICE), settings, precision, 2)(images)
-    for one, other in zip(found, expected, strict=True):
+    on_cpu = mask_generator(settings, sam, "fp32")(images)
+    on_gpu = mask_generator(settings, copy.deepcopy(sam).to(DEVICE), precision)(images)
+    for one, other in zip(on_gpu, on_cpu, strict=True):
         assert len(one) == len(other) == 48
         tolerance = 1e-3 if precision == "fp32" else 5e-2
         np.testing.assert_allclose(one.predicted_iou, other.predicted_iou, rtol=tolerance, atol=tolerance)

@@ -4,6 +4,7 @@ import fcntl
 import os
 import random
 import signal
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.test_splitting import describe, digests, script, small_vaihingen
 from tools.command import UserError
 from tools.files import write_json
 from tools.folders import StepFolder
+from tools.workers import in_workers
 
 
 @contextmanager
@@ -122,6 +124,22 @@ def test_a_worker_that_the_system_ends_is_explained(finished, copy, name):
     assert "the system ended a worker process, most often because the memory" in stderr and "continues" in stderr
     finish(program.command(copy))
     assert same_results(copy / program.output, finished / program.output, program.files)
+
+
+def full_disk(number):
+    time.sleep(0.05)
+    if number == 3:
+        raise OSError(28, "No space left on device")
+
+
+def test_an_error_in_a_worker_leaves_no_second_one_in_the_pool(monkeypatch):
+    """A future that is cancelled when its worker is killed would end the pool's thread with a traceback."""
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    for _ in range(3):
+        with pytest.raises(OSError, match="No space"):
+            list(in_workers(full_disk, range(200), 2))
+    assert not errors
 
 
 def test_workers_end_with_a_killed_program(copy):

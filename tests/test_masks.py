@@ -47,13 +47,6 @@ def test_equal_scores_keep_the_given_order():
     np.testing.assert_array_equal(packed.unpack(), masks[[1, 3, 0, 2]])
 
 
-def test_equal_masks_give_equal_files(tmp_path):
-    masks = pack_masks(np.ones((2, 8, 8), bool))
-    for name in ("a", "b"):
-        save_masks(tmp_path / f"{name}.npz", masks)
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-
-
 def test_files_compressed_by_lzma_are_read(tmp_path):
     """As earlier versions wrote them."""
     masks = pack_masks(np.random.default_rng(0).random((5, 20, 33)) < 0.5, np.linspace(1, 0, 5))

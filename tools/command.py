@@ -15,8 +15,8 @@ MOST_SHOWN = 20  # items of a list that one message names
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; kill, a scheduler's time limit, a container that is stopped
 _stopped_by: list[int] = []  # the signal that ended this run
 MEMORY = (
-    "the memory is full: lower micro_batch (steps 1 and 5; 0 is the whole batch; step 1 then begins again with "
-    "--overwrite), images_at_once or workers"
+    "the memory is full: lower micro_batch (--micro-batch; 0 is the whole batch; step 1 then needs --overwrite, "
+    "because its BatchNorm depends on micro_batch), images_at_once or workers"
 )
 EXPLAINED = {  # part of a message of torch -> what happened and what helps
     "PytorchStreamWriter": "a checkpoint could not be written, most often because the disk is full: free some space",
@@ -60,8 +60,9 @@ def run(
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal must not end the run at a dash
     first = int(os.environ.get("RANK", 0)) == 0
-    overwrite = "--overwrite" in sys.argv
-    again = "the same command" + (" without --overwrite" if overwrite else "") + " continues"
+    again = "the same command continues"
+    if "--overwrite" in sys.argv:
+        again = "the same command without --overwrite continues"
     try:
         values: Any = tyro.cli(args, description=re.sub(r"\n(?=Reads|Writes)", "\n\n", description or ""))
         if one_process and not first:
@@ -85,7 +86,7 @@ def run(
     except (OSError, MemoryError, RuntimeError) as error:
         if _stopped_by:  # DataLoader reports its terminated workers as an error
             _end_stopped(again if first else "")
-        reason = _explain(error)
+        reason = explain(error)
         if not reason or os.environ.get("PRC_TRACEBACK"):
             raise
         _end(f"{reason}; what is finished is kept, and then {again}", first=True)
@@ -105,13 +106,16 @@ def _end_stopped(again: str) -> None:
     sys.exit(128 + (_stopped_by or [signal.SIGINT])[0])
 
 
-def _explain(error: Exception) -> str:
-    """The system's own words and the file, where the system is to blame; else nothing."""
+def explain(error: Exception) -> str:
+    """The cause and the remedy of an error of the system; empty for an error of the program."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the disk'}: {error.strerror}: fix this"
     if isinstance(error, MemoryError):
         return MEMORY
-    return next((reason for words, reason in EXPLAINED.items() if words in str(error)), "")
+    for words, reason in EXPLAINED.items():
+        if words in str(error):
+            return reason
+    return ""
 
 
 @contextmanager

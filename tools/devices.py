@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from tools.command import UserError, check
+from tools.command import UserError, check, explain
 
 # torch ends a process that waits longer for another one. Its default of ten minutes is less than a download takes.
 PATIENCE = timedelta(days=1)
@@ -55,15 +55,18 @@ def process_state(device: str = "auto") -> PartialState:
     """
     kind, _, number = device.partition(":")
     if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() or (torch.version.cuda and signs_of_a_gpu()) else "cpu"
-    if kind == "cuda":
-        check(torch.cuda.is_available(), _no_gpu(device))
+        cuda = torch.cuda.is_available() or (torch.version.cuda and signs_of_a_gpu())
+        kind = "cuda" if cuda else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(_no_gpu(device))
+    if number:
+        gpus = torch.cuda.device_count()
         check(
-            int(number or 0) < torch.cuda.device_count(),
-            f"device is {device}, but this machine's GPUs are cuda:0 to cuda:{torch.cuda.device_count() - 1}",
+            int(number) < gpus,
+            f"device is {device}, but the GPUs of this machine are cuda:0 to cuda:{gpus - 1}",
         )
         check(
-            not number or int(os.environ.get("WORLD_SIZE", 1)) == 1,
+            int(os.environ.get("WORLD_SIZE", 1)) == 1,
             f"device is {device}, but several processes need a GPU each: use --device cuda, and choose the GPUs with "
             "CUDA_VISIBLE_DEVICES",
         )
@@ -92,8 +95,10 @@ def choose_precision(precision: str, device: torch.device, bf16_on_cpu: bool = T
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    found = torch.cpu.get_capabilities() if device.type == "cpu" and bf16_on_cpu else {}
-    return "bf16" if found.get("amx_bf16") or found.get("avx512_bf16") else "fp32"
+    if device.type == "cpu" and bf16_on_cpu:
+        capabilities = torch.cpu.get_capabilities()
+        return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
+    return "fp32"
 
 
 def set_precision(precision: str, device: torch.device, bf16_on_cpu: bool = True) -> str:
@@ -113,13 +118,13 @@ def device_facts(device: torch.device) -> dict:
     facts = {"device": str(device), "name": device_name(device)}
     if device.type != "cuda":
         return facts | {"threads": torch.get_num_threads()}
-    properties, gpus, cudnn = torch.cuda.get_device_properties(device), nvidia_gpus(), torch.backends.cudnn.version()
+    properties, gpus = torch.cuda.get_device_properties(device), nvidia_gpus()
     return facts | {
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "capability": f"sm_{properties.major}{properties.minor}",
         "driver": gpus[0].rpartition(", ")[2] if gpus else "unknown",
         "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
-        "cudnn": str(cudnn),
+        "cudnn": str(torch.backends.cudnn.version()),
         "tf32_in_convolutions": torch.backends.cudnn.allow_tf32,
         "tf32_in_products": torch.get_float32_matmul_precision() != "highest",
     }
@@ -129,7 +134,9 @@ def device_name(device: torch.device) -> str:
     """The name of the GPU, or of the CPU's type."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return "Apple GPU" if device.type == "mps" else torch.cpu.get_capabilities().get("cpu_name") or "CPU"
+    if device.type == "mps":
+        return "Apple GPU"
+    return torch.cpu.get_capabilities().get("cpu_name") or "CPU"
 
 
 def start_line(state: PartialState | Accelerator, precision: str = "", device: str = "auto") -> str:
@@ -137,18 +144,18 @@ def start_line(state: PartialState | Accelerator, precision: str = "", device: s
 
     precision: empty for a step that does no floating-point work on the device; device: the constant.
     """
-    chosen = state.device
-    line = f"device: {device_name(chosen)} ({chosen}"
-    if chosen.type == "cuda":
-        line += f", {torch.cuda.get_device_properties(chosen).total_memory / 2**30:.0f} GiB"
-    if chosen.type == "cpu":
-        line += f", {torch.get_num_threads()} threads"
-    line += f"); precision: {precision}" if precision else ")"
+    facts = [str(state.device)]
+    if state.device.type == "cuda":
+        facts.append(f"{torch.cuda.get_device_properties(state.device).total_memory / 2**30:.0f} GiB")
+    if state.device.type == "cpu":
+        facts.append(f"{torch.get_num_threads()} threads")
+    line = f"device: {device_name(state.device)} ({', '.join(facts)})"
+    if precision:
+        line += f"; precision: {precision}"
     if state.num_processes > 1:
         line += f"; {state.num_processes} processes"
-    if chosen.type == "cpu" and device == "auto":
-        built = torch.version.cuda or torch.version.hip
-        line += "; no GPU was found" if built else "; this torch is built for the CPU alone"
+    if state.device.type == "cpu" and device == "auto":
+        line += "; no GPU was found" if _built_for() else "; this torch is built for the CPU alone"
     return line
 
 
@@ -185,25 +192,23 @@ def nvidia_gpus() -> list[str]:
 
 
 def _no_gpu(device: str) -> str:
-    """Why torch finds no CUDA GPU, as a sentence for `UserError`; empty where it finds one."""
-    if torch.cuda.is_available():
-        return ""
+    """Why torch finds no CUDA GPU, as a sentence for `UserError`."""
     try:
         torch.cuda.init()
         reason = "torch counts no GPU"
-    except (RuntimeError, AssertionError) as error:  # the second one in a torch without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
         reason = _first_sentence(error)
-    signs = signs_of_a_gpu()
-    return (
-        f"device is {device}, but torch {torch.__version__} (built for {_built_for()}) cannot use a GPU: {reason}"
-        f"{f' ({signs})' if signs else ''}; {REMEDY}"
-    )
+    if signs := signs_of_a_gpu():
+        reason += f" ({signs})"
+    built = f"built for {_built_for() or 'the CPU alone'}"
+    return f"device is {device}, but torch {torch.__version__} ({built}) cannot use a GPU: {reason}; {REMEDY}"
 
 
 def _built_for() -> str:
+    """The GPUs that this torch was built for; empty for none."""
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
-    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
 
 
 def _try_out(device: torch.device) -> None:
@@ -211,16 +216,8 @@ def _try_out(device: torch.device) -> None:
     try:
         torch.ones(8, device=device).sum().item()
     except RuntimeError as error:
-        text = str(error)
-        if "no kernel image" in text:
-            major, minor = torch.cuda.get_device_capability(device)
-            reason = f"torch {torch.__version__} has code for {', '.join(torch.cuda.get_arch_list())}, not for its "
-            reason += f"generation sm_{major}{minor}"
-        elif "busy or unavailable" in text or "exclusive" in text:
-            reason = "another program holds it; wait for that program, or choose another GPU with --device cuda:1"
-        else:
-            reason = _first_sentence(error)
-        raise UserError(f"the GPU {device} ({device_name(device)}) cannot be used: {reason}; {REMEDY}") from None
+        reason = explain(error) or f"{_first_sentence(error)}; {REMEDY}"
+        raise UserError(f"the GPU {device} ({device_name(device)}) cannot be used: {reason}") from None
 
 
 def _first_sentence(error: BaseException) -> str:

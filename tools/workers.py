@@ -70,13 +70,18 @@ class _Pool(ProcessPoolExecutor):
     """Its processes are started by `submit`. They ignore Ctrl-C, which the main process handles for them."""
 
     def submit(self, *arguments, **named) -> Future:
-        if threading.current_thread() is not threading.main_thread():  # signals are set in the main thread alone
-            return super().submit(*arguments, **named)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process inherits this
-        try:
-            return super().submit(*arguments, **named)
-        finally:
-            signal.signal(signal.SIGINT, before)
+        if threading.current_thread() is threading.main_thread():  # signals are set in the main thread alone
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a new process inherits this
+            try:
+                future = super().submit(*arguments, **named)
+            finally:
+                signal.signal(signal.SIGINT, before)
+        else:
+            future = super().submit(*arguments, **named)
+        # When its workers were killed, Python 3.11's pool fails at a cancelled future, with a traceback in its thread.
+        # Here no future needs to be cancelled: all workers are killed instead.
+        future.cancel = lambda: False  # type: ignore[method-assign]
+        return future
 
 
 def _begin() -> None:
