@@ -26,8 +26,9 @@ from torchvision.ops import nms
 
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from PRC_SAM.sam_forward import PointDecoder, encode_images, relative_positions
+from tools.inference import to_device
 from tools.masks import Masks
-from tools.memory import Parts
+from tools.memory import Halving
 
 PIXELS_ON_GPU, PIXELS_ON_CPU = 1 << 26, 1 << 20  # of masks in float at full size; a processor's cache wants few
 
@@ -89,8 +90,8 @@ class MaskGenerator:
 
     def __post_init__(self) -> None:
         sam = self.sam.eval()
-        self.images_at_once = Parts(self.batch, "images", "images_at_once")
-        self.points_at_once = Parts(self.points_per_batch, "points", "points_per_batch")
+        self.images_at_once = Halving(self.batch)
+        self.points_at_once = Halving(self.points_per_batch, "points", "points_per_batch")
         self.decoder = PointDecoder(sam)
         self.decoder_in_tf32 = self.precision == "bf16" and sam.device.type == "cuda"
         self.resize = ResizeLongestSide(sam.image_encoder.img_size)
@@ -134,7 +135,7 @@ class MaskGenerator:
         return results
 
     def _encode(self, crops: list[Tensor]) -> Iterator[Tensor]:
-        """(3,h,w) uint8 each -> (C,h',w') embeddings. The last batch is filled up with repetitions, to be as large."""
+        """(3,h,w) uint8 each -> (C,h',w') embeddings, computed in batches of one size."""
 
         def encode(batches: list[Tensor]) -> list[Tensor]:
             (images,) = batches
@@ -142,15 +143,10 @@ class MaskGenerator:
                 return [encode_images(self.sam.image_encoder, images, self.positions)]
 
         for start in range(0, len(crops), self.batch):
-            images = [self.sam.preprocess(self._to_device(crop)) for crop in crops[start : start + self.batch]]
-            full = torch.stack(images + images[:1] * (self.batch - len(images)))
-            (embeddings,) = self.images_at_once.predict(encode, [full])
-            yield from embeddings[: len(images)]
-
-    def _to_device(self, image: Tensor) -> Tensor:
-        if self.sam.device.type == "cuda":
-            image = image.pin_memory()  # a copy from other memory would wait until the GPU has finished its queue
-        return image.to(self.sam.device, non_blocking=True)
+            crop_batch = [to_device(crop, self.sam.device) for crop in crops[start : start + self.batch]]
+            images = torch.stack([self.sam.preprocess(crop) for crop in crop_batch])
+            (embeddings,) = self.images_at_once.predict(encode, [images])
+            yield from embeddings
 
     @contextmanager
     def _decoder_precision(self) -> Iterator[None]:
@@ -170,7 +166,7 @@ class MaskGenerator:
         def decode(points: int) -> Candidates:
             return Candidates.join([self._points(embedding, part, crop, size) for part in tokens.split(points)])
 
-        masks = self.points_at_once(decode, len(tokens))
+        masks = self.points_at_once.attempt(decode)
         return masks.take(_nms(masks.boxes, masks.scores, self.box_nms_thresh))
 
     def _tokens(self, crop: Crop) -> Tensor:

@@ -11,7 +11,6 @@ Steps 4 and 7 need the masks. This step reads no label. After an interruption th
 """
 
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,13 +35,13 @@ from tools.constants import (
     Share,
     checked_constants,
 )
-from tools.dataset import load_dataset
 from tools.files import write_whole
-from tools.folders import StepFolder
 from tools.labels import load_image
 from tools.masks import Masks, load_masks, save_masks
-from tools.pictures import contact_sheet, regions, sample_ids
-from tools.steps import SPLITS, STEPS, next_step
+from tools.pictures import regions
+from tools.step import Step
+from tools.steps import SPLITS
+from tools.workers import in_background
 
 if TYPE_CHECKING:  # the stand-in's workers need no torch
     from segment_anything.modeling import Sam
@@ -91,57 +90,41 @@ class Constants(Machine):  # and root, overwrite, workers, samples, device
 
 
 def main(args: Constants) -> None:
-    from tools.devices import device_facts, process_state, set_precision, start_line
-
-    begin = time.monotonic()
-    dataset = load_dataset(args.dataset, args.root)
-    splits = SPLITS if args.split == "both" else (args.split,)
-    for split in splits:
-        dataset.ids(split)  # a split without images ends the run before the model is loaded
     by_sam = args.generator == "sam"
-    state = process_state(args.device)
-    precision = set_precision(args.precision, state.device, bf16_on_cpu=False) if by_sam else ""
-    if state.is_main_process:  # before the checkpoint is downloaded
-        print(f"step 9, {start_line(state, precision, args.device)}", flush=True)
-    settings, facts, notes = {}, device_facts(state.device), {}
-    if by_sam:
-        from PRC_SAM.checkpoints import find_checkpoint, load_sam
+    splits = SPLITS if args.split == "both" else (args.split,)
+    precision = args.precision if by_sam else ""
+    steps = [Step("sam_masks", args, split=split, precision=precision, bf16_on_cpu=False) for split in splits]
+    patches = [step.ids for step in steps]  # a split without images ends the run before the model is loaded
+    generate = load_generator(args, steps[0]) if by_sam else None
 
-        with state.main_process_first():  # the first process fetches the checkpoint, the others find it
-            file = find_checkpoint(args.model, args.checkpoint, args.root, args.download)
-        generate = mask_generator(args, load_sam(args.model, file).to(state.device), precision)
-        settings["precision"] = precision
-        facts["tf32_in_decoder"] = generate.decoder_in_tf32
-    else:
-        notes["stand_in"] = "felzenszwalb regions in place of SAM masks"
-
-    steps, failures = [], []
-    for split in splits:
-        step = StepFolder(dataset.sam_masks(split), args)
-        images, ids = dataset.images(split), dataset.ids(split)
-        steps.append(step)
+    failures = []
+    for step, ids in zip(steps, patches, strict=True):
+        if generate:
+            step.hardware["tf32_in_decoder"] = generate.decoder_in_tf32
+        else:
+            step.notes["stand_in"] = "felzenszwalb regions in place of SAM masks"
         try:
-            with step.open(
-                ".npz", state=state, notes=notes, settings=settings | {"split": split}, facts={"hardware": facts}
-            ):
+            with step.output(".npz", last=step is steps[-1]):
                 pending = step.pending(ids, ".npz")
-                if by_sam:
-                    sam_masks(step, args, images, pending, generate)
+                if generate:
+                    sam_masks(step, pending, generate)
                 else:
+                    images = step.dataset.images(step.split)
                     work = partial(felzenszwalb_regions, images=images, folder=step.path, args=args)
-                    step.each(work, pending, f"{split} regions")
-                step.join()
-                if step.is_main:
-                    draw_sheet(step.path, images, sample_ids(ids, args.samples))
+                    step.each(work, pending, f"{step.split} regions")
+                step.draw(partial(picture_row, step), ["image", "regions"])
         except UserError as error:  # the other split is made all the same
             failures.append(str(error))
     check(not failures, "\n".join(failures))
-    if state.is_main_process:
-        made = [f"{step.path}, {step.run.files} files" for step in steps]
-        print(f"made: {', '.join(made)}, {time.monotonic() - begin:.0f} s")
-        print(f"look at: {', '.join(str(step.path / 'contact_sheet.png') for step in steps)}")
-        following = next_step(STEPS["sam_masks"])
-        print(f"next: {following.command(args)}" if following else "")
+
+
+def load_generator(args: Constants, step: Step) -> "MaskGenerator":
+    """SAM on the device of `step`, from a checkpoint that is fetched if asked for."""
+    from PRC_SAM.checkpoints import find_checkpoint, load_sam
+
+    with step.accelerator.main_process_first():  # the first process fetches the checkpoint, the others find it
+        file = find_checkpoint(args.model, args.checkpoint, args.root, args.download)
+    return mask_generator(args, load_sam(args.model, file).to(step.device), step.precision)
 
 
 def mask_generator(args: Constants, sam: "Sam", precision: str) -> "MaskGenerator":
@@ -166,26 +149,25 @@ def mask_generator(args: Constants, sam: "Sam", precision: str) -> "MaskGenerato
     )
 
 
-def sam_masks(step: StepFolder, args: Constants, images: Path, ids: Sequence[str], generate: "MaskGenerator") -> None:
+def sam_masks(step: Step, ids: Sequence[str], generate: "MaskGenerator") -> None:
     """SAM's masks of these patches; threads read the next images and write the last masks meanwhile."""
-    from tools.map_files import in_background
 
     def read(id: str) -> tuple | UserError:
         try:
-            image = load_image(images / f"{id}.png")
+            image = step.image(id)
         except UserError as error:
             return error
         return id, image, generate.prepare(image)
 
     def write_or_fail(id: str, masks: Masks, image: np.ndarray) -> None:
         try:
-            write(step.path, id, masks, image, args.coloured_maps)
+            write(step.path, id, masks, image, step.args.coloured_maps)
         except UserError as error:
             step.fail(error)
 
-    batch, threads = args.images_at_once, max(args.workers, 1)
+    batch, threads = step.args.images_at_once, max(step.args.workers, 1)
     with (
-        step.progress(len(ids), f"{images.parent.name} SAM masks") as bar,
+        step.progress(len(ids), f"{step.split} SAM masks") as bar,
         ThreadPoolExecutor(threads) as readers,
         in_background(threads) as submit,
     ):
@@ -237,16 +219,10 @@ def write(folder: Path, id: str, masks: Masks, image: np.ndarray, coloured: bool
     save_masks(folder / f"{id}.npz", masks)
 
 
-def draw_sheet(folder: Path, images: Path, ids: Sequence[str]) -> None:
-    """The contact sheet: images with their regions. Bad files are left out; they are among the failures."""
-    rows = {}
-    for id in ids:
-        try:
-            image = load_image(images / f"{id}.png")
-            rows[id] = [image, regions(load_masks(folder / f"{id}.npz", image.shape[:2]).unpack(), image)]
-        except UserError:
-            continue
-    contact_sheet(folder / "contact_sheet.png", list(rows.values()), ["image", "regions"], names=list(rows))
+def picture_row(step: Step, id: str) -> list[np.ndarray]:
+    """A patch and its regions, for the contact sheet."""
+    image = step.image(id)
+    return [image, regions(load_masks(step.path / f"{id}.npz", image.shape[:2]).unpack(), image)]
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from infer_classification import class_maps
+from inference_segmentation import summed_logits
 from models.backbone import Backbone
 from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
@@ -48,7 +50,7 @@ from tools.augment import normalise
 from tools.command import check
 from tools.devices import device_facts, device_name, process_state, set_precision
 from tools.files import write_json, write_whole
-from tools.map_files import at_scales, for_inference, mirrored_scales, stack_scales
+from tools.inference import at_scales, for_inference, stack_scales
 from tools.memory import memory_is_full
 from tools.runs import package_versions
 
@@ -189,47 +191,42 @@ def generator(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             yield Row(f"SAM {sizes.sam}, masks (step 9)", setting, "image", plain, found, fits(found))
 
 
+def measured_training(
+    name: str, ours: bool, size: int, args: training_benchmark.Constants
+) -> tuple[float, float] | None:
+    """Seconds and MB of a training step in a new process; None where the memory is full."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        try:
+            seconds, memory, _ = pool.apply(training_benchmark.measure, (name, ours, size, args))
+        except RuntimeError as error:
+            if not memory_is_full(error):
+                raise
+            return None
+    return seconds, memory
+
+
 def training(sizes: Sizes, device: torch.device, name: str, size: int, compile: bool) -> Iterator[Row]:
-    """A training step at the paper's batch: plain and ours, or ours and ours compiled; each in a new process."""
+    """A training step at the paper's batch: plain and ours, or ours and ours compiled."""
     args = training_benchmark.Constants(
         backbone=sizes.backbone, num_classes=sizes.classes, batch_sizes=sizes.batches, steps=3 * sizes.repeats
     )
-    batch = sizes.batches[name == "segmentation"]
-    compiled = replace(args, compile=True)
-    ways = [(True, args), (True, compiled)] if compile else [(False, args), (True, args)]
-    found: list[tuple[float, float] | None] = []
-    halved = []
-    for ours, chosen in ways:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            try:
-                seconds, memory, _, at_once = pool.apply(training_benchmark.measure, (name, ours, size, chosen))
-                found.append((seconds, memory))
-                halved += [f"{'ours' if ours else 'plain'}: {at_once} at once"] if at_once else []
-            except RuntimeError as error:
-                if not memory_is_full(error):
-                    raise
-                found.append(None)
+    first = measured_training(name, compile, size, args)
+    second = measured_training(name, True, size, replace(args, compile=compile))
     what = f"training step, {name} (step {5 if name == 'segmentation' else 1})"
-    setting = f"{batch} x {size} px" + (", compiled against not" if compile else "")
-    yield Row(what, setting, "step", found[0], found[1], ", ".join(halved) or fits(*found))
+    setting = f"{sizes.batches[name == 'segmentation']} x {size} px" + (", compiled against not" if compile else "")
+    yield Row(what, setting, "step", first, second, fits(first, second))
 
 
 def micro_batches(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     """Step 5 at its largest patches: the whole batch at once, and in halves."""
     batch, size = sizes.batches[1], max(sizes.patches)
-    found: list[tuple[float, float] | None] = []
-    for micro_batch in (0, max(1, batch // 2)):
-        args = training_benchmark.Constants(
-            backbone=sizes.backbone,
-            num_classes=sizes.classes,
-            batch_sizes=sizes.batches,
-            steps=sizes.repeats,
-            micro_batch=micro_batch,
-        )
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found.append(pool.apply(training_benchmark.measure, ("segmentation", True, size, args))[:2])
+    args = training_benchmark.Constants(
+        backbone=sizes.backbone, num_classes=sizes.classes, batch_sizes=sizes.batches, steps=sizes.repeats
+    )
+    at_once = measured_training("segmentation", True, size, args)
+    halves = measured_training("segmentation", True, size, replace(args, micro_batch=max(1, batch // 2)))
     setting = f"{batch} x {size} px, {batch // 2} at once against all"
-    yield Row("step 5, micro-batches", setting, "step", found[0], found[1])
+    yield Row("step 5, micro-batches", setting, "step", at_once, halves, fits(at_once, halves))
 
 
 @torch.no_grad()
@@ -259,8 +256,12 @@ def inference(sizes: Sizes, device: torch.device, name: str, size: int) -> Itera
 
     def ours(bf16: bool) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            for maps in mirrored_scales(predict, scaled, device):
-                maps.cpu()
+            if name == "CAMs":
+                outputs = class_maps(model, scaled, device)
+            else:
+                outputs = summed_logits(model, scaled, (size, size), device)
+        for output in outputs:
+            output.cpu()
 
     set_precision("fp32", device)
     first = timed(plain, device, sizes, 8 if device.type == "cuda" else 1)

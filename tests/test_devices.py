@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train_classification
-import train_segmentation
+from infer_classification import class_maps
+from inference_segmentation import summed_logits
 from models.backbone import Backbone
 from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
@@ -28,7 +29,6 @@ from PRC_SAM.get_se_map import Constants, mask_generator
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from tests.small_sam import build_sam
 from tools import augment, devices
-from tools.map_files import mirrored_scales
 from tools.command import UserError, explain
 from tools.constants import Place
 from tools.folders import StepFolder
@@ -260,9 +260,10 @@ def test_classifier_and_its_losses(fake_gpu, precision):
     images, labels = torch.empty(2, 3, 64, 64, device=GPU), torch.ones(2, 3, device=GPU)
     with autocast(precision):
         logits, maps = model(images)
-        losses = train_classification.compute_loss(model, images, labels, 0.1, 4)
+        classification = F.multilabel_soft_margin_loss(logits.float(), labels)
+        reconstruction = image_reconstruction_loss(maps, images, labels, tiles=4)
     check([logits], kind(precision))
-    check([maps, *losses.values()])
+    check([maps, classification, reconstruction])
 
 
 def test_prc_and_ir_compute_in_fp32_under_autocast(fake_gpu):
@@ -284,7 +285,8 @@ def test_segmenter_and_its_loss(fake_gpu, precision):
     images, labels = torch.empty(2, 3, 64, 64, device=GPU), torch.empty(2, 64, 64, dtype=torch.long, device=GPU)
     with autocast(precision):
         check([model.backbone(images)[2]], kind(precision))
-        check([model(images), *train_segmentation.compute_loss(model, images, labels).values()])
+        logits = model(images)
+        check([logits, F.cross_entropy(logits.float(), labels, ignore_index=255, reduction="sum")])
 
 
 @PRECISIONS
@@ -293,11 +295,11 @@ def test_multi_scale_inference(fake_gpu, precision):
     segmenter = moved(DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=True))
     images = [torch.empty(2, 3, *size, dtype=torch.uint8) for size in ((24, 32), (48, 64), (72, 96))]
     with autocast(precision):
-        maps = mirrored_scales(lambda x: classifier(x)[1].relu(), images, GPU)
-        raw = mirrored_scales(lambda x: classifier.classifier(classifier.backbone(x)[2]), images, GPU)
-        logits = mirrored_scales(segmenter, images, GPU)
-    check([*maps, *raw, *logits])
-    assert [tuple(scale.shape) for scale in logits] == [(2, 3, 24, 32), (2, 3, 48, 64), (2, 3, 72, 96)]
+        maps = class_maps(classifier, images, GPU)
+        logits = summed_logits(segmenter, images, (48, 64), GPU)
+    check([*maps, *logits])
+    assert [tuple(scale.shape) for scale in maps] == [(2, 3), (2, 3, 2, 2), (2, 3, 3, 4), (2, 3, 5, 6)]
+    assert logits[0].shape == (2, 3, 48, 64)
 
 
 @PRECISIONS

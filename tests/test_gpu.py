@@ -5,25 +5,28 @@ Run by make test-gpu. PRC_TEST_DEVICE=cpu python -m pytest -m cuda tries the tes
 
 import copy
 import os
-from functools import partial
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
-import train_classification
-import train_segmentation
+from inference_segmentation import summed_logits
 from models.backbone import Backbone
 from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
+from models.ir_loss import image_reconstruction_loss
 from PRC_SAM.get_se_map import Constants, mask_generator
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from tests.small_sam import build_sam
-from tests.steps import STEPS, record, experiment, options
-from tools.map_files import mirrored_scales
+from tests.steps import STEPS, Recipe, experiment, options, record
+from tools.command import explain
 from tools.devices import make_accelerator, set_precision
+from tools.logs import read_log
 from tools.masks import pack_masks
-from tools.memory import MicroBatches
+from tools.training import Training
 
 pytestmark = pytest.mark.cuda
 DEVICE = torch.device(os.environ.get("PRC_TEST_DEVICE", "cuda"))
@@ -40,16 +43,25 @@ def fp32():
 
 
 def classification(size, count):
+    def loss(model, images, targets):
+        logits, maps = model(images)
+        classification = F.multilabel_soft_margin_loss(logits.float(), targets)
+        reconstruction = image_reconstruction_loss(maps, images, targets, tiles=4)
+        return {"loss": classification + 0.1 * reconstruction, "reconstruction": reconstruction}
+
     model = Classifier(Backbone("resnet18", "none"), 3, gamma=0.7, iterations=1, train_all=True)
-    loss = partial(train_classification.compute_loss, ir_weight=0.1, tiles=4)
     return model, loss, torch.randn(count, 3, size, size), (torch.rand(count, 3) < 0.5).float()
 
 
 def segmentation(size, count):
+    def loss(model, images, targets):
+        summed = F.cross_entropy(model(images).float(), targets, ignore_index=255, reduction="sum")
+        return {"loss": summed / (targets != 255).sum().clamp_min(1)}
+
     model = DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=True).eval()
     labels = torch.randint(0, 3, (count, size, size))
     labels[0, :9] = 255
-    return model, train_segmentation.compute_loss, torch.randn(count, 3, size, size), labels
+    return model, loss, torch.randn(count, 3, size, size), labels
 
 
 TRAININGS = pytest.mark.parametrize("training", [classification, segmentation])
@@ -77,60 +89,81 @@ def test_losses_and_gradients_equal_the_cpus(training):
     assert float(fast["loss"].detach()) == pytest.approx(float(expected[0]["loss"].detach()), rel=0.05)
 
 
+class Repeated(torch.utils.data.Dataset):
+    """The patches of one batch, as often as there are batches."""
+
+    def __init__(self, images, targets, batches):
+        self.images, self.targets, self.batches = images, targets, batches
+
+    def __len__(self):
+        return len(self.images) * self.batches
+
+    def __getitem__(self, key):
+        index = key[1] % len(self.images)
+        return self.images[index], self.targets[index]
+
+
+def train(case, folder, batches, micro_batch, between=lambda number: None):
+    """One epoch of so many equal batches by the loop of the steps; between(number) before each part."""
+    model, loss, images, targets = case
+    args = Recipe(epochs=1, batch_size=len(images), micro_batch=micro_batch)
+    patches = Repeated(images, targets, batches)
+    step = SimpleNamespace(args=args, accelerator=make_accelerator("fp32", DEVICE.type), path=folder)
+    with Training(step, model, patches) as course:
+        for _ in course.epochs():
+            for number, batch in enumerate(course.batches()):
+                between(number)
+                course.descend(**loss(course.model, *batch))
+            between(-1)
+    return read_log(folder / "log.jsonl")[0]["loss"]
+
+
 @TRAININGS
-def test_a_training_step_never_waits_for_the_gpu(training):
-    model, loss, images, targets = training(64, 4)
-    model = model.to(DEVICE, memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
-    count = train_segmentation.labelled_pixels if training is segmentation else len
-    step = MicroBatches(make_accelerator("fp32", DEVICE.type), loss, 2, count)
-    for repeat in range(3):
-        inputs = images.to(DEVICE), targets.to(DEVICE)
+def test_a_training_step_never_waits_for_the_gpu(training, tmp_path):
+    """From the second batch on, up to the end of the epoch."""
+
+    def between(number):
         if DEVICE.type == "cuda":
-            torch.cuda.set_sync_debug_mode("error" if repeat else "default")
-        try:
-            losses = step(model, optimiser, *inputs)
-            optimiser.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default") if DEVICE.type == "cuda" else None
-    assert float(losses["loss"]) > 0
+            torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
+
+    try:
+        assert train(training(64, 4), tmp_path, 3, 2, between) > 0
+    finally:
+        between(-1)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs memory that can be limited")
-def test_memory_that_runs_out_halves_the_micro_batch():
+def test_memory_that_runs_out_ends_a_training_and_smaller_parts_fit(tmp_path):
     torch.manual_seed(0)
-    model, loss, images, labels = segmentation(256, 16)
-    model = model.to(DEVICE)
-    optimiser = torch.optim.SGD(model.parameters(), 0.01)
-    arguments = model, optimiser, images.to(DEVICE), labels.to(DEVICE)
-    accelerator = make_accelerator("fp32", DEVICE.type)
+    case = segmentation(256, 16)
 
-    def peak(size):
+    def peak(micro_batch):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        losses = MicroBatches(accelerator, loss, size, train_segmentation.labelled_pixels)(*arguments)
-        return float(losses["loss"]), torch.cuda.max_memory_reserved()
+        train(case, tmp_path / f"peak{micro_batch}", 1, micro_batch)
+        return torch.cuda.max_memory_reserved()
 
     peak(0)  # kernels chosen
-    (expected, whole), (_, half) = peak(0), peak(8)
-    step = MicroBatches(accelerator, loss, 0, train_segmentation.labelled_pixels)
+    shutil.rmtree(tmp_path / "peak0")
+    limit = (peak(0) + peak(4)) / 2
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((whole + half) / 2 / torch.cuda.get_device_properties(0).total_memory)
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     try:
-        found = step(*arguments)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            train(case, tmp_path / "whole", 1, 0)
+        assert "--micro-batch" in explain(caught.value)
+        train(case, tmp_path / "parts", 1, 4)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert 1 <= step.parts.size <= 8 and float(found["loss"]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_multi_scale_inference_equals_the_cpus():
     torch.manual_seed(0)
     model = DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=True).eval()
     images = [torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8) for size in ((24, 32), (48, 64), (72, 96))]
-    expected = mirrored_scales(model, images, CPU)
-    found = mirrored_scales(model.to(DEVICE), images, DEVICE)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+    (other,) = summed_logits(model, images, (48, 64), CPU)
+    (one,) = summed_logits(model.to(DEVICE), images, (48, 64), DEVICE)
+    torch.testing.assert_close(one.cpu(), other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
 
 
 def test_masks_on_the_gpu_are_packed_counted_and_boxed_as_in_numpy():

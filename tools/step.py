@@ -69,8 +69,8 @@ class Step(StepFolder):
 
     Attributes: `args`, `dataset`, `split`; `experiment`, the folder of the experiment; `reads`,
     name -> folder that is read; `run_of`, name -> its `Run`; `image_labels`, id -> (K,) bool;
-    `notes`, facts that later tables must show; `accelerator`, `device`, `precision`; `path`, the
-    output folder.
+    `notes`, facts that later tables must show; `hardware`, further facts on the device;
+    `accelerator`, `device`, `precision`; `path`, the output folder.
     """
 
     args: Any
@@ -98,6 +98,7 @@ class Step(StepFolder):
         self.reads: dict[str, Path] = {}
         self.run_of: dict[str, Run] = {}
         self.notes: dict[str, Any] = {}
+        self.hardware: dict[str, Any] = {}
         for source in self.info.reads if reads is None else reads:
             self.reads[source] = self._folder_of(source)
             self.run_of[source] = require(self.reads[source], args, experiment=self.reads[source].parent.name)
@@ -106,9 +107,9 @@ class Step(StepFolder):
         if image_labels:
             self.image_labels = self.dataset.image_labels(self.split)
             self._read_from["image_labels"] = self.dataset.image_labels_hash(self.split)
-        self._settings: dict[str, Any] = {}
+        self._settings: dict[str, Any] = {"split": split} if split else {}
         self._origins: dict[str, str] = {}
-        self._find_device(getattr(args, "precision", "") if precision is None else precision, bf16_on_cpu)
+        self._find_device(getattr(args, "precision", "") if precision is None else precision, bf16_on_cpu, split)
 
     def _folder_of(self, name: str) -> Path:
         if name == "sam_masks":
@@ -117,20 +118,22 @@ class Step(StepFolder):
         experiment = experiment_folder(self.args.root, self.dataset.name, other) if other else self.experiment
         return experiment / (STEPS[name].folder_of(self.split) if name in STEPS else name)
 
-    def _find_device(self, precision: str, bf16_on_cpu: bool) -> None:
+    def _find_device(self, precision: str, bf16_on_cpu: bool, split: str) -> None:
         """Device, precision and processes, printed before anything is downloaded or computed."""
         from tools.devices import make_accelerator, precision_of, process_state, start_line  # here: torch takes seconds
 
         self.precision = ""
-        self.state = self.accelerator = (
+        self.accelerator: Any = (
             make_accelerator(precision, self.args.device, bf16_on_cpu) if precision else process_state(self.args.device)
         )
+        self.state = self.accelerator
         if precision:  # a folder is continued in the same precision only, on whatever device
             self.precision = self._settings["precision"] = precision_of(self.accelerator)
         self.device = self.accelerator.device
         if self.is_main:
             title = "scenes" if self.info is SCENES else f"step {self.info.number}"
-            print(f"{title}, {start_line(self.accelerator, self.precision, self.args.device)}", flush=True)
+            part = f", {split} split" if split else ""
+            print(f"{title}{part}, {start_line(self.accelerator, self.precision, self.args.device)}", flush=True)
 
     def method_value(self, name: str, key: str = "") -> float:
         """The constant `name`; where it is None, the data set's value in [method], there called `key`.
@@ -147,8 +150,10 @@ class Step(StepFolder):
         return self.dataset.ids(self.split)
 
     @contextmanager
-    def output(self, suffix: str) -> Iterator[Self]:
-        """Open the output folder as `StepFolder.open` does; say at the end what was made and what comes next."""
+    def output(self, suffix: str, last: bool = True) -> Iterator[Self]:
+        """Open the output folder as `StepFolder.open` does; say at the end what was made and, if this is the script's
+        last folder, what comes next.
+        """
         from tools.devices import device_facts
 
         begin = time.monotonic()
@@ -157,13 +162,13 @@ class Step(StepFolder):
             reads=self._read_from,
             notes=self.notes,
             settings=self._settings,
-            facts={"origins": self._origins, "hardware": device_facts(self.device)},
+            facts={"origins": self._origins, "hardware": device_facts(self.device) | self.hardware},
         ):
             yield self
         if self.is_main:
             print(f"made: {self.path}, {self.run.files} files, {time.monotonic() - begin:.0f} s")
             print(f"look at: {self.path / 'contact_sheet.png'}")
-            if following := next_step(self.info):
+            if last and (following := next_step(self.info)):
                 print(f"next: {following.command(self.args)}")
 
     def image(self, id: str) -> np.ndarray:

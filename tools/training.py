@@ -19,6 +19,7 @@ from torchvision.models import get_model_weights
 
 from models.backbone import Backbone
 from tools.augment import TrainingPatches
+from tools.checkpoints import read_tensors
 from tools.command import UserError, check
 from tools.files import write_whole
 from tools.labels import IGNORE
@@ -84,8 +85,9 @@ def load_backbone(name: str, weights: str) -> Backbone:
     if weights == "none":
         return Backbone(name, "none")
     if weights != "imagenet":
+        state = read_tensors(Path(weights), "give a state dict of torchvision, written by torch.save")
         try:
-            return Backbone(name, _read_weights(Path(weights)))
+            return Backbone(name, state)
         except ValueError as error:
             raise UserError(f"{weights}: {error}") from None
     try:
@@ -96,20 +98,6 @@ def load_backbone(name: str, weights: str) -> Backbone:
         raise UserError(
             f"the ImageNet weights of {name} could not be downloaded ({error}): download {address} by other means to "
             f"{target}, or give a file with --weights FILE, or train without them: --weights none"
-        ) from None
-
-
-def _read_weights(file: Path) -> Any:
-    """The content of a file of tensors, without running code from it."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"the weights file {file} is missing: correct the path") from None
-    except Exception as error:  # torch has no common class for damaged files and for pickled code
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the weights file {file} cannot be read as a plain state dict ({reason}): copy the file again, or save "
-            "model.state_dict() with torch.save"
         ) from None
 
 
@@ -151,18 +139,11 @@ def save_checkpoint(path: Path, model: nn.Module, **rest: Any) -> None:
 
 def load_checkpoint(path: Path, model: nn.Module) -> dict[str, Any]:
     """Fill `model` from a checkpoint of `save_checkpoint`; raises `UserError` when it is damaged or does not fit."""
+    remedy = "train again with --overwrite"
+    checkpoint = read_tensors(path, remedy)
+    check(isinstance(checkpoint, dict) and "model" in checkpoint, f"{path} is no checkpoint of a training: {remedy}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint["model"]
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run the training again") from None
-    except Exception as error:  # torch has no common class for damaged and hostile files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{path} cannot be read as a checkpoint ({reason[:120]}): train again with --overwrite"
-        ) from None
-    try:
-        model.load_state_dict(state)
+        model.load_state_dict(checkpoint["model"])
     except (RuntimeError, TypeError, AttributeError) as error:  # the last two where it is no state dict at all
         lines = str(error).splitlines()
         difference = lines[1].strip() if len(lines) > 1 else str(error)
