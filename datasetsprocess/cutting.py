@@ -17,11 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel
 
-from datasetsprocess.scene_files import Source
+from datasetsprocess.scene_files import Source, find_sources, scene_names
 from datasetsprocess.scene_labels import Unknown, describe, read_truth
 from tools.command import UserError, check
 from tools.constants import CORES, Count, MayChange, Place, checked_constants
-from tools.dataset import Dataset
+from tools.dataset import Dataset, load_dataset
 from tools.files import read_json, write_json
 from tools.folders import StepFolder
 from tools.labels import IGNORE, load_image, load_label, save_image, save_label
@@ -118,7 +118,44 @@ def class_id(dataset: Dataset, name: str) -> int:
     return dataset.classes.index(name)
 
 
-class SceneAccount(BaseModel):
+def raw_folder(args: Cutting, dataset: Dataset) -> Path:
+    """The folder of the raw scenes: --raw, or raw in the data set's folder."""
+    return Path(args.raw) if args.raw else dataset.folder / "raw"
+
+
+def cut_layout(
+    args: Cutting,
+    dataset: Dataset,
+    rule: Rule,
+    shipped: str,
+    open_image: Callable[[Path], Raster] = Raster,
+) -> None:
+    """Cut the scenes that the data set's [layout] describes, or else that of the data set `shipped` with the project.
+
+    Without [scenes], and where the two splits have folders of their own, the raw folder decides which scenes there are.
+    """
+    raw = raw_folder(args, dataset)
+    layout = dataset.layout or load_dataset(shipped).layout
+    assert layout is not None
+    truth = getattr(args, "truth", "full")
+    check(
+        truth in layout.truth,
+        f'truth is {truth}, but the [layout] of "{dataset.name}" has no truth.{truth}: add it, or set --truth',
+    )
+    places = {split: layout.places(split, truth) for split in SPLITS}
+    scenes = dataset.scenes
+    if places["train"][0] != places["test"][0]:
+        scenes = scenes or scene_names(raw, places)
+        empty = [Path(places[split][0]).parent.as_posix() for split in SPLITS if not scenes.get(split)]
+        check(
+            not raw.is_dir() or args.missing_scenes == "skip" or not empty,
+            f"{raw} has no scenes in {' or '.join(empty)}: unpack the archives as this script's docstring says, or cut "
+            "only the other split with --missing-scenes skip",
+        )
+    split_scenes(args, dataset, find_sources(raw, scenes, places, args.missing_scenes), rule, open_image)
+
+
+class SceneRecord(BaseModel):
     """scenes/<scene>.json, written when all patches of a scene are there."""
 
     image: str
@@ -160,7 +197,7 @@ def split_scenes(
                 raise
             failures.append(str(error))
         total += folder.run.files
-        _print_account(folder, split)
+        _print_record(folder, split)
         if folder.run.files:
             _picture(dataset, split)
     if failures:
@@ -183,16 +220,16 @@ def _settings(dataset: Dataset, split: str, with_truth: bool) -> dict[str, Any]:
     return settings if with_truth else settings | {"label_maps": False}
 
 
-def _finished_scenes(folder: Path) -> dict[str, SceneAccount]:
-    """Scene -> its account. A scene whose account is damaged, as after a power cut, is cut again."""
-    found = {}
+def _finished_scenes(folder: Path) -> dict[str, SceneRecord]:
+    """Scene -> its record. A scene whose record is damaged, as after a power cut, is cut again."""
+    records = {}
     for path in (folder / "scenes").glob("[!.]*.json"):
         with suppress(UserError):
-            found[path.stem] = read_json(path, SceneAccount)
-    return found
+            records[path.stem] = read_json(path, SceneRecord)
+    return records
 
 
-def _refuse_replaced(sources: Iterable[Source], done: dict[str, SceneAccount]) -> None:
+def _refuse_replaced(sources: Iterable[Source], done: dict[str, SceneRecord]) -> None:
     for source in sources:
         check(
             source.scene not in done or done[source.scene].files == source.state(),
@@ -235,14 +272,14 @@ class _Cut:
                 save_image(dataset.images(split) / name, pixels)
                 patches += 1
         scene.notes["pixels of unknown colours, set to 255"] += sum(unknown.values())
-        account = SceneAccount(
+        record = SceneRecord(
             image=str(source.image),
             truth=str(source.truth or ""),
             patches=patches,
             notes=+scene.notes,
             files=source.state(),
         )
-        write_json(dataset.folder / split / "scenes" / f"{source.scene}.json", account.model_dump())
+        write_json(dataset.folder / split / "scenes" / f"{source.scene}.json", record.model_dump())
 
     def _read_ids(self, path: Path, image: Raster) -> tuple[np.ndarray, Unknown]:
         """`read_truth` of a scene's truth, which must have the size of its image."""
@@ -258,12 +295,12 @@ class _Cut:
         return ids, unknown
 
 
-def _print_account(folder: StepFolder, split: str) -> None:
-    accounts = _finished_scenes(folder.path).values()
-    print(f"{split}: {folder.run.files} patches of {len(accounts)} scenes in {folder.path}")
+def _print_record(folder: StepFolder, split: str) -> None:
+    records = _finished_scenes(folder.path).values()
+    print(f"{split}: {folder.run.files} patches of {len(records)} scenes in {folder.path}")
     notes: Counter = Counter()
-    for account in accounts:
-        notes.update(account.notes)
+    for record in records:
+        notes.update(record.notes)
     for note, count in sorted(notes.items()):
         print(f"  {note}: {count}")
 

@@ -9,7 +9,7 @@ Reads   <raw>/{train,val}/images/P0000.png                                      
         <raw>/{train,val}/Semantic_masks/images/P0000_instance_color_RGB.png        colour-coded truth
 Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channels of 8 bits
         <root>/datasets/<dataset>/{train,test}/labels/<id>.png     class ids in a palette PNG, 255 = ignore
-        in the same folders run.json, scenes/<scene>.json (account of each scene), contact_sheet.png
+        in the same folders run.json, scenes/<scene>.json (record of each scene), contact_sheet.png
 
 The images are those of DOTA-v1.0: unpack part1.zip, part2.zip, ... of its train folder into <raw>/train and of its val
 folder into <raw>/val; each archive contains the folder images. The masks are those of iSAID: unpack the archives of its
@@ -29,16 +29,12 @@ from typing import Literal
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasetsprocess.cutting import Cutting, Patch, Scene, class_id, rule_of, split_scenes
-from datasetsprocess.scene_files import find_sources, scene_files
+from datasetsprocess.cutting import Cutting, Patch, Scene, class_id, cut_layout, rule_of
 from tools.command import check, run
 from tools.constants import Seed, checked_constants
 from tools.dataset import Dataset, load_dataset
 from tools.rasters import Raster
 from tools.steps import SPLITS
-
-RAW_SPLITS = {"train": "train", "test": "val"}
-IMAGE, TRUTH = "images/{}", "Semantic_masks/images/{}_instance_color_RGB"
 
 
 @checked_constants
@@ -68,45 +64,24 @@ def patches(scene: Scene) -> Iterator[Patch]:
         return
     random = scene.random()
     wanted = int(random.choice(numbers))
-    found: list[tuple[int, int]] = []
+    corners: list[tuple[int, int]] = []
     for _ in range(tries):
-        if len(found) == wanted:
+        if len(corners) == wanted:
             break
         y, x = (int(random.integers(0, length - size, endpoint=True)) for length in (height, width))
         if np.mean(scene.ids[y : y + size, x : x + size] == background) < largest[scene.split]:
-            found.append((y, x))
-    if len(found) < wanted:
-        scene.notes[f"scenes with {'too few patches' if found else 'no patch'}, too much background"] += 1
-    for number in sorted(range(len(found)), key=lambda number: found[number]):  # the file is decoded once
-        yield f"p{number}", *scene.window(*found[number])
-
-
-def scene_names(raw: Path) -> dict[str, list[str]]:
-    """Split -> the scenes whose image or truth is in the raw folders, sorted."""
-    behind = TRUTH.rpartition("{}")[2]
-    names = {}
-    for split, folder in RAW_SPLITS.items():
-        truths = {name for name in scene_files((raw / folder / TRUTH).parent) if name.endswith(behind)}
-        images = scene_files((raw / folder / IMAGE).parent)
-        names[split] = sorted({*images, *(name.removesuffix(behind) for name in truths)})
-    return names
+            corners.append((y, x))
+    if len(corners) < wanted:
+        scene.notes[f"scenes with {'too few patches' if corners else 'no patch'}, too much background"] += 1
+    for number in sorted(range(len(corners)), key=corners.__getitem__):  # the file is decoded once
+        yield f"p{number}", *scene.window(*corners[number])
 
 
 def main(args: Constants) -> None:
     dataset = load_dataset(args.dataset, args.root)
     patch_rule(dataset)  # refuse a wrong rule before anything is written
-    raw = Path(args.raw) if args.raw else dataset.folder / "raw"
-    scenes = dataset.scenes or scene_names(raw)
-    empty = [f"{folder}/images" for split, folder in RAW_SPLITS.items() if not scenes.get(split)]
-    check(
-        not raw.is_dir() or args.missing_scenes == "skip" or not empty,
-        f"{raw} has no scenes in {' or '.join(empty)}: unpack the archives as this script's docstring says, or cut "
-        "only the other split with --missing-scenes skip",
-    )
-    places = {split: (f"{folder}/{IMAGE}", f"{folder}/{TRUTH}") for split, folder in RAW_SPLITS.items()}
-    sources = find_sources(raw, scenes, places, args.missing_scenes)
     kinds = ("rgb", "grey") if args.grey == "repeat" else ("rgb",)
-    split_scenes(args, dataset, sources, patches, partial(Raster, kinds=kinds))
+    cut_layout(args, dataset, patches, "isaid", partial(Raster, kinds=kinds))
 
 
 if __name__ == "__main__":

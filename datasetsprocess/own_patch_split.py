@@ -11,7 +11,7 @@ Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png    three channels
         <root>/datasets/<dataset>/{train,test}/labels/<id>.png    class ids in a palette PNG, 255 = ignore
         <root>/datasets/<dataset>/train/image_labels_blank.csv    where there is no truth: fill it in and save it as
                                                                   image_labels.csv
-        in the same folders run.json, scenes/<scene>.json (account of each scene), contact_sheet.png
+        in the same folders run.json, scenes/<scene>.json (record of each scene), contact_sheet.png
 
 Labels of nodata pixels (nodata value, alpha channel or mask of the file, or --nodata) become 255.
 
@@ -27,7 +27,7 @@ from typing import Literal
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasetsprocess.cutting import Cutting, Patch, Scene, split_scenes
+from datasetsprocess.cutting import Cutting, Patch, Scene, raw_folder, split_scenes
 from datasetsprocess.scene_files import find_sources, scene_files
 from tools.command import check, run
 from tools.constants import Share, checked_constants
@@ -81,7 +81,7 @@ def main(args: Constants) -> None:
         f"stride is {dataset.stride} in {dataset.folder / 'dataset.toml'}, but it must be at most patch_size "
         f"({dataset.patch_size}), so that the tiles leave no gaps",
     )
-    raw = Path(args.raw) if args.raw else dataset.folder / "raw"
+    raw = raw_folder(args, dataset)
     images = {split: scene_files(raw / split / "images") for split in SPLITS}
     check(
         bool(images["train"]),
@@ -92,7 +92,9 @@ def main(args: Constants) -> None:
     for split in SPLITS:
         truths = scene_files(raw / split / "labels")
         scenes[split] = sorted({*images[split], *truths})
-        places[split] = (f"{split}/images/{{}}", f"{split}/labels/{{}}") if truths else (f"{split}/images/{{}}",)
+        places[split] = [f"{split}/images/{{scene}}"]
+        if truths:
+            places[split].append(f"{split}/labels/{{scene}}")
         by_hand = dataset.image_labels_file(split)
         check(
             bool(truths) or not (args.overwrite and by_hand.exists()),

@@ -10,7 +10,7 @@ Reads   <raw>/2_Ortho_RGB/top_potsdam_<scene>_RGB.tif                           
                                                                                     black (ignored)
 Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channels of 8 bits
         <root>/datasets/<dataset>/{train,test}/labels/<id>.png     class ids in a palette PNG, 255 = ignore
-        in the same folders run.json, scenes/<scene>.json (account of each scene), contact_sheet.png
+        in the same folders run.json, scenes/<scene>.json (record of each scene), contact_sheet.png
 
 The archives come from ISPRS (2D Semantic Labelling, Potsdam). Unpack 2_Ortho_RGB.zip, which contains a folder, into
 <raw>, and 5_Labels_all.zip, which contains none, into <raw>/5_Labels_all. For --truth eroded, unpack
@@ -31,16 +31,10 @@ from typing import Literal
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasetsprocess.cutting import Cutting, Patch, Scene, class_id, four_versions, rule_of, split_scenes
-from datasetsprocess.scene_files import find_sources
+from datasetsprocess.cutting import Cutting, Patch, Scene, class_id, cut_layout, four_versions, rule_of
 from tools.command import run
 from tools.constants import Seed, checked_constants
 from tools.dataset import Dataset, load_dataset
-
-PLACES = {  # truth -> image and truth of a scene
-    "full": ("2_Ortho_RGB/top_potsdam_{}_RGB", "5_Labels_all/top_potsdam_{}_label"),
-    "eroded": ("2_Ortho_RGB/top_potsdam_{}_RGB", "5_Labels_all_noBoundary/top_potsdam_{}_label_noBoundary"),
-}
 
 
 @checked_constants
@@ -80,10 +74,7 @@ def patches(scene: Scene) -> Iterator[Patch]:
 def main(args: Constants) -> None:
     dataset = load_dataset(args.dataset, args.root)
     smallest_shares(dataset)  # refuse a wrong rule before anything is written
-    raw = Path(args.raw) if args.raw else dataset.folder / "raw"
-    places = PLACES[args.truth]
-    sources = find_sources(raw, dataset.scenes, {"train": places, "test": places}, args.missing_scenes)
-    split_scenes(args, dataset, sources, patches)
+    cut_layout(args, dataset, patches, "potsdam")
 
 
 if __name__ == "__main__":

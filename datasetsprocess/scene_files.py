@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,6 +10,8 @@ from pathlib import Path
 from tools.command import UserError, and_more, check
 from tools.rasters import LONGEST_NAME, SUFFIXES
 from tools.steps import SPLITS
+
+SCENE = "{scene}"  # stands for the name of a scene in a path
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,13 @@ class Source:
 def find_sources(
     raw: Path,
     scenes: Mapping[str, list[str]],
-    places: Mapping[str, tuple[str, ...]],
+    places: Mapping[str, Sequence[str]],
     missing_scenes: str,
 ) -> dict[str, list[Source]]:
     """The files of every scene: split -> sources.
 
     `places` gives for each split the paths of image and truth, or of the image alone, below `raw`, without suffix and
-    with {} for the scene. Raises `UserError` for missing files (with `missing_scenes` "skip" only when nothing is
+    with {scene} for the scene. Raises `UserError` for missing files (with `missing_scenes` "skip" only when nothing is
     complete), for a scene with two files, a scene in both splits, and a name that patches cannot have.
     """
     check(raw.is_dir(), f"{raw} is missing: unpack the archives there as this script's docstring says, or set --raw")
@@ -47,25 +49,41 @@ def find_sources(
             "patches are named after it",
         )
         check(names.count(name) == 1, f"the scene {name} is listed twice: a scene belongs to one split")
-    found: dict[str, list[Source]] = {split: [] for split in SPLITS}
+    sources: dict[str, list[Source]] = {split: [] for split in SPLITS}
     missing = []
     files = cache(scene_files)
     for split in SPLITS:
         for name in scenes.get(split, []):
-            paths = {place.format(name): _find(raw / place.format(name), files) for place in places[split]}
-            complete = [path for path in paths.values() if path]
-            if len(complete) == len(paths):
-                found[split].append(Source(name, *complete))
-            missing += [place for place, path in paths.items() if not path]
+            paths = []
+            for place in (pattern.replace(SCENE, name) for pattern in places[split]):
+                path = _find(raw / place, files)
+                if path:
+                    paths.append(path)
+                else:
+                    missing.append(place)
+            if len(paths) == len(places[split]):
+                sources[split].append(Source(name, *paths))
     shown = and_more(missing, 6, ", ")
-    if missing and (missing_scenes == "stop" or not any(found.values())):
+    if missing and (missing_scenes == "stop" or not any(sources.values())):
         raise UserError(
             f"{raw} has no {shown} ({' or '.join(SUFFIXES)}): put the files there under these names (this script's "
             "docstring says where they come from), or cut only the complete scenes with --missing-scenes skip"
         )
     if missing:
         print(f"missing in {raw}, so their scenes are skipped: {shown}")
-    return found
+    return sources
+
+
+def scene_names(raw: Path, places: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Split -> the scenes of which at least one file is in the raw folder, sorted; `places` as in `find_sources`."""
+    names: dict[str, set[str]] = {split: set() for split in places}
+    for split, patterns in places.items():
+        for pattern in patterns:
+            before, _, behind = Path(pattern).name.partition(SCENE)
+            for file in scene_files((raw / pattern).parent):
+                if file.startswith(before) and file.endswith(behind):
+                    names[split].add(file.removeprefix(before).removesuffix(behind))
+    return {split: sorted(scenes) for split, scenes in names.items()}
 
 
 def scene_files(folder: Path) -> dict[str, list[Path]]:

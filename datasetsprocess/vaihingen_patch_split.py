@@ -10,7 +10,7 @@ Reads   <raw>/top/top_mosaic_09cm_area<N>.tif                      near infrared
         <raw>/gts_eroded/top_mosaic_09cm_area<N>_noBoundary.tif    for --truth eroded: boundaries are black (ignored)
 Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channels of 8 bits
         <root>/datasets/<dataset>/{train,test}/labels/<id>.png     class ids in a palette PNG, 255 = ignore
-        in the same folders run.json, scenes/<area>.json (account of each scene), contact_sheet.png
+        in the same folders run.json, scenes/<area>.json (record of each scene), contact_sheet.png
 
 The archives come from ISPRS (2D Semantic Labelling, Vaihingen). Unpack ISPRS_semantic_labeling_Vaihingen.zip into <raw>
 and ISPRS_semantic_labeling_Vaihingen_ground_truth_COMPLETE.zip into <raw>/gts_for_participants: the first archive has
@@ -30,16 +30,10 @@ import cv2
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasetsprocess.cutting import Cutting, Patch, Scene, class_id, four_versions, rule_of, split_scenes
-from datasetsprocess.scene_files import find_sources
+from datasetsprocess.cutting import Cutting, Patch, Scene, class_id, cut_layout, four_versions, rule_of
 from tools.command import check, run
 from tools.constants import Seed, checked_constants
 from tools.dataset import Dataset, load_dataset
-
-PLACES = {  # truth -> image and truth of an area
-    "full": ("top/top_mosaic_09cm_area{}", "gts_for_participants/top_mosaic_09cm_area{}"),
-    "eroded": ("top/top_mosaic_09cm_area{}", "gts_eroded/top_mosaic_09cm_area{}_noBoundary"),
-}
 
 
 @checked_constants
@@ -96,10 +90,7 @@ def patches(scene: Scene) -> Iterator[Patch]:
 def main(args: Constants) -> None:
     dataset = load_dataset(args.dataset, args.root)
     crop_rule(dataset)  # refuse a wrong rule before anything is written
-    raw = Path(args.raw) if args.raw else dataset.folder / "raw"
-    places = PLACES[args.truth]
-    sources = find_sources(raw, dataset.scenes, {"train": places, "test": places}, args.missing_scenes)
-    split_scenes(args, dataset, sources, patches)
+    cut_layout(args, dataset, patches, "vaihingen")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tools.command import UserError
 from tools.dataset import load_dataset
 from tools.labels import IGNORE, save_image
 from tools.rasters import KINDS, Raster
+from tools.steps import SPLITS
 
 SCRIPTS = {"vaihingen": "vaihingen_patch_split.py", "potsdam": "potsdam_patch_split.py", "isaid": "isaid_split.py"}
 TOP, TRUTH = "top/top_mosaic_09cm_area{}.tif", "gts_for_participants/top_mosaic_09cm_area{}.tif"
@@ -542,13 +543,38 @@ def test_isaid_messages(tmp_path, run_script):
     assert "scenes smaller than a patch, skipped: 2" in nothing.stdout and "no patch was cut" in nothing.stderr
 
 
+def test_a_layout_of_ones_own(tmp_path, run_script):
+    """Scenes in other folders and under other names are cut as those in Vaihingen's layout, without [scenes] too."""
+    raw = small_vaihingen(tmp_path)
+    run_script(script("vaihingen"), "--dataset", "small", "--root", tmp_path)
+    layout = '[layout]\nimage = "{split}/{scene}_rgb"\ntruth.full = "{split}/{scene}_truth"\n'
+    describe(tmp_path, "moved", f'base = "small"\n{layout}folders = {{test = "val"}}\n')
+    for area, folder in (("1", "train"), ("2", "val")):
+        (tmp_path / "datasets" / "moved" / "raw" / folder).mkdir(parents=True)
+        for place, kind in ((TOP, "rgb"), (TRUTH, "truth")):
+            file = raw / place.format(area)
+            file.rename(tmp_path / "datasets" / "moved" / "raw" / folder / f"{area}_{kind}.tif")
+    command = [script("vaihingen"), "--dataset", "moved", "--root", tmp_path]
+    run_script(*command)
+    expected = {split: digests(tmp_path / "datasets" / "small" / split) for split in SPLITS}
+    assert {split: digests(tmp_path / "datasets" / "moved" / split) for split in SPLITS} == expected
+    file = tmp_path / "datasets" / "small" / "dataset.toml"
+    file.write_text(file.read_text().partition("[scenes]")[0].replace('"vaihingen"', '"unlisted"'))
+    vaihingen = (ROOT / "datasetsprocess" / "vaihingen.toml").read_text()
+    before, _, behind = vaihingen.partition("[scenes]")
+    describe(tmp_path, "unlisted", before + "[rules]" + behind.partition("[rules]")[2])
+    run_script(*command, "--overwrite")
+    assert {split: digests(tmp_path / "datasets" / "moved" / split) for split in SPLITS} == expected
+    assert "truth.eroded" in run_script(*command, "--truth", "eroded", "--overwrite", fails=True).stderr
+
+
 def test_sources_stay_inside_their_folder(tmp_path):
     with pytest.raises(UserError, match="needs another name"):
-        find_sources(tmp_path, {"train": ["a/../../b"]}, {"train": ("{}", "{}"), "test": ("{}", "{}")}, "stop")
+        find_sources(tmp_path, {"train": ["a/../../b"]}, dict.fromkeys(SPLITS, ("{scene}", "{scene}")), "stop")
 
 
 def test_suffixes_in_capitals_and_names_that_are_no_text(tmp_path):
-    places = {"train": ("{}",), "test": ("{}",)}
+    places = {"train": ("{scene}",), "test": ("{scene}",)}
     for name in ("a.TIF", "b.JPG", "c.Png", "._a.TIF", "a.txt"):
         (tmp_path / name).touch()
     found = find_sources(tmp_path, {"train": ["a", "b"], "test": ["c"]}, places, "stop")

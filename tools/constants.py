@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from tools.command import UserError
+from tools.validation import expectation
 
 ROOT = Path(__file__).resolve().parents[1]
 # the cores that this process may use: torch's DataLoader warns of more worker processes
@@ -30,28 +31,6 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Scales = Annotated[tuple[Positive, ...], Field(min_length=1)]
 Width = Annotated[int, Field(ge=4, multiple_of=4)]  # of GroupNorm(4)
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-
-EXPECTED = {  # pydantic's name of an error -> what was expected, filled in with the limit
-    "greater_than_equal": "be at least {ge:g}",
-    "greater_than": "be above {gt:g}",
-    "less_than_equal": "be at most {le:g}",
-    "less_than": "be below {lt:g}",
-    "finite_number": "be a finite number",
-    "int_parsing": "be a whole number",
-    "int_type": "be a whole number",
-    "int_from_float": "be a whole number",
-    "float_parsing": "be a number",
-    "float_type": "be a number",
-    "bool_parsing": "be True or False",
-    "bool_type": "be True or False",
-    "string_type": "be a text in quotes",
-    "path_type": "be a path in quotes",
-    "tuple_type": "be several values in parentheses",
-    "too_short": "hold at least {min_length} value",
-    "literal_error": "be {expected}",
-    "multiple_of": "be a multiple of {multiple_of}",
-    "string_pattern_mismatch": "be of the form {pattern}",
-}
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -77,10 +56,8 @@ def checked_constants(cls: type[T]) -> type[T]:
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     name = next((part for part in reversed(first["loc"]) if isinstance(part, str) and part.isidentifier()), "?")
-    expected = EXPECTED.get(first["type"], "")
-    demand = f"but it must {expected.format(**first.get('ctx', {}))}" if expected else first["msg"]
     return (
-        f"{name} is {first['input']!r}, {demand}: change the constant at the top of the script, "
+        f"{name} is {first['input']!r}, but {expectation(first)}: change the constant at the top of the script, "
         f"or --{name.replace('_', '-')}"
     )
 

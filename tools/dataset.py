@@ -10,7 +10,7 @@ import numpy as np
 
 from tools.command import and_more, check
 from tools.constants import ROOT
-from tools.description import Method, read_description
+from tools.description import Layout, Method, read_description
 from tools.image_labels import hash_image_labels, read_image_labels
 from tools.steps import SPLITS
 
@@ -30,6 +30,7 @@ class Dataset:
     left_out_of_mean: tuple[str, ...]  # classes that the headline mIoU leaves out, such as ISPRS's clutter
     scenes: dict[str, list[str]]  # split -> scene names; empty where the raw folders decide
     rules: dict[str, Any] = field(default_factory=dict)  # the keys of `Rules` that the description gives
+    layout: Layout | None = None  # where the files of a scene are; None where [layout] is missing
     paper: dict[str, float] = field(default_factory=dict)  # the figures of `Paper`; empty where there are none
     method: Method = field(default_factory=Method)
 
@@ -122,6 +123,7 @@ def load_dataset(name: str, root: Path = ROOT) -> Dataset:
         left_out_of_mean=tuple(description.left_out_of_mean),
         scenes={split: names for split, names in description.scenes.items()},
         rules=description.rules.model_dump(exclude_unset=True),
+        layout=description.layout,
         paper=description.paper.model_dump() if description.paper else {},
         method=description.method,
     )

@@ -22,6 +22,7 @@ from pydantic import (
 from tools.command import UserError, and_more
 from tools.constants import ROOT, Affinity, PositiveCount, Share
 from tools.steps import SPLITS
+from tools.validation import expectation, place
 
 SHIPPED = ROOT / "datasetsprocess"  # <name>.toml of the data sets that come with the project
 
@@ -71,6 +72,32 @@ class Rules(Table):
     min_share_of: dict[str, Share] | None = None
 
 
+def _pattern(value: str) -> str:
+    name = value.replace("{split}", "")
+    if name.count("{scene}") != 1 or set(name.replace("{scene}", "")) & set("{}"):
+        raise ValueError('it must hold {scene} once, and otherwise no braces but {split}: "images/{scene}_RGB"')
+    if Path(value).suffix.lower() in (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".jp2"):
+        raise ValueError("it must be without the suffix of the files: all suffixes of images are tried")
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+class Layout(Table):
+    """Where the files of a scene are, below the raw folder and without suffix."""
+
+    image: Pattern
+    truth: dict[Literal["full", "eroded"], Pattern]  # a pattern for each kind of truth
+    folders: dict[Split, str] = {"train": "train", "test": "test"}  # what {split} stands for
+
+    def places(self, split: Any, truth: Any) -> tuple[str, str]:
+        """The paths of image and truth in a split, with {scene} for the scene."""
+        folder = self.folders.get(split, split)
+        image, labels = self.image, self.truth[truth]
+        return image.replace("{split}", folder), labels.replace("{split}", folder)
+
+
 class Paper(Table):
     """The paper's figures for the data set, in per cent."""
 
@@ -97,6 +124,7 @@ class Description(Table):
     ignore_colours: list[Colour] = Field([], validation_alias=AliasChoices("ignore_colours", "ignore_colors"))
     left_out_of_mean: list[str] = []
     scenes: dict[Split, list[str]] = {}
+    layout: Layout | None = None
     rules: Rules = Rules()
     paper: Paper | None = None
     method: Method = Method()
@@ -126,6 +154,7 @@ class Description(Table):
 KNOWN = {  # table -> its keys
     "": ["base", *Description.model_fields],
     "classes": list(ClassEntry.model_fields),
+    "layout": list(Layout.model_fields),
     "rules": list(Rules.model_fields),
     "paper": list(Paper.model_fields),
     "method": list(Method.model_fields),
@@ -142,7 +171,7 @@ def read_description(name: str, root: Path) -> Description:
     try:
         return Description.model_validate(content)
     except ValidationError as error:
-        sentences = [_sentence(each, files, _file(name, root)) for each in error.errors()]
+        sentences = [_sentence(problem, files, _file(name, root)) for problem in error.errors()]
         raise UserError(and_more(sentences, most=3)) from None
 
 
@@ -187,35 +216,20 @@ def _read(name: str, root: Path, seen: tuple[str, ...]) -> tuple[dict[str, Any],
     return base | content, files | dict.fromkeys(content, file)
 
 
-EXPECTED = {  # pydantic's types of errors -> what we say in its place
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "text in quotation marks",
-    "list_type": "a list in [ ]",
-    "dict_type": "a table",
-    "model_type": "a table",
-}
-
-
 def _sentence(error: Any, files: dict[str, Path], own: Path) -> str:
     """One of pydantic's errors as file, key, value found and what was expected."""
-    place = [part for part in error["loc"] if part != "[key]"]
-    if not place:  # of the description as a whole
+    parts = [part for part in error["loc"] if part != "[key]"]
+    if not parts:  # of the description as a whole
         return f"{own}: {error['ctx']['error']}"
-    file, key = files.get(place[0], own), "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in place)[1:]
+    file, key = files.get(parts[0], own), place(parts)
     if error["type"] == "missing":
         return f"{file}: {key} is missing, add it (docs/own_data.md)"
     if error["type"] == "extra_forbidden" or "[key]" in error["loc"]:
-        known = SPLITS if "[key]" in error["loc"] else KNOWN[place[0] if len(place) > 1 else ""]
-        close = get_close_matches(str(place[-1]), known, 1)
+        known = SPLITS if "[key]" in error["loc"] else KNOWN[parts[0] if len(parts) > 1 else ""]
+        close = get_close_matches(str(parts[-1]), known, 1)
         hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}"
         return f"{file}: there is no key {key}, {hint}"
-    if error["type"] in EXPECTED:
-        expected = f"it must be {EXPECTED[error['type']]}"
-    else:
-        expected = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
-        expected = re.sub("^(Input|List) should", "it must", expected)
-    return f"{file}: {key} is {_shown(error['input'])}, but {expected}"
+    return f"{file}: {key} is {_shown(error['input'])}, but {expectation(error)}"
 
 
 def _shown(value: Any) -> str:

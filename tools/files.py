@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from tools.command import UserError
+from tools.validation import first_error
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -51,6 +52,4 @@ def read_json(path: Path, model: type[Model], remedy: str = "delete it and run t
     try:
         return model.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is damaged ({place + ': ' if place else ''}{first['msg'][:120]}): {remedy}") from None
+        raise UserError(f"{path} is damaged ({first_error(error)}): {remedy}") from None
