@@ -56,10 +56,10 @@ def warnings(dataset: Dataset, labels: dict[str, np.ndarray], pixels: np.ndarray
     at least `NARROW` wide, None where there is no truth.
     """
     present = np.array(list(labels.values()))
-    found = _on_patches(dataset, present)
+    remarks = _on_patches(dataset, present)
     if pixels is not None:
-        found += _on_pixels(dataset, *pixels)
-    return found
+        remarks += _on_pixels(dataset, *pixels)
+    return remarks
 
 
 def _on_patches(dataset: Dataset, present: np.ndarray) -> list[str]:
@@ -73,31 +73,31 @@ def _on_patches(dataset: Dataset, present: np.ndarray) -> list[str]:
         both, either = (present[:, a] & present[:, b]).sum(), (present[:, a] | present[:, b]).sum()
         if both / either > TOGETHER:
             together.append(f"{classes[a]} and {classes[b]} (both in {both} of the {either} patches that have either)")
-    found = []
+    remarks = []
     if frequent:
-        found.append(
+        remarks.append(
             f"in more than {MOST_PATCHES:.0%} of the train patches: "
             f"{', '.join(f'{classes[k]} ({shares[k]:.1%})' for k in frequent)}. A classifier has no reason "
             "to locate a class that nearly every patch shows. Cut smaller patches (patch_size), or use images of a "
             "finer resolution, so that more patches are without the class"
         )
         if rest := [classes[k] for k in frequent if _is_background(dataset, k)]:
-            found[-1] += (
+            remarks[-1] += (
                 f'. For the background, compare --background threshold in step 3 (it needs background = "{rest[0]}" in '
                 "[rules] of dataset.toml)"
             )
     if together:
-        found.append(
+        remarks.append(
             f"nearly always together: {', '.join(together)}. The labels do not tell which pixels belong to which. "
             "Merge the two classes, or cut smaller patches, so that more patches have only one of them"
         )
     if rare:
-        found.append(
+        remarks.append(
             f"in fewer than {FEWEST_PATCHES} train patches: {', '.join(rare)}. That is too little to learn a class. "
             "Label more patches, let them overlap (stride), merge the class with a similar one, or, if the labels come "
             "from a truth, list its colour in ignore_colours"
         )
-    return found
+    return remarks
 
 
 def _is_background(dataset: Dataset, k: int) -> bool:
@@ -115,17 +115,17 @@ def _on_pixels(dataset: Dataset, pixels: np.ndarray, wide: np.ndarray) -> list[s
         for k, name in enumerate(dataset.classes)
         if pixels[k] and wide[k] < pixels[k] / 2
     ]
-    found = []
+    remarks = []
     if narrow:
-        found.append(
+        remarks.append(
             f"most pixels in regions thinner than {NARROW} px: {', '.join(narrow)}. A cell of the class activation "
             f"maps is {NARROW // 2} px wide at the largest scale, 2, so such regions run into their surroundings. Use "
             "images of a finer resolution, merge the class with a similar wider one, or expect a low IoU"
         )
     for name, colour, share in zip(dataset.classes, dataset.colours.tolist(), pixels / pixels.sum(), strict=True):
         if _is_rest(name) and share < REST_PIXELS:
-            found.append(
+            remarks.append(
                 f"{name} covers {share:.2%} of the pixels, and its name says that it is no class to learn. Remove it "
                 f"from classes, write ignore_colours = [{colour}], and cut the scenes again with --overwrite"
             )
-    return found
+    return remarks

@@ -50,11 +50,11 @@ class Constants(Cutting):
 def patches(scene: Scene, border: str, max_nodata: float) -> Iterator[Patch]:
     """The tiles of a scene, without those of too much nodata."""
     size, stride = scene.dataset.patch_size, scene.dataset.stride
-    whole = {(row * stride, column * stride) for row, column in scene.tiles()}  # raises if there is none
+    inside = {(row * stride, column * stride) for row, column in scene.tiles()}  # raises if there is none
     rows, columns = (covering_starts(length, size, stride) for length in scene.image.shape)
     for row, y in enumerate(rows):
         for column, x in enumerate(columns):
-            if border == "drop" and (y, x) not in whole:
+            if border == "drop" and (y, x) not in inside:
                 continue
             valid = scene.image.valid(y, x, size, size)
             if not valid.any() or np.mean(~valid) > max_nodata:

@@ -121,7 +121,7 @@ def agrees(dataset: Dataset, split: str, labels: dict[str, np.ndarray]) -> bool:
 
 
 def label_split(dataset: Dataset, split: str, args: Constants) -> list[str]:
-    """Write image_labels.csv of one split and print its account; returns a sentence for each wrong file."""
+    """Write image_labels.csv of one split and print its summary; returns a sentence for each wrong file."""
     file, ids = dataset.image_labels_file(split), dataset.ids(split)
     if not dataset.labels(split).is_dir():
         if split == "test" and not file.exists():
@@ -162,10 +162,10 @@ def main(args: Constants) -> None:
     wrong = []
     for split in splits:
         remove_leftovers(dataset.folder / split, ".image_labels.*.tmp.csv")
-        found = label_split(dataset, split, args)
-        if found:
-            print(f"{split}: {len(found)} files are wrong, so {dataset.image_labels_file(split)} was not written")
-        wrong += found
+        faults = label_split(dataset, split, args)
+        if faults:
+            print(f"{split}: {len(faults)} files are wrong, so {dataset.image_labels_file(split)} was not written")
+        wrong += faults
     check(
         not wrong,
         f"{len(wrong)} files do not fit; fix or remove them, then run the same command again:\n  {and_more(wrong)}",

@@ -91,8 +91,8 @@ def _refuse_other_order(truth: Path, palette: np.ndarray, used: np.ndarray, data
 
 def describe(truth: Path, unknown: Unknown) -> str:
     """A sentence on the colours or numbers of a truth that are no class."""
-    most = sorted(unknown, key=lambda found: (-unknown[found], str(found)))
-    shown = and_more([f"{found} in {unknown[found]} pixels" for found in most], 5, ", ")
+    most = sorted(unknown, key=lambda value: (-unknown[value], str(value)))
+    shown = and_more([f"{value} in {unknown[value]} pixels" for value in most], 5, ", ")
     what = "colours" if isinstance(most[0], tuple) else "numbers"
     if len(most) > MANY:
         shown += "; that many colours usually mean JPEG compression or antialiasing: export the truth without both"

@@ -33,8 +33,8 @@ EXPECTED = {  # pydantic's name of an error -> what was expected, filled in with
 def expectation(error: Any) -> str:
     """What one entry of `ValidationError.errors()` asks for: "it must be at least 1"."""
     if error["type"] == "too_short":
-        least = error["ctx"]["min_length"]
-        return f"it must hold at least {least} value{'s' if least > 1 else ''}"
+        count = error["ctx"]["min_length"]
+        return f"it must hold at least {count} value{'s' if count > 1 else ''}"
     if error["type"] in EXPECTED:
         return f"it must {EXPECTED[error['type']].format(**error.get('ctx', {}))}"
     message = error["msg"].removeprefix("Value error, ").replace(" after validation", "")
