@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import psutil
 
@@ -23,22 +23,8 @@ from tools.workers import in_workers
 LOCK = ".lock"
 
 
-class ProcessState(Protocol):
-    """What `Accelerator` and `PartialState` have in common."""
-
-    @property
-    def device(self) -> Any: ...
-    @property
-    def process_index(self) -> int: ...
-    @property
-    def num_processes(self) -> int: ...
-    @property
-    def is_main_process(self) -> bool: ...
-    def wait_for_everyone(self) -> None: ...
-
-
 class OneProcess:
-    """The state of a step that runs in one process and needs no torch."""
+    """In place of Accelerate's state, for a script that runs in one process and needs no torch."""
 
     device, process_index, num_processes, is_main_process = "cpu", 0, 1, True
 
@@ -49,7 +35,7 @@ class OneProcess:
 class StepFolder:
     """The output folder of a step.
 
-    `constants` is the script's block. `open` gives the folder to a run: where it was made with other constants or read
+    `args` are the script's constants. `open` gives the folder to a run: where it was made with other constants or read
     something else it is refused, unless `overwrite`; where it is unfinished the run continues it. Several processes may
     open the same folder: they share the work, and the main one writes run.json.
     """
@@ -58,7 +44,7 @@ class StepFolder:
 
     def __init__(self, path: Path, args: Place):
         self.path, self.args = Path(path), args
-        self.state: ProcessState = OneProcess()
+        self.state: Any = OneProcess()  # or Accelerate's `PartialState` or `Accelerator`
         self.failures: list[str] = []
         self._joined = False
         self._resumed: dict | None = None  # record of a run that found the folder finished
@@ -72,7 +58,6 @@ class StepFolder:
         self,
         suffix: str,
         *,
-        state: ProcessState | None = None,
         reads: dict[str, str] | None = None,
         notes: dict[str, Any] | None = None,
         settings: dict[str, Any] | None = None,
@@ -85,7 +70,6 @@ class StepFolder:
         constants; `facts`, further fields of `Run`, need not. Raises `UserError` when the folder is refused, and at the
         end with the list of files that failed.
         """
-        self.state = state or self.state
         self._start = time.monotonic()
         self.run = self._new_run(settings or {}, {"reads": reads or {}, "notes": notes or {}} | (facts or {}))
         if self.is_main:
@@ -218,7 +202,7 @@ class StepFolder:
         return Progress(total, what, unit, shown=self.is_main)
 
     def each(self, work: Callable[[Any], None], items: Sequence[Any], what: str, unit: str = "image") -> None:
-        """Call work(item) for each item in `constants.workers` processes; a `UserError` is kept for the end.
+        """Call work(item) for each item in `args.workers` processes; a `UserError` is kept for the end.
 
         Where there are workers, `work` must be a function of a module, or a `functools.partial` of one.
         """
