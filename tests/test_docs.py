@@ -49,3 +49,10 @@ def test_the_rows_of_a_table_have_its_columns(page):
             assert cells == len(re.findall(r"(?<!\\)\|", above)), row
         else:
             assert re.fullmatch(r"\|(?:-+\|)+", rows[number + 1]), f"a table without a head: {row}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_of_the_project_that_a_page_names_exist(page):
+    folders = "models|tools|report|tables|PRC_SAM|datasetsprocess|benchmarks"
+    for file in re.findall(rf"\b((?:{folders})/[\w/]+\.(?:py|j2|toml))\b", page.read_text(encoding="utf-8")):
+        assert (ROOT / file).exists(), file
