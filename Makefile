@@ -8,7 +8,7 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin/python
 WORKERS ?= 2
-NUMERIC = $(patsubst %,tests/test_%.py,generator crf prc ir_loss models upsampling cams training recipe masks ios augment)
+NUMERIC = $(patsubst %,tests/test_%.py,generator crf prc ir_loss models upsampling map_files inference training recipe masks ios augment)
 DEMO = --dataset demo
 # of the paper's scales all but 0.5: a patch of 128 px would leave a feature map of 4 x 4
 SCALES = --scales 1.0 1.5 2.0
