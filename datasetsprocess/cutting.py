@@ -86,8 +86,8 @@ Rule = Callable[[Scene], Iterable[Patch]]
 
 def whole_tiles(height: int, width: int, patch: int, stride: int) -> list[tuple[int, int]]:
     """Row and column of the tiles that lie wholly inside a scene; tile (r, c) begins at pixel (r, c) * stride."""
-    rows, columns = ((length - patch) // stride + 1 for length in (height, width))
-    return [(row, column) for row in range(rows) for column in range(columns)]
+    rows, columns = (max((length - patch) // stride + 1, 0) for length in (height, width))
+    return list(np.ndindex(rows, columns))
 
 
 def four_versions(

@@ -31,7 +31,7 @@ from datasetsprocess.cutting import Cutting, Patch, Scene, raw_folder, split_sce
 from datasetsprocess.scene_files import SCENE, find_sources, scene_files, scene_names
 from tools.command import check, run
 from tools.constants import Share, checked_constants
-from tools.dataset import Dataset, load_dataset
+from tools.dataset import load_dataset
 from tools.image_labels import write_image_labels
 from tools.labels import IGNORE
 from tools.rasters import SUFFIXES, Nodata, Raster, covering_starts
@@ -64,15 +64,6 @@ def patches(scene: Scene, border: str, max_nodata: float) -> Iterator[Patch]:
             yield f"r{row:03d}_c{column:03d}", pixels, None if ids is None else np.where(valid, ids, IGNORE)
 
 
-def write_blank(dataset: Dataset, args: Constants) -> None:
-    """A csv with a line for each train patch and no class yet; process.py names the lines that were not filled in."""
-    file = dataset.folder / "train" / "image_labels_blank.csv"
-    write_image_labels(file, dataset.classes, dict.fromkeys(dataset.ids("train"), np.zeros(dataset.num_classes, bool)))
-    page = command_line("datasetsprocess/label_page.py", args)
-    print(f"before that, since the train scenes have no truth: {page}")
-    print(f"or fill in {file} and save it as image_labels.csv")
-
-
 def main(args: Constants) -> None:
     dataset = load_dataset(args.dataset, args.root)
     check(
@@ -101,7 +92,12 @@ def main(args: Constants) -> None:
     kinds = ("rgb", "holes", "grey") if args.grey == "repeat" else ("rgb", "holes")
     split_scenes(args, dataset, sources, rule, partial(Raster, kinds=kinds, nodata=args.nodata))
     if sources["train"] and not sources["train"][0].truth:
-        write_blank(dataset, args)
+        blank = dataset.folder / "train" / "image_labels_blank.csv"  # process.py names the lines that are not filled in
+        no_class = np.zeros(dataset.num_classes, bool)
+        write_image_labels(blank, dataset.classes, dict.fromkeys(dataset.ids("train"), no_class))
+        page = command_line("datasetsprocess/label_page.py", args)
+        print(f"before that, since the train scenes have no truth: {page}")
+        print(f"or fill in {blank} and save it as image_labels.csv")
 
 
 if __name__ == "__main__":
