@@ -7,8 +7,7 @@ published.
 
 Reads   <raw>/{train,val}/images/P0000.png                                          red, green, blue
         <raw>/{train,val}/Semantic_masks/images/P0000_instance_color_RGB.png        colour-coded truth
-Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channels of 8 bits
-        <root>/datasets/<dataset>/{train,test}/labels/<id>.png     class ids in a palette PNG, 255 = ignore
+Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png, and labels/<id>.png: class ids, 255 = ignore;
         in the same folders run.json, scenes/<scene>.json (record of each scene), contact_sheet.png
 
 docs/data.md says which archive goes where. Scenes may also be tif, jpg or jp2. For the few grey scenes of DOTA, use

@@ -8,8 +8,7 @@ Reads   <raw>/2_Ortho_RGB/top_potsdam_<scene>_RGB.tif                           
         <raw>/5_Labels_all/top_potsdam_<scene>_label.tif                            full colour-coded truth
         <raw>/5_Labels_all_noBoundary/top_potsdam_<scene>_label_noBoundary.tif      for --truth eroded: boundaries are
                                                                                     black (ignored)
-Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channels of 8 bits
-        <root>/datasets/<dataset>/{train,test}/labels/<id>.png     class ids in a palette PNG, 255 = ignore
+Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png, and labels/<id>.png: class ids, 255 = ignore;
         in the same folders run.json, scenes/<scene>.json (record of each scene), contact_sheet.png
 
 docs/data.md says which archive goes where. With 5_Labels_for_participants.zip, the truth of 24 scenes only, in

@@ -8,8 +8,7 @@ horizontally, rotated by a random multiple of 90 degrees.
 Reads   <raw>/top/top_mosaic_09cm_area<N>.tif                      near infrared, red, green, in this order
         <raw>/gts_for_participants/top_mosaic_09cm_area<N>.tif     full colour-coded truth
         <raw>/gts_eroded/top_mosaic_09cm_area<N>_noBoundary.tif    for --truth eroded: boundaries are black (ignored)
-Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channels of 8 bits
-        <root>/datasets/<dataset>/{train,test}/labels/<id>.png     class ids in a palette PNG, 255 = ignore
+Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png, and labels/<id>.png: class ids, 255 = ignore;
         in the same folders run.json, scenes/<area>.json (record of each scene), contact_sheet.png
 
 docs/data.md says which archive goes where. Scenes may also be png, jpg or jp2.
