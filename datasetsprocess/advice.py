@@ -30,12 +30,7 @@ def wide_pixels(ids: np.ndarray, num_classes: int) -> np.ndarray:
     here to about a pixel. A region may continue outside the image. Ignored pixels are outside every region.
     """
     radius = NARROW // 2 - 1
-    edge = np.zeros(ids.shape, np.uint8)
-    across, down = ids[:, 1:] != ids[:, :-1], ids[1:] != ids[:-1]
-    edge[:, 1:] |= across
-    edge[:, :-1] |= across
-    edge[1:] |= down
-    edge[:-1] |= down
+    edge = cv2.morphologyEx(ids, cv2.MORPH_GRADIENT, cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)))
     if not edge.any():
         wide = np.ones(ids.shape, bool)
     else:
@@ -55,15 +50,7 @@ def warnings(dataset: Dataset, labels: dict[str, np.ndarray], pixels: np.ndarray
     `labels` are the image-level labels, id -> (K,) bool; `pixels` (2,K) the pixels of each class, in all and in regions
     at least `NARROW` wide, None where there is no truth.
     """
-    present = np.array(list(labels.values()))
-    remarks = _on_patches(dataset, present)
-    if pixels is not None:
-        remarks += _on_pixels(dataset, *pixels)
-    return remarks
-
-
-def _on_patches(dataset: Dataset, present: np.ndarray) -> list[str]:
-    """Warnings on which patches have which class: `present` is (N,K) bool."""
+    present = np.array(list(labels.values()))  # (N,K) bool
     classes, patches = dataset.classes, present.sum(0)
     shares = patches / len(present)
     frequent = [k for k in range(len(classes)) if shares[k] > MOST_PATCHES]
@@ -97,6 +84,8 @@ def _on_patches(dataset: Dataset, present: np.ndarray) -> list[str]:
             "Label more patches, let them overlap (stride), merge the class with a similar one, or, if the labels come "
             "from a truth, list its colour in ignore_colours"
         )
+    if pixels is not None:
+        remarks += _on_pixels(dataset, *pixels)
     return remarks
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,8 +86,8 @@ Rule = Callable[[Scene], Iterable[Patch]]
 
 def whole_tiles(height: int, width: int, patch: int, stride: int) -> list[tuple[int, int]]:
     """Row and column of the tiles that lie wholly inside a scene; tile (r, c) begins at pixel (r, c) * stride."""
-    rows, columns = ((length - patch) // stride + 1 for length in (height, width))
-    return [(row, column) for row in range(rows) for column in range(columns)]
+    rows, columns = (max((length - patch) // stride + 1, 0) for length in (height, width))
+    return list(np.ndindex(rows, columns))
 
 
 def four_versions(
@@ -184,24 +185,32 @@ def split_scenes(
             continue
         folder = StepFolder(dataset.folder / split, args)
         settings = _settings(dataset, split, with_truth=sources[split][0].truth is not None)
-        cut = _Cut(rule, open_image, dataset, split, getattr(args, "seed", 0), args.unknown_colours)
+        cut = partial(_cut, args=args, dataset=dataset, split=split, rule=rule, open_image=open_image)
         try:
             with folder.open("images/*.png", settings=settings):
-                done = _finished_scenes(folder.path)
-                _refuse_replaced(sources[split], done)
-                _remove_begun(folder.path, done)
-                todo = [source for source in sources[split] if source.scene not in done]
+                records = _records(folder.path)
+                for source in sources[split]:
+                    check(
+                        source.scene not in records or records[source.scene].files == source.state(),
+                        f"{source.image} or its truth was replaced after it was cut: cut all scenes again with "
+                        "--overwrite",
+                    )
+                _remove_begun(folder.path, records)
+                todo = [source for source in sources[split] if source.scene not in records]
                 folder.each(cut, todo, f"{split} scenes", unit="scene")
         except UserError as error:
             if not folder.failures:
                 raise
             failures.append(str(error))
         total += folder.run.files
-        _print_record(folder, split)
+        records = _records(folder.path)
+        print(f"{split}: {folder.run.files} patches of {len(records)} scenes in {folder.path}")
+        notes = sum((Counter(record.notes) for record in records.values()), Counter())
+        for note, count in sorted(notes.items()):
+            print(f"  {note}: {count}")
         if folder.run.files:
             _picture(dataset, split)
-    if failures:
-        raise UserError("\n".join(failures))
+    check(not failures, "\n".join(failures))
     check(total > 0, f"no patch was cut for {dataset.name}: the scenes are too small, or the [rules] drop all patches")
     print(f"next: {command_line('datasetsprocess/process.py', args)}")
 
@@ -220,7 +229,7 @@ def _settings(dataset: Dataset, split: str, with_truth: bool) -> dict[str, Any]:
     return settings if with_truth else settings | {"label_maps": False}
 
 
-def _finished_scenes(folder: Path) -> dict[str, SceneRecord]:
+def _records(folder: Path) -> dict[str, SceneRecord]:
     """Scene -> its record. A scene whose record is damaged, as after a power cut, is cut again."""
     records = {}
     for path in (folder / "scenes").glob("[!.]*.json"):
@@ -229,90 +238,63 @@ def _finished_scenes(folder: Path) -> dict[str, SceneRecord]:
     return records
 
 
-def _refuse_replaced(sources: Iterable[Source], done: dict[str, SceneRecord]) -> None:
-    for source in sources:
-        check(
-            source.scene not in done or done[source.scene].files == source.state(),
-            f"{source.image} or its truth was replaced after it was cut: cut all scenes again with --overwrite",
-        )
-
-
-def _remove_begun(folder: Path, done: Collection[str]) -> None:
+def _remove_begun(folder: Path, finished: Collection[str]) -> None:
     """Remove the patches of scenes that an interrupted run left unfinished: their files may have been replaced."""
     for path in (*folder.glob("images/*.png"), *folder.glob("labels/*.png")):
         match = PATCH_ID.fullmatch(path.stem)
-        if match and match[1] not in done:
+        if match and match[1] not in finished:
             path.unlink()
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """Writes the patches of one scene, then scenes/<scene>.json."""
+def _cut(
+    source: Source, args: Cutting, dataset: Dataset, split: str, rule: Rule, open_image: Callable[[Path], Raster]
+) -> None:
+    """Write the patches of one scene, then scenes/<scene>.json."""
+    with open_image(source.image) as image:
+        ids, unknown = _read_ids(source.truth, image, dataset) if source.truth else (None, Unknown())
+        if source.truth and unknown and args.unknown_colours == "stop":
+            raise UserError(describe(source.truth, unknown))
+        scene = Scene(source.scene, split, dataset, getattr(args, "seed", 0), image, ids)
+        patches = 0
+        for place, pixels, label in rule(scene):
+            name = f"{source.scene}_{place}.png"
+            if label is not None:
+                if (label == IGNORE).all():
+                    scene.notes["patches without any labelled pixel, left out"] += 1
+                    continue
+                save_label(dataset.labels(split) / name, label, dataset.colours)
+            save_image(dataset.images(split) / name, pixels)
+            patches += 1
+    scene.notes["pixels of unknown colours, set to 255"] += sum(unknown.values())
+    record = SceneRecord(
+        image=str(source.image),
+        truth=str(source.truth or ""),
+        patches=patches,
+        notes=+scene.notes,
+        files=source.state(),
+    )
+    write_json(dataset.folder / split / "scenes" / f"{source.scene}.json", record.model_dump())
 
-    rule: Rule
-    open_image: Callable[[Path], Raster]
-    dataset: Dataset
-    split: str
-    seed: int
-    unknown_colours: Literal["stop", "ignore"]
 
-    def __call__(self, source: Source) -> None:
-        dataset, split = self.dataset, self.split
-        with self.open_image(source.image) as image:
-            ids, unknown = self._read_ids(source.truth, image) if source.truth else (None, Unknown())
-            scene = Scene(source.scene, split, dataset, self.seed, image, ids)
-            patches = 0
-            for place, pixels, label in self.rule(scene):
-                name = f"{source.scene}_{place}.png"
-                if label is not None:
-                    if (label == IGNORE).all():
-                        scene.notes["patches without any labelled pixel, left out"] += 1
-                        continue
-                    save_label(dataset.labels(split) / name, label, dataset.colours)
-                save_image(dataset.images(split) / name, pixels)
-                patches += 1
-        scene.notes["pixels of unknown colours, set to 255"] += sum(unknown.values())
-        record = SceneRecord(
-            image=str(source.image),
-            truth=str(source.truth or ""),
-            patches=patches,
-            notes=+scene.notes,
-            files=source.state(),
+def _read_ids(path: Path, image: Raster, dataset: Dataset) -> tuple[np.ndarray, Unknown]:
+    """`read_truth` of a scene's truth, which must have the size of its image."""
+    with Raster(path, KINDS) as truth:
+        check(
+            image.shape == truth.shape,
+            f"{image.path} has {image.shape[1]} x {image.shape[0]} pixels but {path} has {truth.shape[1]} x "
+            f"{truth.shape[0]}: image and truth must show the same scene at the same size",
         )
-        write_json(dataset.folder / split / "scenes" / f"{source.scene}.json", record.model_dump())
-
-    def _read_ids(self, path: Path, image: Raster) -> tuple[np.ndarray, Unknown]:
-        """`read_truth` of a scene's truth, which must have the size of its image."""
-        with Raster(path, KINDS) as truth:
-            check(
-                image.shape == truth.shape,
-                f"{image.path} has {image.shape[1]} x {image.shape[0]} pixels but {path} has {truth.shape[1]} x "
-                f"{truth.shape[0]}: image and truth must show the same scene at the same size",
-            )
-            ids, unknown = read_truth(truth, self.dataset)
-        if unknown and self.unknown_colours == "stop":
-            raise UserError(describe(path, unknown))
-        return ids, unknown
-
-
-def _print_record(folder: StepFolder, split: str) -> None:
-    records = _finished_scenes(folder.path).values()
-    print(f"{split}: {folder.run.files} patches of {len(records)} scenes in {folder.path}")
-    notes: Counter = Counter()
-    for record in records:
-        notes.update(record.notes)
-    for note, count in sorted(notes.items()):
-        print(f"  {note}: {count}")
+        return read_truth(truth, dataset)
 
 
 def _picture(dataset: Dataset, split: str) -> None:
     from tools.pictures import colourise, contact_sheet, sample_ids  # here, since worker processes do without
 
-    ids = sample_ids(dataset.ids(split), 6)
-    rows = [[load_image(dataset.images(split) / f"{id}.png")] for id in ids]
-    if dataset.labels(split).is_dir():
-        for id, row in zip(ids, rows, strict=True):
+    rows = []
+    for id in sample_ids(dataset.ids(split), 6):
+        rows.append([load_image(dataset.images(split) / f"{id}.png")])
+        if dataset.labels(split).is_dir():
             label = load_label(dataset.labels(split) / f"{id}.png", dataset.num_classes)
-            row.append(colourise(label, dataset.colours))
+            rows[-1].append(colourise(label, dataset.colours))
     titles = ["image", "truth"][: len(rows[0])]
     contact_sheet(dataset.folder / split / "contact_sheet.png", rows, titles, dataset.legend)

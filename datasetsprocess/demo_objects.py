@@ -4,7 +4,6 @@ Lengths are in pixels of about 15 cm: a car has 13 x 28 pixels, a patch of 128 p
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise, product
 from typing import Any
 
@@ -45,19 +44,10 @@ PITCHED_ROOFS = ["tiles", "tiles", "tiles", "slate", "sheet"]  # listed as often
 FLAT_ROOFS = ["membrane", "roof gravel", "mossy", "sheet", "slate"]
 TREES = ["broadleaf", "broadleaf", "broadleaf", "conifer", "autumn"]
 CAR_PAINTS = np.array(
-    [
-        (222, 223, 223),
-        (222, 223, 223),
-        (222, 223, 223),
-        (40, 40, 44),
-        (40, 40, 44),
-        (172, 174, 178),
-        (172, 174, 178),
-        (96, 98, 104),
-        (190, 172, 50),
-        (110, 56, 104),
-        (150, 66, 52),
-    ]
+    [(222, 223, 223)] * 3
+    + [(40, 40, 44)] * 2
+    + [(172, 174, 178)] * 2
+    + [(96, 98, 104), (190, 172, 50), (110, 56, 104), (150, 66, 52)]
 )
 
 
@@ -69,18 +59,11 @@ def noise(rng: np.random.Generator, size: int, grain: float) -> np.ndarray:
     return (smooth - smooth.mean()) / smooth.std()
 
 
-@dataclass
 class Canvas:
     """The ground and the objects on it: reflectance (S, S, 3), class ids (S, S), height in pixels (S, S)."""
 
-    rng: np.random.Generator
-    size: int
-    colour: np.ndarray = field(init=False)
-    ids: np.ndarray = field(init=False)
-    height: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        rng, size = self.rng, self.size
+    def __init__(self, rng: np.random.Generator, size: int):
+        self.rng, self.size = rng, size
         self.colour = np.zeros((size, size, 3), np.float32)
         self.ids = np.zeros((size, size), np.uint8)
         self.height = np.zeros((size, size), np.float32)
@@ -157,7 +140,7 @@ def stations(line: np.ndarray, spacing: float, margin: float) -> tuple[np.ndarra
     return points, (ahead - points) / np.linalg.norm(ahead - points, axis=1, keepdims=True)
 
 
-def draw_roads(canvas: Canvas, cuts, half_width: float, pavement: float) -> list[np.ndarray]:
+def roads(canvas: Canvas, cuts, half_width: float, pavement: float) -> list[np.ndarray]:
     """Paint streets along cuts of the plan: pavement, kerb, asphalt, dashes. Returns centre lines (n, 2) in pixels."""
     lines = [canvas.to_image(np.linspace(np.array(start, float), np.array(end, float), 48)) for start, end in cuts]
 
@@ -176,7 +159,7 @@ def draw_roads(canvas: Canvas, cuts, half_width: float, pavement: float) -> list
     return lines
 
 
-def draw_building(canvas: Canvas, centre, angle: float, half, height: float, roof: tuple) -> None:
+def building(canvas: Canvas, centre, angle: float, half, height: float, roof: tuple) -> None:
     """Building; half = (along the ridge, across), roof = (pitch, material); pitch 0: flat, with machines."""
     rng, (a, b), (pitch, material) = canvas.rng, half, roof
     window, along, across = canvas.frame(centre, angle, np.hypot(a, b))
@@ -198,7 +181,7 @@ def draw_building(canvas: Canvas, centre, angle: float, half, height: float, roo
         canvas.paint(window, part, BUILDING, ["slate", "sheet", "membrane"], top)
 
 
-def draw_tree(canvas: Canvas, centre, radius: float, material) -> None:
+def tree(canvas: Canvas, centre, radius: float, material) -> None:
     """Crown with an uneven edge and surface; it covers only what is lower."""
     window, x, y = canvas.frame(centre, 0, 1.4 * radius)
     lumps = 0.16 * canvas.wear[window] + 0.10 * canvas.grain[window]
@@ -207,17 +190,17 @@ def draw_tree(canvas: Canvas, centre, radius: float, material) -> None:
     canvas.paint(window, (bulge > 0.12) & (crown > canvas.height[window]), TREE, material, crown, fade=0.2)
 
 
-def draw_grove(canvas: Canvas, where, spacing: float, radii=(7, 17), share: float = 1) -> None:
+def grove(canvas: Canvas, where, spacing: float, radii=(7, 17), share: float = 1) -> None:
     """Trees about `spacing` apart on a share of the places in `where` (S, S) bool, mostly of one kind."""
     rng, main = canvas.rng, canvas.choose(TREES)
     grid = np.arange(0, canvas.size, spacing)
     centres = np.stack(np.meshgrid(grid, grid), -1).reshape(-1, 2) + rng.uniform(0, spacing, (len(grid) ** 2, 2))
     x, y = np.minimum(centres.astype(int), canvas.size - 1).T
     for centre in centres[where[y, x] & (rng.random(len(centres)) < share)]:
-        draw_tree(canvas, centre, rng.uniform(*radii), main if rng.random() < 0.7 else TREES)
+        tree(canvas, centre, rng.uniform(*radii), main if rng.random() < 0.7 else TREES)
 
 
-def draw_car(canvas: Canvas, centre, angle: float) -> None:
+def car(canvas: Canvas, centre, angle: float) -> None:
     """Car of about 13 x 28 pixels with dark windows; hidden by higher objects."""
     rng = canvas.rng
     a, b = rng.normal(14, 1), rng.normal(6.6, 0.35)
@@ -228,7 +211,7 @@ def draw_car(canvas: Canvas, centre, angle: float) -> None:
     canvas.paint(window, glass, CAR, "glass", 6)
 
 
-def draw_traffic(canvas: Canvas, line: np.ndarray, half_width: float, density: float) -> None:
+def traffic(canvas: Canvas, line: np.ndarray, half_width: float, density: float) -> None:
     """Moving and parked cars, and on some streets rows of trees, along a centre line (n, 2)."""
     rng = canvas.rng
     trees = rng.random() < 0.2
@@ -236,12 +219,12 @@ def draw_traffic(canvas: Canvas, line: np.ndarray, half_width: float, density: f
         for side in np.array([(dy, -dx), (-dy, dx)]):
             if rng.random() < density:
                 offset = half_width * 0.45 if rng.random() < 0.4 else half_width - 7
-                draw_car(canvas, point + offset * side, np.arctan2(dy, dx))
+                car(canvas, point + offset * side, np.arctan2(dy, dx))
             if trees and rng.random() < 0.5:
-                draw_tree(canvas, point + (half_width + 7) * side, rng.uniform(6, 10), "broadleaf")
+                tree(canvas, point + (half_width + 7) * side, rng.uniform(6, 10), "broadleaf")
 
 
-def draw_car_park(canvas: Canvas, box, full: float) -> None:
+def car_park(canvas: Canvas, box, full: float) -> None:
     """Rows of stalls with white lines; a share `full` of the stalls has a car."""
     u0, v0, u1, v1 = box
     canvas.cover(box, IMSURF, ["asphalt", "asphalt", "paving"])
@@ -252,10 +235,10 @@ def draw_car_park(canvas: Canvas, box, full: float) -> None:
             line = (np.abs(along) < 16) & (np.abs(across - 9) < 0.8) & (canvas.ids[window] == IMSURF)
             canvas.paint(window, line, IMSURF, "marking")
             if canvas.rng.random() < full:
-                draw_car(canvas, centre, angle + np.pi * canvas.rng.integers(2))
+                car(canvas, centre, angle + np.pi * canvas.rng.integers(2))
 
 
-def draw_clutter(canvas: Canvas, box) -> None:
+def clutter(canvas: Canvas, box) -> None:
     """One of the objects that are clutter in Vaihingen: water, a tennis court, containers, a building site."""
     rng, (u0, v0, u1, v1) = canvas.rng, box
     centre, angle = canvas.place(((u0 + u1) / 2, (v0 + v1) / 2))

@@ -7,15 +7,11 @@ published.
 
 Reads   <raw>/{train,val}/images/P0000.png                                          red, green, blue
         <raw>/{train,val}/Semantic_masks/images/P0000_instance_color_RGB.png        colour-coded truth
-Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channels of 8 bits
-        <root>/datasets/<dataset>/{train,test}/labels/<id>.png     class ids in a palette PNG, 255 = ignore
+Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png, and labels/<id>.png: class ids, 255 = ignore;
         in the same folders run.json, scenes/<scene>.json (record of each scene), contact_sheet.png
 
-The images are those of DOTA-v1.0: unpack part1.zip, part2.zip, ... of its train folder into <raw>/train and of its val
-folder into <raw>/val; each archive contains the folder images. The masks are those of iSAID: unpack the archives of its
-folder train/Semantic_masks into <raw>/train/Semantic_masks, and the same for val. Scenes may also be tif, jpg or jp2.
-They must have three channels of 8 bits; an opaque alpha channel is dropped. For the few grey scenes of DOTA, use --grey
-repeat.
+docs/data.md says which archive goes where. Scenes may also be tif, jpg or jp2. For the few grey scenes of DOTA, use
+--grey repeat.
 
 Command: python datasetsprocess/isaid_split.py
 """

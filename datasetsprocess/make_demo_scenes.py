@@ -20,21 +20,8 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any folder
-from datasetsprocess.demo_objects import (
-    FLAT_ROOFS,
-    IMSURF,
-    LOWVEG,
-    PITCHED_ROOFS,
-    Canvas,
-    draw_building,
-    draw_car,
-    draw_car_park,
-    draw_clutter,
-    draw_grove,
-    draw_roads,
-    draw_traffic,
-    noise,
-)
+from datasetsprocess import demo_objects as draw
+from datasetsprocess.demo_objects import FLAT_ROOFS, IMSURF, LOWVEG, PITCHED_ROOFS, Canvas, noise
 from tools.command import check, run
 from tools.constants import Place, PositiveCount, Seed, checked_constants
 from tools.dataset import Dataset, load_dataset
@@ -85,9 +72,9 @@ def town(canvas: Canvas, box) -> None:
     if min(yard[2] - yard[0], yard[3] - yard[1]) > 40:
         use = rng.choice(["garden", "car park", "paved"], p=[0.5, 0.25, 0.25])
         if use == "garden":
-            draw_grove(canvas, canvas.cover(yard, LOWVEG, "lawn"), 34, share=0.6)
+            draw.grove(canvas, canvas.cover(yard, LOWVEG, "lawn"), 34, share=0.6)
         elif use == "car park":
-            draw_car_park(canvas, yard, canvas.choose([0, 0.4]))
+            draw.car_park(canvas, yard, canvas.choose([0, 0.4]))
     usual = canvas.choose(["tiles", "slate"])
     for along_u, front, inward in ((True, v0, 1), (True, v1, -1), (False, u0, 1), (False, u1, -1)):
         at, end = (u0, u1) if along_u else (v0, v1)
@@ -100,7 +87,7 @@ def town(canvas: Canvas, box) -> None:
             centre, angle = canvas.place(middle if along_u else middle[::-1], 0 if along_u else np.pi / 2)
             flat = rng.random() < 0.3
             roof = (0, FLAT_ROOFS) if flat else (0.7, [usual, usual, *PITCHED_ROOFS[2:]])
-            draw_building(canvas, centre, angle, (length / 2, depth / 2), rng.uniform(26, 38), roof)
+            draw.building(canvas, centre, angle, (length / 2, depth / 2), rng.uniform(26, 38), roof)
 
 
 def suburb(canvas: Canvas, box) -> None:
@@ -116,7 +103,7 @@ def suburb(canvas: Canvas, box) -> None:
         middle = np.array([plot[0] + w / 2, plot[1] + h / 2])
         garden = canvas.cover(inset(plot, 1), LOWVEG, ["lawn"] * 7 + ["meadow"] * 2 + ["soil"])
         if rng.random() < 0.08:
-            draw_clutter(canvas, inset(plot, 8))
+            draw.clutter(canvas, inset(plot, 8))
             continue
         if rng.random() < 0.35:  # a drive on the side of the nearer street
             side = 1 if row >= rows / 2 else -1
@@ -124,15 +111,15 @@ def suburb(canvas: Canvas, box) -> None:
             window, along, across = canvas.frame(drive, angle, h / 2)
             canvas.paint(window, (np.abs(along) < h / 3) & (np.abs(across) < 10), IMSURF, ["paving", "gravel"])
             if rng.random() < 0.6:
-                draw_car(canvas, drive, angle)
+                draw.car(canvas, drive, angle)
         centre, angle = canvas.place(middle + rng.uniform(-8, 8, 2), canvas.choose([0, np.pi / 2]))
         half = rng.uniform(17, 28), rng.uniform(14, 20)
-        draw_building(canvas, centre, angle, half, rng.uniform(14, 22), (0.8, PITCHED_ROOFS))
+        draw.building(canvas, centre, angle, half, rng.uniform(14, 22), (0.8, PITCHED_ROOFS))
         if rng.random() < 0.3:  # a shed in a corner
             centre, angle = canvas.place(middle + rng.choice([-1, 1], 2) * (0.36 * w, 0.34 * h))
-            draw_building(canvas, centre, angle, rng.uniform(6, 10, 2), 9, (0, "roof gravel"))
+            draw.building(canvas, centre, angle, rng.uniform(6, 10, 2), 9, (0, "roof gravel"))
         edge = garden & ~canvas.inside(inset(plot, rng.uniform(12, 26)))
-        draw_grove(canvas, edge, 22, radii=(5, 14), share=leafiness)
+        draw.grove(canvas, edge, 22, radii=(5, 14), share=leafiness)
 
 
 def industry(canvas: Canvas, box) -> None:
@@ -149,11 +136,11 @@ def industry(canvas: Canvas, box) -> None:
             centre, angle = canvas.place(((u0 + u1) / 2, (v0 + v1) / 2))
             pitch = canvas.choose([0, 0, 0.12])
             half = (u1 - u0) / 2, (v1 - v0) / 2
-            draw_building(canvas, centre, angle, half, rng.uniform(24, 36), (pitch, FLAT_ROOFS))
+            draw.building(canvas, centre, angle, half, rng.uniform(24, 36), (pitch, FLAT_ROOFS))
         elif use == "car park":
-            draw_car_park(canvas, lot, canvas.choose([0, 0.2, 0.6]))  # empty ones too: markings must not imply cars
+            draw.car_park(canvas, lot, canvas.choose([0, 0.2, 0.6]))  # empty ones too: markings must not imply cars
         else:
-            draw_clutter(canvas, lot)
+            draw.clutter(canvas, lot)
 
 
 def park(canvas: Canvas, box) -> None:
@@ -164,17 +151,17 @@ def park(canvas: Canvas, box) -> None:
         canvas.cover(ground & (np.abs(noise(rng, canvas.size, 160)) < 0.05), IMSURF, "gravel")
     if rng.random() < 0.85:
         u, v = rng.uniform((0.7 * u0 + 0.3 * u1, 0.7 * v0 + 0.3 * v1), (0.3 * u0 + 0.7 * u1, 0.3 * v0 + 0.7 * v1))
-        draw_clutter(canvas, (u - 55, v - 55, u + 55, v + 55))
+        draw.clutter(canvas, (u - 55, v - 55, u + 55, v + 55))
     free = ground & (canvas.ids == LOWVEG)
-    draw_grove(canvas, free & (noise(rng, canvas.size, 90) > 0.7), 17)
-    draw_grove(canvas, free, 60, share=canvas.choose([0, 0.35]))
+    draw.grove(canvas, free & (noise(rng, canvas.size, 90) > 0.7), 17)
+    draw.grove(canvas, free, 60, share=canvas.choose([0, 0.35]))
 
 
 def wood(canvas: Canvas, box) -> None:
     """Dense trees with a few clearings."""
     canvas.cover(box, LOWVEG, "forest floor")
     canopy = canvas.inside(box) & (noise(canvas.rng, canvas.size, 80) > -1.9)
-    draw_grove(canvas, canopy, 12, radii=(11, 19))
+    draw.grove(canvas, canopy, 12, radii=(11, 19))
 
 
 def fields(canvas: Canvas, box) -> None:
@@ -188,7 +175,7 @@ def fields(canvas: Canvas, box) -> None:
         rows = np.where(np.mod(across, 58) < 3, 0.87, 1 + 0.05 * np.sin(1.2 * across))
         canvas.colour[crop] *= rows[crop][:, None]
     if rng.random() < 0.25:
-        draw_grove(canvas, ground & ~canvas.inside(inset(box, 34)), 30, share=0.4)
+        draw.grove(canvas, ground & ~canvas.inside(inset(box, 34)), 30, share=0.4)
 
 
 # drawn without replacement until all are used, so that a scene has most kinds
@@ -241,10 +228,10 @@ def make_scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndar
         streets += cuts
         for block in blocks:
             district(canvas, block)
-    roads = [(line, 16, canvas.choose([0, 0.12, 0.3])) for line in draw_roads(canvas, streets, 16, 6)]
-    roads += [(line, 21, canvas.choose([0, 0.12, 0.3])) for line in draw_roads(canvas, avenues, 21, 8)]
+    roads = [(line, 16, canvas.choose([0, 0.12, 0.3])) for line in draw.roads(canvas, streets, 16, 6)]
+    roads += [(line, 21, canvas.choose([0, 0.12, 0.3])) for line in draw.roads(canvas, avenues, 21, 8)]
     for road in roads:
-        draw_traffic(canvas, *road)
+        draw.traffic(canvas, *road)
     return sensor(rng, light(canvas)), canvas.ids
 
 

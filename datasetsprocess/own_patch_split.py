@@ -28,10 +28,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from datasetsprocess.cutting import Cutting, Patch, Scene, raw_folder, split_scenes
-from datasetsprocess.scene_files import find_sources, scene_files
+from datasetsprocess.scene_files import SCENE, find_sources, scene_files, scene_names
 from tools.command import check, run
 from tools.constants import Share, checked_constants
-from tools.dataset import Dataset, load_dataset
+from tools.dataset import load_dataset
 from tools.image_labels import write_image_labels
 from tools.labels import IGNORE
 from tools.rasters import SUFFIXES, Nodata, Raster, covering_starts
@@ -64,16 +64,6 @@ def patches(scene: Scene, border: str, max_nodata: float) -> Iterator[Patch]:
             yield f"r{row:03d}_c{column:03d}", pixels, None if ids is None else np.where(valid, ids, IGNORE)
 
 
-def write_blank(dataset: Dataset, args: Constants) -> None:
-    """A csv with a line for each train patch and no class yet; process.py names the lines that were not filled in."""
-    file = dataset.folder / "train" / "image_labels_blank.csv"
-    nothing = np.zeros(dataset.num_classes, bool)
-    write_image_labels(file, dataset.classes, {id: nothing for id in dataset.ids("train")})
-    page = command_line("datasetsprocess/label_page.py", args)
-    print(f"before that, since the train scenes have no truth: {page}")
-    print(f"or fill in {file} and save it as image_labels.csv")
-
-
 def main(args: Constants) -> None:
     dataset = load_dataset(args.dataset, args.root)
     check(
@@ -82,30 +72,32 @@ def main(args: Constants) -> None:
         f"({dataset.patch_size}), so that the tiles leave no gaps",
     )
     raw = raw_folder(args, dataset)
-    images = {split: scene_files(raw / split / "images") for split in SPLITS}
     check(
-        bool(images["train"]),
+        bool(scene_files(raw / "train" / "images")),
         f"{raw / 'train' / 'images'} has no scenes ({', '.join(SUFFIXES)}): put the large images for training there "
         f"and those for testing into {raw / 'test' / 'images'}, or name another folder with --raw",
     )
-    scenes, places = {}, {}
+    places = {split: [f"{split}/images/{SCENE}"] for split in SPLITS}
     for split in SPLITS:
-        truths = scene_files(raw / split / "labels")
-        scenes[split] = sorted({*images[split], *truths})
-        places[split] = [f"{split}/images/{{scene}}"]
-        if truths:
-            places[split].append(f"{split}/labels/{{scene}}")
         by_hand = dataset.image_labels_file(split)
-        check(
-            bool(truths) or not (args.overwrite and by_hand.exists()),
-            f"{by_hand} may be written by hand, and --overwrite would delete it: move it away first",
-        )
-    sources = find_sources(raw, scenes, places, args.missing_scenes)
+        if scene_files(raw / split / "labels"):
+            places[split].append(f"{split}/labels/{SCENE}")
+        else:
+            check(
+                not (args.overwrite and by_hand.exists()),
+                f"{by_hand} may be written by hand, and --overwrite would delete it: move it away first",
+            )
+    sources = find_sources(raw, scene_names(raw, places), places, args.missing_scenes)
     rule = partial(patches, border=args.border, max_nodata=args.max_nodata)
     kinds = ("rgb", "holes", "grey") if args.grey == "repeat" else ("rgb", "holes")
     split_scenes(args, dataset, sources, rule, partial(Raster, kinds=kinds, nodata=args.nodata))
     if sources["train"] and not sources["train"][0].truth:
-        write_blank(dataset, args)
+        blank = dataset.folder / "train" / "image_labels_blank.csv"  # process.py names the lines that are not filled in
+        no_class = np.zeros(dataset.num_classes, bool)
+        write_image_labels(blank, dataset.classes, dict.fromkeys(dataset.ids("train"), no_class))
+        page = command_line("datasetsprocess/label_page.py", args)
+        print(f"before that, since the train scenes have no truth: {page}")
+        print(f"or fill in {blank} and save it as image_labels.csv")
 
 
 if __name__ == "__main__":

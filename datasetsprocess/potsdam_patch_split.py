@@ -8,17 +8,13 @@ Reads   <raw>/2_Ortho_RGB/top_potsdam_<scene>_RGB.tif                           
         <raw>/5_Labels_all/top_potsdam_<scene>_label.tif                            full colour-coded truth
         <raw>/5_Labels_all_noBoundary/top_potsdam_<scene>_label_noBoundary.tif      for --truth eroded: boundaries are
                                                                                     black (ignored)
-Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channels of 8 bits
-        <root>/datasets/<dataset>/{train,test}/labels/<id>.png     class ids in a palette PNG, 255 = ignore
+Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png, and labels/<id>.png: class ids, 255 = ignore;
         in the same folders run.json, scenes/<scene>.json (record of each scene), contact_sheet.png
 
-The archives come from ISPRS (2D Semantic Labelling, Potsdam). Unpack 2_Ortho_RGB.zip, which contains a folder, into
-<raw>, and 5_Labels_all.zip, which contains none, into <raw>/5_Labels_all. For --truth eroded, unpack
-5_Labels_all_noBoundary.zip into <raw>/5_Labels_all_noBoundary. 5_Labels_for_participants.zip has the truth of 24 scenes
-only: unpack it into <raw>/5_Labels_all and add --missing-scenes skip. The published truth of 4_12 is a faulty overlay
-with thousands of colours: either ignore its wrong pixels with --unknown-colours ignore, or write a dataset.toml without
-this scene. Scenes may also be png, jpg or jp2. They must have three channels of 8 bits; an opaque alpha channel is
-dropped.
+docs/data.md says which archive goes where. With 5_Labels_for_participants.zip, the truth of 24 scenes only, in
+<raw>/5_Labels_all add --missing-scenes skip. The published truth of 4_12 is a faulty overlay with thousands of colours:
+ignore its wrong pixels with --unknown-colours ignore, or write a dataset.toml without this scene. Scenes may also be
+png, jpg or jp2.
 
 Command: python datasetsprocess/potsdam_patch_split.py
 """

@@ -65,17 +65,14 @@ def count_pixels(id: str, dataset: Dataset, split: str, min_pixels: int) -> np.n
 
 def count_split(dataset: Dataset, split: str, args: Constants) -> tuple[dict[str, np.ndarray], list[str]]:
     """`count_pixels` of every label map of a split, id -> (2,K) int64, and a sentence for each wrong file."""
-    ids = dataset.ids(split)
-    images, labels = dataset.images(split), dataset.labels(split)
-    wrong = [
-        f"{labels / name} has no image {images / name}"
-        for name in sorted({path.name for path in labels.glob("[!.]*.png")} - {f"{id}.png" for id in ids})
-    ]
-    wrong += [
-        f"{path} is no png, so no step reads it: convert it, or move it away"
-        for path in sorted(images.iterdir())
-        if path.suffix != ".png" and not path.name.startswith(".")
-    ]
+    ids, labels = dataset.ids(split), dataset.labels(split)
+    known, wrong = set(ids), []
+    for path in sorted(labels.glob("[!.]*.png")):
+        if path.stem not in known:
+            wrong.append(f"{path} has no image {dataset.images(split) / path.name}")
+    for path in sorted(dataset.images(split).glob("[!.]*")):
+        if path.suffix != ".png":
+            wrong.append(f"{path} is no png, so no step reads it: convert it, or move it away")
     work = partial(count_pixels, dataset=dataset, split=split, min_pixels=args.min_pixels)
     workers = args.workers if len(ids) >= 256 else 0  # fewer are counted before a worker process has started
     counts = {}
@@ -89,35 +86,34 @@ def count_split(dataset: Dataset, split: str, args: Constants) -> tuple[dict[str
     return counts, wrong
 
 
-def frequencies(dataset: Dataset, labels: dict[str, np.ndarray], pixels: np.ndarray | None) -> str:
-    """A table of the classes: patches with the class, their share, and the share of labelled pixels if known."""
+def report(dataset: Dataset, split: str, labels: dict[str, np.ndarray], pixels: np.ndarray | None) -> None:
+    """Print a table of the classes, patches and labelled pixels, and the warnings on the train split.
+
+    `pixels` as in `warnings`.
+    """
     width = max(map(len, dataset.classes)) + 2
     present = np.sum(list(labels.values()), axis=0)
-    lines = [f"  {'class':{width}}{'patches':>10}{'of patches':>13}" + ("" if pixels is None else f"{'of pixels':>12}")]
+    print(f"  {'class':{width}}{'patches':>10}{'of patches':>13}" + ("" if pixels is None else f"{'of pixels':>12}"))
     for k, name in enumerate(dataset.classes):
         line = f"  {name:{width}}{present[k]:>10}{present[k] / len(labels):>12.1%} "
         if pixels is not None:
-            share = pixels[k] / pixels.sum()
+            share = pixels[0, k] / pixels[0].sum()
             line += f"{share:>11.2%} {' next to no pixels' if share < FEW_PIXELS else ''}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
-
-
-def report(dataset: Dataset, split: str, labels: dict[str, np.ndarray], pixels: np.ndarray | None) -> None:
-    """Print the table of the classes and, for the train split, the warnings. `pixels` as in `warnings`."""
-    print(frequencies(dataset, labels, None if pixels is None else pixels[0]))
+        print(line.rstrip())
     if split == "train":
         for sentence in warnings(dataset, labels, pixels):
             print(f"warning: {sentence}")
 
 
-def agrees(dataset: Dataset, split: str, labels: dict[str, np.ndarray]) -> bool:
-    """Whether the existing image_labels.csv has the same labels."""
+def differs(dataset: Dataset, split: str, labels: dict[str, np.ndarray]) -> bool:
+    """Whether there is an image_labels.csv of other labels."""
+    if not dataset.image_labels_file(split).exists():
+        return False
     try:
         before = dataset.image_labels(split)
     except UserError:
-        return False
-    return all((before[id] == labels[id]).all() for id in labels)
+        return True
+    return any((before[id] != labels[id]).any() for id in labels)
 
 
 def label_split(dataset: Dataset, split: str, args: Constants) -> list[str]:
@@ -141,7 +137,7 @@ def label_split(dataset: Dataset, split: str, args: Constants) -> list[str]:
         return wrong
     labels = {id: count[0] >= args.min_pixels for id, count in counts.items()}
     check(
-        args.overwrite or not file.exists() or agrees(dataset, split, labels),
+        args.overwrite or not differs(dataset, split, labels),
         f"{file} exists and differs from the label maps with min_pixels {args.min_pixels}: --overwrite replaces "
         f"it, or move the {split} labels folder away to keep it",
     )

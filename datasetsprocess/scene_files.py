@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,12 +54,13 @@ def find_sources(
     files = cache(scene_files)
     for split in SPLITS:
         for name in scenes.get(split, []):
-            paths = []
-            for place in (pattern.replace(SCENE, name) for pattern in places[split]):
-                path = _find(raw / place, files)
-                if path:
-                    paths.append(path)
-                else:
+            paths: list[Path] = []
+            for pattern in places[split]:
+                place = pattern.replace(SCENE, name)
+                same = files((raw / place).parent).get(Path(place).name, [])
+                check(len(same) < 2, f"{' and '.join(map(str, same))} are the same scene: remove one of them")
+                paths += same
+                if not same:
                     missing.append(place)
             if len(paths) == len(places[split]):
                 sources[split].append(Source(name, *paths))
@@ -93,10 +94,3 @@ def scene_files(folder: Path) -> dict[str, list[Path]]:
         if path.suffix.lower() in SUFFIXES:
             files[path.stem].append(path)
     return files
-
-
-def _find(place: Path, files: Callable[[Path], dict[str, list[Path]]]) -> Path | None:
-    paths = files(place.parent).get(place.name, [])
-    if len(paths) > 1:
-        raise UserError(f"{paths[0]} and {paths[1].name} are the same scene: remove one of them")
-    return paths[0] if paths else None

@@ -1,22 +1,19 @@
 """The truth of a whole scene, in colours or in class ids."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tools.command import UserError, and_more
+from tools.command import and_more, check
 from tools.dataset import Dataset
-from tools.labels import IGNORE, ColourDecoder, colour_keys
+from tools.labels import IGNORE, ColourDecoder
 from tools.rasters import Raster
 
 BAND = 256  # rows decoded at a time
 MANY = 50  # more colours than a person chooses by hand
 
 Unknown = dict[Any, int]  # colour (r,g,b) or number that is no class -> its pixels
-Decode = Callable[[np.ndarray, Unknown], np.ndarray]
 
 
 def read_truth(truth: Raster, dataset: Dataset) -> tuple[np.ndarray, Unknown]:
@@ -28,65 +25,60 @@ def read_truth(truth: Raster, dataset: Dataset) -> tuple[np.ndarray, Unknown]:
     height, width = truth.shape
     ids, unknown = np.empty((height, width), np.uint8), Unknown()
     bands = [ids[y : y + BAND] for y in range(0, height, BAND)]
-    decode: Decode | None = ColourDecoder(dataset.colours, dataset.ignore_colours) if truth.kind == "rgb" else None
+    decode = ColourDecoder(dataset.colours, dataset.ignore_colours) if truth.kind == "rgb" else None
     for number, band in enumerate(bands):
         rows = truth.read(number * BAND, 0, len(band), width)
         band[:] = decode(rows, unknown) if decode else rows[..., 0]
     if not decode:
-        decode = _decoder_of_numbers(bands, truth, dataset)
+        counts = sum(np.bincount(band.ravel(), minlength=256) for band in bands)
+        table, unknown = _decode_numbers(truth, np.asarray(counts), dataset)
         for band in bands:
-            band[:] = decode(band, unknown)
+            band[:] = table[band]
     return ids, unknown
 
 
-def _decoder_of_numbers(bands: list[np.ndarray], truth: Raster, dataset: Dataset) -> Decode:
-    """Like `ColourDecoder`, for the numbers (H,W) uint8 that a truth of one channel stores; 255 is always ignored."""
-    palette = truth.palette
-    if palette is not None:
-        used = np.flatnonzero(sum(np.bincount(band.ravel(), minlength=256) for band in bands))
-        if _shows_classes(palette, used, dataset):
-            decoder = ColourDecoder(dataset.colours, dataset.ignore_colours)
-            return partial(_decode_palette, palette=palette, decoder=decoder)
-        _refuse_other_order(truth.path, palette, used, dataset)
-    return partial(_decode_ids, num_classes=dataset.num_classes)
+def _decode_numbers(truth: Raster, counts: np.ndarray, dataset: Dataset) -> tuple[np.ndarray, Unknown]:
+    """Class ids (256,) uint8 of the numbers that a truth of one channel stores, and what is no class.
+
+    `counts` (256,) are the pixels of each number; 255 is always ignored.
+    """
+    used = np.flatnonzero(counts[:IGNORE]).tolist()
+    meaning: list[Any] = list(range(256))
+    class_of: dict[Any, int] = {k: k for k in range(dataset.num_classes)}
+    if truth.palette is not None:
+        palette = [tuple(colour) for colour in truth.palette.tolist()]
+        colours = {tuple(colour): k for k, colour in enumerate(dataset.colours.tolist())}
+        ignored = {tuple(colour): IGNORE for colour in dataset.ignore_colours.tolist()}
+        if _shows_classes(palette, used, set(colours), set(ignored)):
+            meaning, class_of = palette, colours | ignored
+        else:
+            for number in set(used) & set(class_of):
+                shown = colours.get(palette[number], number)
+                check(
+                    shown == number,
+                    f"{truth.path} shows the number {number} in the colour of {dataset.classes[shown]}, but class "
+                    f"{number} of dataset.toml is {dataset.classes[number]}: save the truth as an RGB image",
+                )
+    table, unknown = np.full(256, IGNORE, np.uint8), Unknown()
+    for number in used:
+        value = meaning[number]
+        if value in class_of:
+            table[number] = class_of[value]
+        else:
+            unknown[value] = unknown.get(value, 0) + int(counts[number])
+    return table, unknown
 
 
-def _decode_palette(numbers: np.ndarray, unknown: Unknown, palette: np.ndarray, decoder: ColourDecoder) -> np.ndarray:
-    ids, coloured = np.full(numbers.shape, IGNORE, np.uint8), numbers != IGNORE
-    ids[coloured] = decoder(palette[numbers[coloured]], unknown)
-    return ids
-
-
-def _decode_ids(numbers: np.ndarray, unknown: Unknown, num_classes: int) -> np.ndarray:
-    wrong = (numbers >= num_classes) & (numbers != IGNORE)
-    for number, pixels in zip(*np.unique(numbers[wrong], return_counts=True), strict=True):
-        unknown[int(number)] = unknown.get(int(number), 0) + int(pixels)
-    return np.where(wrong, IGNORE, numbers).astype(np.uint8)
-
-
-def _shows_classes(palette: np.ndarray, used: np.ndarray, dataset: Dataset) -> bool:
-    """Whether a palette (256,3) shows the described colours: those of all classes, or no others.
+def _shows_classes(palette: list[tuple], used: list[int], classes: set[tuple], ignored: set[tuple]) -> bool:
+    """Whether a palette shows the described colours: those of all classes, or no others.
 
     `used` are the numbers in the image. A palette of all grey levels shows nothing.
     """
-    if (palette == np.arange(256)[:, None]).all():
+    if palette == [(level, level, level) for level in range(256)]:
         return False
-    entries = np.concatenate([used[used != IGNORE], np.flatnonzero(palette.any(1))])
-    shown = colour_keys(palette[: entries.max(initial=-1) + 1])  # without the black entries that fill a palette up
-    classes = colour_keys(dataset.colours)
-    described = np.concatenate([classes, colour_keys(dataset.ignore_colours)])
-    return bool(np.isin(classes, shown).all() or np.isin(shown, described).all())
-
-
-def _refuse_other_order(truth: Path, palette: np.ndarray, used: np.ndarray, dataset: Dataset) -> None:
-    colours = dataset.colours.tolist()
-    for number in used[used < dataset.num_classes].tolist():
-        shown = palette[number].tolist()
-        if shown in colours and colours.index(shown) != number:
-            raise UserError(
-                f"{truth} shows the number {number} in the colour of {dataset.classes[colours.index(shown)]}, but "
-                f"class {number} of dataset.toml is {dataset.classes[number]}: save the truth as an RGB image"
-            )
+    coloured = [number for number, colour in enumerate(palette) if any(colour)]
+    shown = set(palette[: max([*used, *coloured], default=-1) + 1])  # without the black entries that fill a palette up
+    return classes <= shown or shown <= classes | ignored
 
 
 def describe(truth: Path, unknown: Unknown) -> str:

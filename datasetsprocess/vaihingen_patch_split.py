@@ -8,14 +8,10 @@ horizontally, rotated by a random multiple of 90 degrees.
 Reads   <raw>/top/top_mosaic_09cm_area<N>.tif                      near infrared, red, green, in this order
         <raw>/gts_for_participants/top_mosaic_09cm_area<N>.tif     full colour-coded truth
         <raw>/gts_eroded/top_mosaic_09cm_area<N>_noBoundary.tif    for --truth eroded: boundaries are black (ignored)
-Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png     three channels of 8 bits
-        <root>/datasets/<dataset>/{train,test}/labels/<id>.png     class ids in a palette PNG, 255 = ignore
+Writes  <root>/datasets/<dataset>/{train,test}/images/<id>.png, and labels/<id>.png: class ids, 255 = ignore;
         in the same folders run.json, scenes/<area>.json (record of each scene), contact_sheet.png
 
-The archives come from ISPRS (2D Semantic Labelling, Vaihingen). Unpack ISPRS_semantic_labeling_Vaihingen.zip into <raw>
-and ISPRS_semantic_labeling_Vaihingen_ground_truth_COMPLETE.zip into <raw>/gts_for_participants: the first archive has
-the truth of 16 areas only. For --truth eroded, unpack the ..._ground_truth_eroded_COMPLETE.zip into <raw>/gts_eroded.
-Scenes may also be png, jpg or jp2. They must have three channels of 8 bits; an opaque alpha channel is dropped.
+docs/data.md says which archive goes where. Scenes may also be png, jpg or jp2.
 
 Command: python datasetsprocess/vaihingen_patch_split.py
 """

@@ -90,6 +90,7 @@ def test_unreadable_files(tmp_path):
         {"size": _entry((2,), "<i4", np.array([-16, -16], np.int32).tobytes())},
         {"size": _entry((), "<i4", b"\0" * 4)},
         {"areas": _entry((1,), "<i4", b"\0" * 4)},  # one area for two masks
+        {"areas": _entry((2,), "<i4", np.array([256, 255], np.int32).tobytes())},  # other pixels than the bits have
         {"boxes": object_array.getvalue()},
         {"stability": None},
         {"size": None},
@@ -144,9 +145,9 @@ def test_files_that_declare_too_much_are_refused_before_they_are_unpacked(tmp_pa
     monkeypatch.setattr(
         np.lib.npyio.NpzFile, "__getitem__", lambda file, name: unpacked.append(name) or read(file, name)
     )
-    with pytest.raises(UserError, match=r"bomb\.npz is not a readable mask file \(it declares \d+ bytes, more than"):
+    with pytest.raises(UserError, match=r"bomb\.npz is not a readable mask file \(it declares"):
         load_masks(tmp_path / "bomb.npz")
-    assert unpacked == ["size"]
+    assert unpacked == []
 
 
 def test_more_masks_than_a_file_may_hold_are_not_written(tmp_path):

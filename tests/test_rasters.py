@@ -397,6 +397,7 @@ import sys
 from pathlib import Path
 import numpy as np
 
+from tools.command import UserError
 from tools.rasters import KINDS, Raster
 
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])

@@ -1,5 +1,6 @@
 """A data set: its description, its patches on disk and their image-level labels."""
 
+import hashlib
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy as np
 from tools.command import and_more, check
 from tools.constants import ROOT
 from tools.description import Layout, Method, read_description
-from tools.image_labels import hash_image_labels, read_image_labels
+from tools.image_labels import read_content, read_image_labels
 from tools.steps import SPLITS
 
 
@@ -87,8 +88,8 @@ class Dataset:
         """
         check(split in SPLITS, f'split is "{split}", but it must be one of {", ".join(SPLITS)}')
         folder, entries = self.images(split), []
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
-            entries = [entry for entry in found if entry.name.lower().endswith(".png") and entry.name[0] != "."]
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as files:
+            entries = [entry for entry in files if entry.name.lower().endswith(".png") and entry.name[0] != "."]
         check(
             bool(entries),
             f"{folder} holds no png images: cut the scenes into patches with the data set's script in datasetsprocess "
@@ -105,7 +106,7 @@ class Dataset:
 
     def image_labels_hash(self, split: str) -> str:
         """SHA-256 of image_labels.csv, by which a step notices that the file has changed since its first run."""
-        return hash_image_labels(self.image_labels_file(split))
+        return hashlib.sha256(read_content(self.image_labels_file(split))).hexdigest()
 
 
 def load_dataset(name: str, root: Path = ROOT) -> Dataset:

@@ -151,16 +151,6 @@ class Description(Table):
         return self
 
 
-KNOWN = {  # table -> its keys
-    "": ["base", *Description.model_fields],
-    "classes": list(ClassEntry.model_fields),
-    "layout": list(Layout.model_fields),
-    "rules": list(Rules.model_fields),
-    "paper": list(Paper.model_fields),
-    "method": list(Method.model_fields),
-}
-
-
 def read_description(name: str, root: Path) -> Description:
     """Read <root>/datasets/<name>/dataset.toml, or the description of that name which comes with the project.
 
@@ -181,14 +171,14 @@ def _file(name: str, root: Path) -> Path:
         return own
     if shipped.exists():
         return shipped
-    known = sorted(file.parent.name for file in (root / "datasets").glob("*/dataset.toml"))
-    coming = sorted(file.stem for file in SHIPPED.glob("*.toml"))
-    close = get_close_matches(name, [*known, *coming], 1)
+    own_names = sorted(file.parent.name for file in (root / "datasets").glob("*/dataset.toml"))
+    shipped_names = sorted(file.stem for file in SHIPPED.glob("*.toml"))
+    close = get_close_matches(name, [*own_names, *shipped_names], 1)
     raise UserError(
         f'there is no data set "{name}"'
         + (f", did you mean {close[0]}? " if close else ". ")
-        + (f"Your own: {', '.join(known)}. " if known else "")
-        + f"With the project: {', '.join(coming)}. To describe a new one, write {own} (docs/own_data.md)"
+        + (f"Your own: {', '.join(own_names)}. " if own_names else "")
+        + f"With the project: {', '.join(shipped_names)}. To describe a new one, write {own} (docs/own_data.md)"
     )
 
 
@@ -225,9 +215,12 @@ def _sentence(error: Any, files: dict[str, Path], own: Path) -> str:
     if error["type"] == "missing":
         return f"{file}: {key} is missing, add it (docs/own_data.md)"
     if error["type"] == "extra_forbidden" or "[key]" in error["loc"]:
-        known = SPLITS if "[key]" in error["loc"] else KNOWN[parts[0] if len(parts) > 1 else ""]
-        close = get_close_matches(str(parts[-1]), known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}"
+        tables: dict = {"classes": ClassEntry, "layout": Layout, "rules": Rules, "paper": Paper, "method": Method}
+        keys = ["base", *Description.model_fields]
+        if len(parts) > 1:
+            keys = list(SPLITS if "[key]" in error["loc"] else tables[parts[0]].model_fields)
+        close = get_close_matches(str(parts[-1]), keys, 1)
+        hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(keys)}"
         return f"{file}: there is no key {key}, {hint}"
     return f"{file}: {key} is {_shown(error['input'])}, but {expectation(error)}"
 

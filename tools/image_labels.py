@@ -1,26 +1,25 @@
 """Image-level labels as a csv: a column `id`, then one 0/1 column for each class."""
 
 import csv
-import hashlib
 import io
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from tools.command import UserError, and_more
+from tools.command import UserError, and_more, check
 from tools.files import write_whole
 
 SHOWN = 10  # faulty lines of a csv that one message lists
 
 
-def write_image_labels(path: Path, classes: tuple[str, ...], labels: dict[str, np.ndarray]) -> None:
+def write_image_labels(path: Path, classes: tuple[str, ...], image_labels: dict[str, np.ndarray]) -> None:
     """Write id -> (K,) bool, sorted by id."""
     with write_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["id", *classes])
-        for id in sorted(labels):
-            writer.writerow([id, *labels[id].astype(int)])
+        for id in sorted(image_labels):
+            writer.writerow([id, *image_labels[id].astype(int)])
 
 
 def read_image_labels(
@@ -33,76 +32,69 @@ def read_image_labels(
     image without any class. With `unfinished`, images without a line or without a class are not yet labelled and are
     left out.
     """
-    header, rows = _read_rows(path)
-    _check_header(path, header, classes)
+    header, *rows = _read_rows(path)
+    if header[:1] != ["id"] or sorted(header[1:]) != sorted(classes):
+        raise UserError(
+            f"{path} must begin with the line id,{','.join(classes)}, but it begins with "
+            f"{','.join(header)[:200] or 'nothing'}{_header_hint(header, classes)}"
+        )
     columns = [header.index(name) for name in classes]
-    wanted, labels, faults = set(ids), {}, []
-    for number, row in rows:
-        id = row[0] if row[0] in wanted else row[0].strip()
+    images, image_labels, faults = set(ids), {}, []
+    for number, row in enumerate(rows, start=2):
+        if not row:
+            continue
+        id = row[0] if row[0] in images else row[0].strip()
         values = [row[column].strip() for column in columns] if len(row) == len(header) else []
         if not values or not {"0", "1"}.issuperset(values):
             fault = (
                 f"expected an id and {len(classes)} values 0 or 1, found {','.join(row)[:200]}: write 1 where the "
                 "class is in the image and 0 where it is not, separated by commas"
             )
-        elif id in labels:
+        elif id in image_labels:
             fault = f"{id} is listed a second time"
-        elif id not in wanted:
+        elif id not in images:
             stem = Path(id).stem
-            hint = f": write {stem} without the suffix" if stem in wanted else " (has a spreadsheet changed the id?)"
+            hint = f": write {stem} without the suffix" if stem in images else " (has a spreadsheet changed the id?)"
             fault = f"there is no image images/{id}.png{hint}"
-        elif "1" not in values:
-            if unfinished:
-                continue
-            fault = f"{id} has no class: give it at least one, or remove the image"
-        else:
-            labels[id] = np.array([value == "1" for value in values])
+        elif "1" in values:
+            image_labels[id] = np.array([value == "1" for value in values])
             continue
+        elif unfinished:
+            continue
+        else:
+            fault = f"{id} has no class: give it at least one, or remove the image"
         faults.append(f"line {number}: {fault}")
     if faults:
         raise UserError(f"{path}, {and_more(faults, SHOWN)}")
-    missing = wanted - labels.keys()
+    missing = images - image_labels.keys()
     if missing and not unfinished:
         raise UserError(
             f"{path} has no line for {len(missing)} of the images, for example {min(missing)}: add the lines, or run "
             "process.py again if there are label maps"
         )
-    return labels
+    return image_labels
 
 
-def hash_image_labels(path: Path) -> str:
-    """SHA-256 of the file; raises `UserError` when it is missing."""
-    return hashlib.sha256(_content(path)).hexdigest()
-
-
-def _content(path: Path) -> bytes:
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing: run python datasetsprocess/process.py, or label the patches (docs/own_data.md)"
-        )
+def read_content(path: Path) -> bytes:
+    """The bytes of the file; raises `UserError` when it is missing."""
+    check(
+        path.is_file(),
+        f"{path} is missing: run python datasetsprocess/process.py, or label the patches (docs/own_data.md)",
+    )
     return path.read_bytes()
 
 
-def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header, and every other line that is not empty with its number, counted from 1."""
+def _read_rows(path: Path) -> list[list[str]]:
+    """The lines, without empty cells at their ends; the first one, the header, without spaces around its names."""
     try:
-        rows = list(csv.reader(io.StringIO(_content(path).decode("utf-8-sig"), newline="")))
+        rows = list(csv.reader(io.StringIO(read_content(path).decode("utf-8-sig"), newline=""))) or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'{path} is not a csv text file in UTF-8 ({error}): save it as "CSV UTF-8"') from None
     for row in rows:
         while row and not row[-1].strip():
             row.pop()
-    header = [cell.strip() for cell in rows[0]] if rows else []
-    return header, [(number, row) for number, row in enumerate(rows[1:], start=2) if row]
-
-
-def _check_header(path: Path, header: list[str], classes: tuple[str, ...]) -> None:
-    if header[:1] == ["id"] and sorted(header[1:]) == sorted(classes):
-        return
-    raise UserError(
-        f"{path} must begin with the line id,{','.join(classes)}, but it begins with "
-        f"{','.join(header)[:200] or 'nothing'}{_header_hint(header, classes)}"
-    )
+    rows[0] = [cell.strip() for cell in rows[0]]
+    return rows
 
 
 def _header_hint(header: list[str], classes: tuple[str, ...]) -> str:

@@ -30,21 +30,19 @@ class ColourDecoder:
 
     def __init__(self, colours: np.ndarray, ignore_colours: np.ndarray):
         self.table = np.full(1 << 24, self.UNKNOWN, np.uint8)
-        if len(ignore_colours):
-            self.table[colour_keys(np.asarray(ignore_colours, np.uint8))] = IGNORE
-        self.table[colour_keys(np.asarray(colours, np.uint8))] = np.arange(len(colours))
+        self.table[colour_keys(ignore_colours)] = IGNORE
+        self.table[colour_keys(colours)] = np.arange(len(colours))
 
     def __call__(self, rgb: np.ndarray, counts: dict[tuple[int, int, int], int] | None = None) -> np.ndarray:
         """(H,W,3) uint8 -> (H,W) uint8 ids; unknown colours become 255 and are counted in `counts`."""
         keys = colour_keys(rgb)
         ids = self.table[keys]
         unknown = ids == self.UNKNOWN
-        if unknown.any():
-            if counts is not None:
-                for key, pixels in zip(*np.unique(keys[unknown], return_counts=True), strict=True):
-                    colour = (int(key) >> 16, int(key) >> 8 & 255, int(key) & 255)
-                    counts[colour] = counts.get(colour, 0) + int(pixels)
-            ids[unknown] = IGNORE
+        if counts is not None:
+            for key, pixels in zip(*np.unique(keys[unknown], return_counts=True), strict=True):
+                colour = (int(key) >> 16, int(key) >> 8 & 255, int(key) & 255)
+                counts[colour] = counts.get(colour, 0) + int(pixels)
+        ids[unknown] = IGNORE
         return ids
 
 
@@ -117,8 +115,7 @@ def _png(path: Path, remedy: str) -> Iterator[tuple[Image.Image, int]]:
     No other format, whatever the file's name: for an EPS, Pillow would start Ghostscript.
     """
     check(path.exists(), f"{path} is missing: {remedy}")
-    # reading a named pipe would wait without end
-    check(path.is_file(), f"{path} is not a regular file: {remedy}")
+    check(path.is_file(), f"{path} is not a regular file: {remedy}")  # reading a named pipe would wait without end
     try:
         with path.open("rb") as file:
             header = file.read(25)  # its last byte holds the bits

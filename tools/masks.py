@@ -14,15 +14,17 @@ version compressed by LZMA have the same content and are read as well.
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 from tools.command import UserError, check
 from tools.files import write_whole
+from tools.steps import STEPS
 
 MOST_MASKS = 10_000  # of one patch; SAM's default grid can give 3,072, and a 512 px patch gives a few hundred
 MOST_BYTES = 1 << 30  # of one patch's unpacked file; a 512 px patch with 10,000 masks needs a third of it
-HEADERS = 4096  # bytes: more than the headers of the six arrays take
+HEADER = 1024  # bytes: more than the header of an array takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,17 +67,15 @@ def pack_masks(
     """(M,H,W) bool -> `Masks` in falling predicted IoU; ties keep the given order; scores that are not given are 1."""
     masks = np.asarray(masks, bool)
     count, height, width = masks.shape
-    scores = [np.ones(count) if score is None else np.asarray(score) for score in (predicted_iou, stability)]
-    predicted_iou, stability = (score.astype(np.float32) for score in scores)
     packed = Masks(
         (height, width),
         np.packbits(masks.reshape(count, height * width), axis=1),
         masks.sum((1, 2), dtype=np.int32),
         _boxes(masks),
-        predicted_iou,
-        stability,
+        np.ones(count, np.float32) if predicted_iou is None else np.asarray(predicted_iou, np.float32),
+        np.ones(count, np.float32) if stability is None else np.asarray(stability, np.float32),
     )
-    return packed.chosen(np.argsort(-predicted_iou, kind="stable"))
+    return packed.chosen(np.argsort(-packed.predicted_iou, kind="stable"))
 
 
 def _boxes(masks: np.ndarray) -> np.ndarray:
@@ -90,7 +90,7 @@ def _boxes(masks: np.ndarray) -> np.ndarray:
 def save_masks(path: Path, masks: Masks) -> None:
     """Write one mask file, whole or not at all; raises `UserError` for more masks than `load_masks` reads."""
     check(
-        _bytes(len(masks), masks.size) <= _most_bytes(masks.size),
+        len(masks) <= MOST_MASKS and masks.bits.nbytes <= MOST_BYTES,
         f"{path} would hold {len(masks)} masks of {masks.size[0]} x {masks.size[1]} pixels, but a mask file holds at "
         f"most {MOST_MASKS} masks and {MOST_BYTES >> 20} MB: raise min_area or pred_iou_thresh, or cut smaller patches",
     )
@@ -99,45 +99,44 @@ def save_masks(path: Path, masks: Masks) -> None:
         np.savez_compressed(temporary, size=np.array(masks.size, np.int32), **arrays)
 
 
-def load_masks(
-    path: Path, size: tuple[int, int] | None = None, maker: str = "step 9, python PRC_SAM/get_se_map.py"
-) -> Masks:
-    """Read one mask file. `size` is the (H, W) of its image, where the caller knows it; `maker` makes the file.
+def load_masks(path: Path, size: tuple[int, int] | None = None) -> Masks:
+    """Read one mask file. `size` is the (H, W) of its image, where the caller knows it.
 
     Raises `UserError` when the file is missing or damaged, is no mask file or holds masks of another size than `size`.
     A file that declares more than `MOST_MASKS` or `MOST_BYTES` is refused before it is unpacked.
     """
-    path = Path(path)
+    command = _command(path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            entries = file.zip.infolist()  # what an entry declares here is also the most that zipfile unpacks of it
-            if file.zip.getinfo("size.npy").file_size > HEADERS:
-                raise ValueError("its size is not two numbers")
+            # what an entry declares here is also the most that zipfile unpacks of it
+            declared = sum(entry.file_size for entry in file.zip.infolist())
+            if declared > MOST_BYTES or file.zip.getinfo("areas.npy").file_size > 4 * MOST_MASKS + HEADER:
+                raise ValueError(f"it declares {declared} bytes, or more than {MOST_MASKS} masks")
             height, width = map(int, file["size"])
-            if size is not None and tuple(size) != (height, width):
-                raise UserError(
-                    f"{path} holds masks of {height} x {width} pixels, but its image has {size[0]} x {size[1]}: make "
-                    f"the masks again with {maker} --overwrite"
-                )
-            declared = sum(entry.file_size for entry in entries)
-            if declared > _most_bytes((height, width)) + HEADERS:
-                raise ValueError(
-                    f"it declares {declared} bytes, more than {MOST_MASKS} masks of {height} x {width} pixels or "
-                    f"{MOST_BYTES >> 20} MB"
-                )
             masks = Masks((height, width), **{name: file[name] for name in DTYPES})
         _check(masks)
-        return masks
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: make it with {maker}") from None
-    except UserError:
-        raise
+        raise UserError(f"{path} is missing: make it with step 9, {command}") from None
     except Exception as error:  # zip, zlib, lzma, npy and shape errors have no common class
-        raise UserError(f"{path} is not a readable mask file ({error}): delete it and run {maker} again") from None
+        raise UserError(f"{path} is not a readable mask file ({error}): delete it and run step 9, {command}") from None
+    if size is not None and tuple(size) != masks.size:
+        raise UserError(
+            f"{path} holds masks of {height} x {width} pixels, but its image has {size[0]} x {size[1]}: make the "
+            f"masks again with step 9, {command} --overwrite"
+        )
+    return masks
+
+
+def _command(path: Path) -> str:
+    """The command that makes a mask file, with its data set and split where they can be read from the path."""
+    parts = path.parts
+    if parts[-5:-4] != ("datasets",):
+        return STEPS["sam_masks"].command(None)
+    return STEPS["sam_masks"].command(SimpleNamespace(dataset=parts[-4], root=path.parents[4]), split=parts[-3])
 
 
 def _check(masks: Masks) -> None:
-    """Raise `ValueError` unless the arrays have the types and shapes that the top of this file describes."""
+    """Raise `ValueError` unless the arrays have the types, shapes and areas that the top of this file describes."""
     count, (height, width) = len(masks.bits), masks.size
     if height < 1 or width < 1:
         raise ValueError(f"it declares {height} x {width} pixels")
@@ -148,12 +147,5 @@ def _check(masks: Masks) -> None:
             raise ValueError(
                 f"{name} is {array.dtype} {array.shape}, but {np.dtype(dtype)} {shapes[name]} was expected"
             )
-
-
-def _bytes(count: int, size: tuple[int, int]) -> int:
-    """Bytes of the arrays of `count` masks."""
-    return count * (-(-size[0] * size[1] // 8) + 28)
-
-
-def _most_bytes(size: tuple[int, int]) -> int:
-    return min(MOST_BYTES, _bytes(MOST_MASKS, size))
+    if (np.bitwise_count(masks.bits).sum(1) != masks.areas).any():
+        raise ValueError("its areas are not those of its bits")

@@ -76,7 +76,7 @@ def contact_sheet(
     columns = max([len(titles), *map(len, cells)])
     strip = _legend(list(legend), columns * (width + GAP) - GAP)
     line = LINE if names else 0
-    height = 2 * MARGIN + LINE + sum(heights) + (GAP + line) * len(heights) + (strip.height if strip else 0)
+    height = 2 * MARGIN + LINE + sum(heights) + (GAP + line) * len(heights) + strip.height
     sheet = Image.new("RGB", (2 * MARGIN + columns * (width + GAP) - GAP, height), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
     for column, title in enumerate(titles):
@@ -89,8 +89,7 @@ def contact_sheet(
             if cell:
                 sheet.paste(cell, (MARGIN + column * (width + GAP), y))
         y += row_height + GAP
-    if strip:
-        sheet.paste(strip, (MARGIN, y))
+    sheet.paste(strip, (MARGIN, y))
     with write_whole(path) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
 
@@ -142,20 +141,16 @@ def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Ima
     return text + "…"
 
 
-def _legend(entries: list[tuple[str, Sequence[int]]], width: int) -> Image.Image | None:
-    """A strip of colour boxes with names, wrapped at `width` pixels."""
-    if not entries:
-        return None
-    font, x, y, places = ImageFont.load_default(14), 0, GAP, []
+def _legend(entries: list[tuple[str, Sequence[int]]], width: int) -> Image.Image:
+    """A strip of colour boxes with names, wrapped at `width` pixels; of height 0 without entries."""
+    strip = Image.new("RGB", (max(width, 0), GAP + LINE * len(entries)), PAPER)
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(14)
+    x, y = 0, GAP
     for name, colour in entries:
         step = 20 + int(font.getlength(name)) + 16
         if x and x + step > width:
             x, y = 0, y + LINE
-        places.append((x, y, name, colour))
-        x += step
-    strip = Image.new("RGB", (width, y + LINE), PAPER)
-    draw = ImageDraw.Draw(strip)
-    for x, y, name, colour in places:
         draw.rectangle((x, y + 2, x + 14, y + 16), fill=tuple(int(value) for value in colour), outline="grey")
         draw.text((x + 20, y), name, "black", font)
-    return strip
+        x += step
+    return strip.crop((0, 0, strip.width, y + LINE if entries else 0))

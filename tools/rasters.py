@@ -61,33 +61,22 @@ class Raster:
     """
 
     def __init__(self, path: Path, kinds: Sequence[str] = ("rgb",), nodata: int = -1):
-        self.path, self.kinds = Path(path), kinds
-        self.palette: np.ndarray | None = None  # (256,3) uint8
+        self.path, self.kinds = path, kinds
         self._top, self._band = 0, np.empty((0, 0, 3), np.uint8)
-        self._file: Any = None
         with self._decoding():
-            check_file(self.path)
-            driver = DRIVERS.get(self.path.suffix.lower())
-            check(
-                driver is not None, f"{self.path} is not one of {', '.join(SUFFIXES)}: convert it with gdal_translate"
-            )
-            self._file = rasterio.open(self.path.absolute(), driver=driver)
-            try:
-                self._examine()
-                stored = self._file.nodatavals[: self._colours] if nodata < 0 else [nodata]
-                known = all(value in range(256) for value in stored)
-                self._nodata = np.array(stored, np.uint8) if known else None
-            except BaseException:
-                self._file.close()
-                raise
+            check_file(path)
+            driver = DRIVERS.get(path.suffix.lower())
+            check(driver is not None, f"{path} is not one of {', '.join(SUFFIXES)}: convert it with gdal_translate")
+            self._file: Any = rasterio.open(path.absolute(), driver=driver)
+            self._examine()
+            stored = self._file.nodatavals[: self._colours] if nodata < 0 else [nodata]
+            known = all(value in range(256) for value in stored)
+            self._nodata = np.array(stored, np.uint8) if known else None
 
     def __enter__(self) -> "Raster":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Close the file and free the memory; `shape` stays."""
         self._band = self._band[:0, :0].copy()
         self._file.close()
@@ -130,55 +119,50 @@ class Raster:
 
     def _examine(self) -> None:
         """Check size and channels before any pixel is read; sets what is known of them."""
-        file, path = self._file, self.path
-        self.shape: tuple[int, int] = file.shape
-        height, width = self.shape
+        file, path, kinds = self._file, self.path, self.kinds
+        height, width = self.shape = file.shape
         check(
             height * width <= MAX_PIXELS,
             f"{path} has {width} x {height} pixels, but at most {MAX_PIXELS:,} are read: cut it into parts with "
             "gdal_translate -srcwin",
         )
-        alpha = file.count > 1 and file.colorinterp[-1] == ColorInterp.alpha
-        self._alpha, self._colours = alpha, file.count - alpha
+        self._alpha = file.count > 1 and file.colorinterp[-1] == ColorInterp.alpha
+        self._colours = file.count - self._alpha
         self.kind = {1: "grey", 3: "rgb"}.get(self._colours, "other")
         if file.colorinterp[0] == ColorInterp.palette:
             self.kind = "palette"
-        self._check_channels()
+        check(
+            self.kind != "palette" or "palette" in kinds,
+            f"{path} is a palette image, but three channels of 8 bits are expected: gdal_translate -expand rgb",
+        )
+        bits = int(file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8 * np.dtype(file.dtypes[0]).itemsize))
+        channels = f"{file.count} channel{'s' * (file.count != 1)} of {bits} bits"
+        wrong = f"{path} has {channels}, but three of 8 bits are expected"
+        check(
+            set(file.dtypes) == {"uint8"} and (bits == 8 or self.kind == "palette"),
+            f"{wrong}: scale it with gdal_translate -ot Byte -scale <darkest> <brightest> 0 255, with the same figures "
+            "for all scenes",
+        )
+        check(
+            self.kind != "grey" or "grey" in kinds,
+            f"{wrong}: --grey repeat reads it as three equal channels; for a script without this constant, use "
+            "gdal_translate -b 1 -b 1 -b 1",
+        )
+        check(self.kind in kinds, f"{wrong}: choose three with gdal_translate -b 1 -b 2 -b 3")
+        self.palette: np.ndarray | None = None  # (256,3) uint8
         if self.kind == "palette":
             self.palette = np.zeros((256, 3), np.uint8)
             for index, colour in file.colormap(1).items():
                 self.palette[index] = colour[:3]
         sidecar = path.with_name(path.name + ".msk")  # may be of any format, so GDAL must not open it
-        looked_for = "holes" in self.kinds and not alpha and not sidecar.exists() and file.driver != "JPEG"
-        self._masked = looked_for and file.mask_flag_enums[0] == [MaskFlags.per_dataset]
+        may_have_mask = "holes" in kinds and not self._alpha and not sidecar.exists() and file.driver != "JPEG"
+        self._masked = may_have_mask and file.mask_flag_enums[0] == [MaskFlags.per_dataset]
         turned = _orientation(path)
         check(
             turned == 1,
             f"{path} has the orientation {turned} in its EXIF or TIFF tags, which some programs apply and others "
             "ignore: save it upright with an image editor, or drop the tag with gdal_translate",
         )
-
-    def _check_channels(self) -> None:
-        file, path = self._file, self.path
-        check(
-            self.kind != "palette" or "palette" in self.kinds,
-            f"{path} is a palette image, but three channels of 8 bits are expected: gdal_translate -expand rgb",
-        )
-        bits = int(file.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8 * np.dtype(file.dtypes[0]).itemsize))
-        found = (
-            f"{path} has {file.count} channel{'s' * (file.count != 1)} of {bits} bits, but three of 8 bits are expected"
-        )
-        check(
-            set(file.dtypes) == {"uint8"} and (bits == 8 or self.kind == "palette"),
-            f"{found}: scale it with gdal_translate -ot Byte -scale <darkest> <brightest> 0 255, with the same figures "
-            "for all scenes",
-        )
-        check(
-            self.kind != "grey" or "grey" in self.kinds,
-            f"{found}: --grey repeat reads it as three equal channels; for a script without this constant, use "
-            "gdal_translate -b 1 -b 1 -b 1",
-        )
-        check(self.kind in self.kinds, f"{found}: choose three with gdal_translate -b 1 -b 2 -b 3")
 
     def _window(self, y: int, x: int, height: int, width: int) -> np.ndarray:
         """(height, width, C) uint8: one or three colours, then alpha or mask where the file has it."""
@@ -187,11 +171,11 @@ class Raster:
                 self._decode(y, y + height)
         window = self._band[y - self._top : y - self._top + height, x : x + width]
         if self._alpha:
-            alpha, holes = window[..., -1], "holes" in self.kinds
+            values, expected = ([0, 255], "alpha of 0 and 255") if "holes" in self.kinds else ([255], "opaque alpha")
             check(
-                bool(((alpha == 255) | ((alpha == 0) & holes)).all()),
-                f"{self.path} has a channel that is no {'alpha of 0 and 255' if holes else 'opaque alpha'}, but three "
-                "of 8 bits are expected: choose channels with gdal_translate -b 1 -b 2 -b 3",
+                bool(np.isin(window[..., -1], values).all()),
+                f"{self.path} has a channel that is no {expected}, but three of 8 bits are expected: choose channels "
+                "with gdal_translate -b 1 -b 2 -b 3",
             )
         return window
 
