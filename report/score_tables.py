@@ -103,7 +103,7 @@ def _by_class(title: str, classes: Sequence[str], columns: dict[str, list[float 
 
 def time_table(summary: Summary) -> Table:
     """How long each step took, without the start of its program, which takes some seconds."""
-    runs = summary.experiment.runs | {f"{name}, fully supervised": run for name, run in summary.bound_runs.items()}
+    runs = summary.runs | {f"{name}, fully supervised": run for name, run in summary.bound_runs.items()}
     finished = {name: run for name, run in runs.items() if run.finished}
     rows: list[Row] = [{"name": name, "device": run.device, "seconds": run.seconds} for name, run in finished.items()]
     rows.append({"name": "all", "device": "", "seconds": sum(run.seconds for run in finished.values())})
@@ -149,7 +149,7 @@ def notes(summary: Summary) -> list[str]:
 
 def markdown(summary: Summary) -> str:
     """The tables, and the lines that say what they rest on."""
-    parts = [f"{summary.dataset.title}, experiment {summary.experiment.name}"]
+    parts = [f"{summary.dataset.title}, experiment {summary.name}"]
     parts += [_markdown(make(summary)) for make in (score_table, class_table, share_table, time_table)]
     parts.append("\n".join(f"- {line}" for line in [*notes(summary), *summary.warnings]))
     return "\n\n".join(parts)

@@ -18,7 +18,7 @@ import train_classification
 import train_segmentation
 from PRC_SAM.refine import Refinement
 from report.page import renew
-from report.summary import constant_map, most_frequent_class
+from report.summary import constant_map
 from tables.oracles import on_true_background, refined
 from tools.command import check
 from tools.constants import flat
@@ -124,8 +124,8 @@ class Runner:
         failures = evaluate_miou.score(self.dataset, stages, args)
         check(not failures, f"{len(failures)} files of {experiment} could not be scored: {failures[:1]}")
         for stage in stages:
-            k = most_frequent_class(stage.matrix, self.dataset.scored)
-            miou, name = self.headline(constant_map(stage.matrix, k)), self.dataset.classes[k]
+            k, matrix = constant_map(stage.matrix, self.dataset.scored)
+            miou, name = self.headline(matrix), self.dataset.classes[k]
             self.constant_maps[stage.split] = f"{name} everywhere has {miou:.2f} on the {stage.split} split"
         return {stage.path.name: self.headline(stage.matrix) for stage in stages}
 
