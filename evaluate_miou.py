@@ -146,9 +146,8 @@ def score(dataset: Dataset, stages: Sequence[Stage], args: Constants) -> list[st
 def main(args: Constants) -> None:
     begin = time.monotonic()
     dataset = load_dataset(args.dataset, args.root)
-    folder = experiment_folder(args.root, args.dataset, args.experiment)
-    output = folder / "scores"
-    stages = find_stages(dataset, folder, args)
+    output = experiment_folder(args.root, args.dataset, args.experiment) / "scores"
+    stages = find_stages(dataset, output.parent, args)
     failures = score(dataset, stages, args)
 
     remove_leftovers(output)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from report.patch_pictures import ERRORS, Sample, SamplesFile, pack, panels
-from report.score_tables import class_table, doubt_table, label_table, notes, score_table
+from report.score_tables import class_table, notes, score_table
 from report.stages import Stage, stage_of, state_of
 from report.summary import Row, ScoresFile, Summary, percent
 from tools.command import UserError
@@ -204,7 +204,7 @@ def cards(summary: Summary) -> list[Card]:
 
 def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
     """Write <experiment>/scores/report.html; samples beyond `MOST_BYTES` are left out, the last ones first."""
-    args, dataset, label_review = summary.args, summary.dataset, read_review(summary)
+    args, dataset = summary.args, summary.dataset
     finished = [step for name, step in STEPS.items() if name in summary.runs and summary.runs[name].finished]
     following = next_step(finished[-1]) if finished else STEPS["classifier"]
     content = {
@@ -218,8 +218,7 @@ def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
         "notes": notes(summary),
         "class_scores": class_table(summary),
         "groups": curves(summary.folder),
-        "labels": label_review and label_table(label_review),
-        "doubts": label_review and doubt_table(label_review),
+        "labels": read_review(summary),
         "review_command": command_line("datasetsprocess/label_page.py", args, experiment=None, review=summary.name),
         "confusions": list(summary.last.values()) if dataset.num_classes <= MOST_CLASSES else [],
         "names": {  # what the colours of a picture mean, for the words under the pointer

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from report.summary import Row, Summary, percent
 from tools.dataset import Dataset
 from tools.files import write_json, write_whole
-from tools.review import Review
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,13 @@ def score_table(summary: Summary) -> Table:
     Below them, in grey, what one class everywhere would reach.
     """
     paper = summary.dataset.paper
-    results = [row for row in summary.rows if row["split"] == "test" and not row["is_bound"]]
     rows = []
     for row in summary.rows:
         published = {"paper_miou": "not published", "paper_share": "not published"}
-        if paper and results and row is results[-1]:
-            published = {"paper_miou": f"{paper['miou']:.2f}", "paper_share": f"{paper['share_of_supervised']:.2f}"}
-        elif paper and row["is_bound"] and row["split"] == "test":
+        if paper and row["split"] == "test" and row["is_bound"]:
             published = {"paper_miou": f"{paper['supervised']:.2f} (implied)", "paper_share": "100"}
+        elif paper and row is summary.last.get("test"):
+            published = {"paper_miou": f"{paper['miou']:.2f}", "paper_share": f"{paper['share_of_supervised']:.2f}"}
         marks = [word for word, holds in (("partial", row["partial"]), ("older", row["stale"])) if holds]
         name = f"{row['title']} ({', '.join(marks)})" if marks else row["title"]
         rows.append(row | published | {"name": name})
@@ -109,27 +107,6 @@ def time_table(summary: Summary) -> Table:
     rows.append({"name": "all", "device": "", "seconds": sum(run.seconds for run in finished.values())})
     columns = [Column("made", "name", str, "text"), Column("device", "device", str, "text")]
     return Table([*columns, Column("seconds", "seconds", "{:.0f}".format)], rows)
-
-
-def label_table(review: Review) -> Table:
-    """How well the classifier ranks the patches by each class."""
-    columns = [
-        Column("class", "name", str, "text"),
-        Column("patches with it", "patches", str),
-        Column("average precision", "average_precision"),
-    ]
-    return Table(columns, [vars(row) for row in review.classes])
-
-
-def doubt_table(review: Review) -> Table:
-    """The image-level labels that the classifier contradicts most."""
-    columns = [
-        Column("patch", "id", str, "text"),
-        Column("class", "name", str, "text"),
-        Column("label", "labelled", {True: "present", False: "absent"}.__getitem__, "text"),
-        Column("probability", "probability"),
-    ]
-    return Table(columns, [vars(doubt) for doubt in review.doubts])
 
 
 def notes(summary: Summary) -> list[str]:
