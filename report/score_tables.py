@@ -92,10 +92,9 @@ def share_table(summary: Summary) -> Table:
 
 def _by_class(title: str, classes: Sequence[str], columns: dict[str, list[float | None]]) -> Table:
     """A row for each class; `columns`: title -> a value for each class."""
-    rows: list[Row] = [{title: name} for name in classes]
-    for column, values in columns.items():
-        for row, value in zip(rows, values, strict=True):
-            row[column] = value
+    rows = []
+    for k, name in enumerate(classes):
+        rows.append({title: name} | {column: values[k] for column, values in columns.items()})
     return Table([Column(title, title, str, "text"), *(Column(column, column) for column in columns)], rows)
 
 
