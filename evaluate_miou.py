@@ -10,7 +10,7 @@ Writes experiments/<dataset>/<experiment>/scores/: scores.json and scores.csv (f
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,18 +18,16 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from report.page import read_experiment, write_report
+from report.page import read_summary, write_report
 from report.patch_pictures import SamplesFile, draw_split
 from report.score_tables import markdown, write_scores
-from report.stages import Stage, load_prediction
-from report.summary import Summary, scored
+from report.stages import Stage, load_prediction, stage_of
 from tools.command import UserError, and_more, check, run
 from tools.constants import Place, checked_constants
 from tools.dataset import Dataset, load_dataset
 from tools.files import remove_leftovers, write_json
 from tools.labels import load_label
 from tools.progress import Progress
-from tools.runs import read_run
 from tools.scores import ConfusionMatrix
 from tools.step import experiment_folder, require
 from tools.steps import LABEL_STEPS, SPLITS
@@ -58,14 +56,20 @@ def find_stages(dataset: Dataset, experiment: Path, args: Constants) -> list[Sta
             f'stages holds "{name}", but label folders are called {", ".join(LABEL_STEPS)}, the last two with _train '
             "and the others with _test when they were made for the other split",
         )
-    names = [name for name in splits if (name in args.stages if args.stages else (experiment / name).is_dir())]
+    names = args.stages or [name for name in splits if (experiment / name).is_dir()]
     names = names or ["cams"]  # where there is none, the message says how to make the first
-    stages = [_stage(dataset, experiment / name, splits[name], args) for name in names]
+    folders = [experiment / name for name in splits if name in names]
     bound = experiment_folder(args.root, args.dataset, args.supervised)
-    for split in dict.fromkeys(stage.split for stage in stages):
-        path = bound / LABEL_STEPS["segmentation"].folder_of(split)
-        if bound != experiment and path.is_dir():
-            stages.append(_stage(dataset, path, split, args))
+    for split in dict.fromkeys(splits[folder.name] for folder in folders):
+        folder = bound / LABEL_STEPS["segmentation"].folder_of(split)
+        if bound != experiment and folder.is_dir():
+            folders.append(folder)
+    stages = []
+    for folder in folders:
+        split, origin = splits[folder.name], folder.parent.name
+        option = "" if folder.name in LABEL_STEPS else split
+        run = require(folder, args, unfinished=True, experiment=origin, split=option)
+        stages.append(stage_of(folder, split, run, is_bound=origin == args.supervised))
     with_truth = [stage for stage in stages if dataset.labels(stage.split).is_dir()]
     for split in sorted({stage.split for stage in stages} - {stage.split for stage in with_truth}):
         print(f"{dataset.labels(split)} is missing, so the {split} split is not scored")
@@ -77,35 +81,21 @@ def find_stages(dataset: Dataset, experiment: Path, args: Constants) -> list[Sta
     return sorted(with_truth, key=lambda stage: SPLITS.index(stage.split))
 
 
-def _stage(dataset: Dataset, path: Path, split: str, args: Constants) -> Stage:
-    experiment = path.parent.name
-    try:
-        run = read_run(path)  # an unfinished folder is scored in part
-    except FileNotFoundError:
-        run = require(path, args, experiment=experiment, split="" if path.name in LABEL_STEPS else split)
-    return Stage(path, split, run, ConfusionMatrix(dataset.num_classes), is_bound=experiment == args.supervised)
-
-
-@dataclass
-class ImageCounts:
-    """One image: folder -> its counts (K,K+1), and a sentence for each file that cannot be scored."""
-
-    counts: dict[Path, np.ndarray] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-
-
-def count_image(id: str, dataset: Dataset, split: str, folders: Sequence[Path]) -> ImageCounts:
+def count_image(
+    id: str, dataset: Dataset, split: str, folders: Sequence[Path]
+) -> tuple[dict[Path, ConfusionMatrix], list[str]]:
     """The pixels of one image, by class in the truth and class in the label map of each folder.
 
-    Pixels that the truth ignores (255) are not counted; those that only the label map ignores are errors.
+    Pixels that the truth ignores (255) are not counted; those that only the label map ignores are
+    errors. Also returned: a sentence for each file that cannot be scored.
     """
-    result = ImageCounts()
+    matrices: dict[Path, ConfusionMatrix] = {}
+    failures = []
     file = dataset.labels(split) / f"{id}.png"
     try:
         truth = load_label(file, dataset.num_classes)
     except UserError as error:
-        result.failures.append(str(error))
-        return result
+        return {}, [str(error)]
     for folder in folders:
         try:
             prediction = load_prediction(folder, id, dataset.num_classes, truth.shape)
@@ -115,12 +105,11 @@ def count_image(id: str, dataset: Dataset, split: str, folders: Sequence[Path]) 
                 f"{truth.shape[1]} x {truth.shape[0]}: make it again from the present images",
             )
         except UserError as error:
-            result.failures.append(str(error))
+            failures.append(str(error))
             continue
-        matrix = ConfusionMatrix(dataset.num_classes)
-        matrix.update(truth, prediction)
-        result.counts[folder] = matrix.counts
-    return result
+        matrices[folder] = ConfusionMatrix(dataset.num_classes)
+        matrices[folder].update(truth, prediction)
+    return matrices, failures
 
 
 def score(dataset: Dataset, stages: Sequence[Stage], args: Constants) -> list[str]:
@@ -135,43 +124,46 @@ def score(dataset: Dataset, stages: Sequence[Stage], args: Constants) -> list[st
         count = partial(count_image, dataset=dataset, split=split, folders=[stage.path for stage in of_split])
         workers = min(args.workers, len(ids) // PATCHES_A_PROCESS)
         results = in_workers(count, ids, workers if workers > 1 else 0, chunk=4)
+        totals = {stage.path: ConfusionMatrix(dataset.num_classes) for stage in of_split}
         with Progress(len(ids), f"scoring {split}") as bar:
-            for id, image in zip(ids, results, strict=True):
-                failures += image.failures
+            for id, (matrices, sentences) in zip(ids, results, strict=True):
+                failures += sentences
                 bar.update()
                 for stage in of_split:
-                    if stage.path not in image.counts:
+                    if stage.path not in matrices:
                         stage.partial = True
                         continue
-                    matrix = ConfusionMatrix(dataset.num_classes, image.counts[stage.path])
-                    stage.matrix.counts += matrix.counts
+                    matrix = matrices[stage.path]
+                    totals[stage.path].counts += matrix.counts
+                    stage.images += 1
                     stage.per_image[id] = matrix.scores(left_out, args.protocol)["miou"]
                     stage.present[id] = int(matrix.counts[dataset.scored].any(axis=1).sum())
+        for stage in of_split:
+            stage.confusion = totals[stage.path].counts.tolist()
     return failures
 
 
 def main(args: Constants) -> None:
     begin = time.monotonic()
     dataset = load_dataset(args.dataset, args.root)
-    folder = experiment_folder(args.root, args.dataset, args.experiment)
-    output = folder / "scores"
-    stages = find_stages(dataset, folder, args)
+    output = experiment_folder(args.root, args.dataset, args.experiment) / "scores"
+    stages = find_stages(dataset, output.parent, args)
     failures = score(dataset, stages, args)
 
     remove_leftovers(output)
     samples = SamplesFile({})
     for split in SPLITS:
-        drawable = [stage for stage in stages if stage.split == split and stage.per_image]
+        drawable = [stage for stage in stages if stage.split == split and stage.images]
         if drawable:
             samples.root[split] = draw_split(dataset, output, drawable, args.experiment, args.samples, failures)
     write_json(output / "samples.json", samples.model_dump())
 
-    experiment, bound_runs = read_experiment(args, dataset), {}
+    summary = replace(read_summary(args, dataset), stages=stages, protocol=args.protocol, failures=failures)
     if any(stage.is_bound for stage in stages):
-        bound_runs = read_experiment(replace(args, experiment=args.supervised), dataset).runs
-    summary = Summary(experiment, [scored(stage) for stage in stages], args.protocol, failures, bound_runs)
+        bound = read_summary(replace(args, experiment=args.supervised), dataset)
+        summary = replace(summary, bound_runs=bound.runs)
     write_scores(output, summary)
-    write_report(summary, [sample for split in SPLITS for sample in samples.root.get(split, [])])
+    write_report(summary, [sample for split in samples.root for sample in samples.root[split]])
     print(markdown(summary))
     print(f"\nmade: {output}, scores of {len(stages)} label folders, {time.monotonic() - begin:.0f} s")
     print(f"look at: {output / 'report.html'}")

@@ -19,7 +19,7 @@ import make_pseudo_labels
 import train_classification
 import train_segmentation
 from PRC_SAM.refine import Refinement, Rule
-from tables.oracles import MASKS
+from tables.oracles import PERFECT, on_true_background
 from tables.runner import Row, Runner
 from tables.table import SHARE, Table, write_table
 from tools.command import check, run
@@ -69,7 +69,6 @@ class Constants:
 
 
 METHOD = "+ PRC + IR"  # the ablation's row of the complete method
-TRUTH = "(USES THE TRUTH)"
 STAGES = {  # folder -> column
     "cams": "CAM",
     "pseudo_labels": "+ CRF",
@@ -158,9 +157,7 @@ def fill(table: Table, runner: Runner) -> None:
     """Run the rows of one seed, and add their scores to the table."""
     experiments = {}
     for row in rows_of(runner.args, runner.dataset.background is not None):
-        experiments[row.name] = experiment = runner.pseudo_labels(row)
-        if row.segment:
-            runner.segmentation(experiment)
+        experiments[row.name] = experiment = runner.run(row)
         scores = runner.scores(experiment)
         if runner.args.table in ("tau", "refinement"):
             compare_rules(table, runner, row, experiment, scores)
@@ -179,22 +176,25 @@ def fill(table: Table, runner: Runner) -> None:
 def show_limits(table: Table, runner: Runner, experiments: dict[str, str]) -> None:
     """What one part could give if another were perfect: IOS by the truth's regions, CAMs on the truth's background."""
     for stage in ("pseudo_labels", "segmentation") if runner.args.segment else ("pseudo_labels",):
-        _, perfect = MASKS
-        (value,) = runner.refined(experiments[METHOD], stage, [Refinement("ios", runner.tau(stage))])[perfect]
-        table.add(f"{METHOD}, IOS by {perfect}", STAGES[f"refined_{stage}"], value)
+        rules = [Refinement("ios", getattr(runner.dataset.method, f"tau_{stage}"))]
+        values = runner.refined(experiments[METHOD], stage, rules)[PERFECT]
+        table.add(f"{METHOD}, IOS by {PERFECT}", STAGES[f"refined_{stage}"], values[0])
     background = runner.dataset.background
     if background is not None:
         for row in rows_of(runner.args):
-            value = runner.true_background(experiments[row.name], background)
-            table.add(row.name, f"CAM on the true background {TRUTH}", value)
+            cams = runner.folder(experiments[row.name]) / "cams"
+            value = runner.headline(on_true_background(runner.dataset, cams, background))
+            table.add(row.name, "CAM on the true background (USES THE TRUTH)", value)
 
 
 def compare_rules(table: Table, runner: Runner, row: Row, experiment: str, scores: Mapping[str, float]) -> None:
     """IOS with each tau, or each refinement rule, on both stages: with the masks of step 9 and the truth's regions."""
     for stage in ("pseudo_labels", "segmentation") if row.segment else ("pseudo_labels",):
-        rules = {rule: Refinement(rule, runner.tau(stage), runner.dataset.background) for rule in get_args(Rule)}
         if runner.args.table == "tau":
             rules = {f"tau {tau:g}": Refinement("ios", tau) for tau in runner.args.taus}
+        else:
+            tau = getattr(runner.dataset.method, f"tau_{stage}")
+            rules = {rule: Refinement(rule, tau, runner.dataset.background) for rule in get_args(Rule)}
         for masks, values in runner.refined(experiment, stage, list(rules.values())).items():
             column = f"{stage.replace('_', '-')}, {masks}"
             table.add("not refined", column, scores[stage])

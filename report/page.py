@@ -7,13 +7,14 @@ without the truth. The data is prepared here; page.html.j2 lays it out and escap
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from report.patch_pictures import ERRORS, Sample, SamplesFile, pack, panels
-from report.score_tables import class_table, doubt_table, label_table, notes, score_table
-from report.stages import Stage
-from report.summary import Experiment, Row, Scored, ScoresFile, Summary, percent, state_of
+from report.score_tables import class_table, notes, score_table
+from report.stages import Stage, stage_of, state_of
+from report.summary import Row, ScoresFile, Summary, percent
 from tools.command import UserError
 from tools.dataset import Dataset, load_dataset
 from tools.files import Model, read_json, write_whole
@@ -22,7 +23,6 @@ from tools.pages import page_template
 from tools.pictures import sample_ids
 from tools.review import Review, review
 from tools.runs import Run
-from tools.scores import ConfusionMatrix
 from tools.step import experiment_folder
 from tools.steps import LABEL_STEPS, SPLITS, STEPS, command_line, next_step
 
@@ -41,37 +41,39 @@ def renew(args: Any) -> None:
     stderr: a page must never cost the hours of a training.
     """
     try:
-        experiment = read_experiment(args, load_dataset(args.dataset, args.root))
-        folder, broken = experiment.folder / "scores", experiment.broken
-        scores = _read_back(folder / "scores.json", ScoresFile, broken) or ScoresFile()
-        stored = _read_back(folder / "samples.json", SamplesFile, broken) or SamplesFile({})
-        if scores.classes != list(experiment.dataset.classes):
-            scores = ScoresFile()  # made before the classes were changed
-        stages = [stage.model_copy(update={"stale": _is_stale(stage, experiment)}) for stage in scores.stages]
+        summary = read_summary(args, load_dataset(args.dataset, args.root))
+        scores = _read_back(summary.folder / "scores" / "scores.json", ScoresFile, summary.broken)
+        stored = _read_back(summary.folder / "scores" / "samples.json", SamplesFile, summary.broken)
+        if scores and scores.classes == list(summary.dataset.classes):  # else made before the classes were changed
+            for stage in scores.stages:
+                stage.stale = _is_stale(stage, summary)
+            summary = replace(summary, stages=scores.stages, protocol=scores.protocol)
         samples: list[Sample] = []
         for split in SPLITS:
-            samples += _samples(experiment, split, stages, stored.root.get(split, []))
-        write_report(Summary(experiment, stages, scores.protocol), samples)
+            samples += _samples(summary, split, stored.root.get(split, []) if stored else [])
+        write_report(summary, samples)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"the step is done, but its report could not be renewed ({reason})", file=sys.stderr)
 
 
-def read_experiment(args: Any, dataset: Dataset) -> Experiment:
-    """The runs of every step of the experiment, and of step 9 where one of them reads its masks."""
+def read_summary(args: Any, dataset: Dataset) -> Summary:
+    """The runs of every step of the experiment, and of step 9 where one of them reads its masks. No scores."""
     folder = experiment_folder(args.root, args.dataset, args.experiment)
-    runs: dict[str, Run] = {}
+    files = {file.parent.name: file for file in sorted(folder.glob("*/run.json"))}
     broken: list[str] = []
-    for file in sorted(folder.glob("*/run.json")):
-        if run := _read_back(file, Run, broken):
-            runs[file.parent.name] = run
+    runs = _read_runs(files, broken)
     if any("sam_masks" in run.reads for run in runs.values()):
-        for split in SPLITS:
-            if run := _read_back(dataset.sam_masks(split) / "run.json", Run, broken):
-                runs[f"sam_masks, {split} split"] = run
+        masks = {f"sam_masks, {split} split": dataset.sam_masks(split) / "run.json" for split in SPLITS}
+        runs |= _read_runs(masks, broken)
     runs = dict(sorted(runs.items(), key=lambda item: item[1].started))
     labels = {dataset.image_labels_hash(split) for split in SPLITS if dataset.image_labels_file(split).exists()}
-    return Experiment(args, dataset, folder, runs, outdated_runs(runs, labels), broken)
+    return Summary(args, dataset, folder, runs, outdated_runs(runs, labels), broken)
+
+
+def _read_runs(files: dict[str, Path], broken: list[str]) -> dict[str, Run]:
+    runs = {name: _read_back(file, Run, broken) for name, file in files.items()}
+    return {name: run for name, run in runs.items() if run}
 
 
 def _read_back(file: Path, model: type[Model], broken: list[str]) -> Model | None:
@@ -79,10 +81,11 @@ def _read_back(file: Path, model: type[Model], broken: list[str]) -> Model | Non
     try:
         return read_json(file, model, "run its step again with --overwrite")
     except FileNotFoundError:
-        pass
+        return None
     except UserError as error:
-        broken.append(str(error))
-    return None
+        if str(error) not in broken:
+            broken.append(str(error))
+        return None
 
 
 def outdated_runs(runs: dict[str, Run], labels: set[str]) -> set[str]:
@@ -90,154 +93,133 @@ def outdated_runs(runs: dict[str, Run], labels: set[str]) -> set[str]:
 
     `runs` in the order of their start, so that inputs come first; `labels`: the hashes of image_labels.csv.
     """
-    present = {run.started: name for name, run in runs.items()} | dict.fromkeys(labels, "image_labels")
-    outdated: set[str] = set()
+    outdated, current = set(), labels | {run.started for run in runs.values()}
     for name, run in runs.items():
         for source, started in run.reads.items():
-            if run.constants.get(source):
-                continue  # the input of another experiment, which this constant names
+            of_other = run.constants.get(source)  # this constant names another experiment, whose folder was read
             known = source == "image_labels" or any(other.startswith(source) for other in runs)
-            if present.get(started) in outdated or (known and started not in present):
+            if known and not of_other and started not in current:
                 outdated.add(name)
+                current.discard(run.started)
     return outdated
 
 
-def _is_stale(stage: Scored, experiment: Experiment) -> bool:
-    """Whether a scored folder has changed since, or an input of it."""
-    if stage.experiment == experiment.name:
-        run = experiment.runs.get(stage.stage)
-        outdated = stage.stage in experiment.outdated
-    else:
-        file = experiment.folder.parent / stage.experiment / stage.stage / "run.json"
-        run = _read_back(file, Run, experiment.broken)
-        outdated = False
-    return run is None or state_of(run) != stage.made or outdated
+def _is_stale(stage: Stage, summary: Summary) -> bool:
+    """Whether a scored folder, or an input of it, has changed since."""
+    run = _read_back(summary.folder.parent / stage.experiment / stage.stage / "run.json", Run, summary.broken)
+    outdated = stage.experiment == summary.name and stage.stage in summary.outdated
+    return outdated or run is None or state_of(run) != stage.made
 
 
-def _samples(
-    experiment: Experiment, split: str, scored: Sequence[Scored], stored: Sequence[Sample]
-) -> Sequence[Sample]:
-    """`stored`, the samples of the last evaluation, where they still hold, else some patches with what the steps made.
-
-    `scored`: the stages of that evaluation.
-    """
-    dataset, stages = experiment.dataset, []
+def _samples(summary: Summary, split: str, stored: Sequence[Sample]) -> Sequence[Sample]:
+    """`stored`, the samples of the last evaluation, where they still hold, else some patches without the truth."""
+    stages = []
     for step in LABEL_STEPS.values():
-        name = step.folder_of(split)
-        run = experiment.runs.get(name)
+        run = summary.runs.get(step.folder_of(split))
         if run and run.finished:
-            stages.append(Stage(experiment.folder / name, split, run, ConfusionMatrix(dataset.num_classes)))
-    scored = [stage for stage in scored if stage.split == split]
-    own = {stage.stage for stage in scored if stage.experiment == experiment.name}
-    if scored and own == {stage.path.name for stage in stages} and not any(stage.stale for stage in scored):
+            stages.append(stage_of(summary.folder / step.folder_of(split), split, run))
+    scored = [stage for stage in summary.stages if stage.split == split]
+    own = {stage.stage for stage in scored if stage.experiment == summary.name}
+    if scored and own == {stage.stage for stage in stages} and not any(stage.stale for stage in scored):
         return stored
-    if not stages:
-        return []
-    samples, result = [], stages[-1].title
-    for id in sample_ids(dataset.ids(split), UNSCORED_SAMPLES):
+    samples: list[Sample] = []
+    for id in sample_ids(summary.dataset.ids(split), UNSCORED_SAMPLES) if stages else []:
         with suppress(UserError):  # steps report the files that they cannot read
-            pictures = pack(panels(dataset, id, stages, with_maps=True))
-            samples.append(Sample(id=id, split=split, kind="sample", score=None, panels=pictures, result=result))
+            pictures = pack(panels(summary.dataset, id, stages, with_maps=True))
+            samples.append(Sample(id=id, split=split, panels=pictures, result=stages[-1].title))
     return samples
 
 
-def read_review(experiment: Experiment) -> Review | None:
+def read_review(summary: Summary) -> Review | None:
     """What the classifier says of the image-level labels; None before step 2."""
-    cams = experiment.runs.get("cams")
-    if not (cams and cams.finished and experiment.dataset.image_labels_file("train").exists()):
-        return None
-    try:
-        return review(experiment.dataset, experiment.folder / "cams")
-    except UserError:  # steps report the files that they cannot read
-        return None
+    cams = summary.runs.get("cams")
+    if cams and cams.finished and summary.dataset.image_labels_file("train").exists():
+        with suppress(UserError):  # steps report the files that they cannot read
+            return review(summary.dataset, summary.folder / "cams")
+    return None
 
 
 def curves(folder: Path) -> list[dict[str, Any]]:
-    """What the log.jsonl of each training holds: a group of its losses, and one for each entry with parts (classes)."""
-    groups: dict[tuple[str, bool], dict[str, Points]] = {}
+    """What the log.jsonl of each training holds: a group of its losses, and one for each entry with parts (classes).
+
+    A curve has the ends of its axis, `low` and `high`; parts share an axis, from 0 to 1 where all values lie there.
+    """
+    groups: dict[str, dict[str, Points]] = {}
+    of_parts = set()
     for file in sorted(folder.glob("*/log.jsonl")):
         for entry in read_log(file):
             for name, value in entry.items():
-                title, values, has_parts = file.parent.name, {name: value}, isinstance(value, dict)
-                if has_parts:
+                title, values = file.parent.name, {name: value}
+                if isinstance(value, dict):
                     title, values = f"{title}: {name.replace('_', ' ')}", value
+                    of_parts.add(title)
                 elif name in NOT_CURVES:
                     continue
                 for part, number in values.items():
                     if isinstance(number, int | float) and abs(number) < 1e300:  # not NaN either
-                        points = groups.setdefault((title, has_parts), {}).setdefault(part, [])
-                        points.append((entry["epoch"], number))
-    return [_group(title, points, has_parts) for (title, has_parts), points in groups.items()]
+                        groups.setdefault(title, {}).setdefault(part, []).append((entry["epoch"], number))
+    result = []
+    for title, points_of in groups.items():
+        shared = [value for points in points_of.values() for _, value in points]
+        in_unit = min(shared) >= 0 and max(shared) <= 1
+        lines = []
+        for name, points in points_of.items():
+            axis = [value for _, value in points]
+            if title in of_parts:
+                axis = [0, 1] if in_unit else shared
+            lines.append({"name": name, "points": points, "low": min(axis), "high": max(axis)})
+        result.append({"title": title, "curves": lines})
+    return result
 
 
-def _group(title: str, curves: dict[str, Points], share_axis: bool) -> dict[str, Any]:
-    """Each curve with the ends of its axis; a shared one goes from 0 to 1 where all values lie there."""
-    values = {name: [value for _, value in points] for name, points in curves.items()}
-    if share_axis:
-        together = [value for part in values.values() for value in part]
-        in_unit = min(together) >= 0 and max(together) <= 1
-        values = dict.fromkeys(values, [0, 1] if in_unit else together)
-    ends = {name: {"low": min(values[name]), "high": max(values[name])} for name in curves}
-    return {"title": title, "curves": [{"name": name, "points": curves[name]} | ends[name] for name in curves]}
+@dataclass(frozen=True)
+class Card:
+    """A step, or a scored stage, in the run at a glance. `fault`: why it is not done."""
+
+    title: str
+    row: Row | None
+    number: int | None = None
+    fault: str = ""
+    run: Run | None = None
 
 
-def cards(summary: Summary) -> list[dict[str, Any]]:
-    """The run at a glance, a card for each step and each scored stage: title, score (or None), notes, whether done."""
-    experiment = summary.experiment
-    own = {row["stage"]: row for row in summary.rows if row["experiment"] == experiment.name}
+def cards(summary: Summary) -> list[Card]:
+    """A card for each step, then one for each further scored stage, such as the bound."""
+    cards = []
+    rows = {(row["experiment"], row["stage"]): row for row in summary.rows}
     supervised = "supervision" in summary.facts  # such a run has no pseudo-labels
-    cards, shown = [], []
     for name, step in STEPS.items():
-        run, notes = experiment.runs.get(name), []
+        run, fault = summary.runs.get(name), ""
         if name in ("sam_masks", "scores") or (supervised and not run):
             continue
         if not run:
-            notes.append(f"not made yet: step {step.number}")
+            fault = f"not made yet: step {step.number}"
         elif not run.finished:
-            notes.append("not finished: the same command continues it")
-        elif name in experiment.outdated:
-            notes.append("made from an earlier run: --overwrite makes it again")
-        cards.append(_card(str(step.number), step.title, own.get(name), notes, run))
-        shown.append(name)
-    for row in summary.rows:
-        if row["experiment"] != experiment.name or row["stage"] not in shown:
-            cards.append(_card("", row["title"], row, [], None))
-    return cards
-
-
-def _card(number: str, title: str, row: Row | None, faults: list[str], run: Run | None) -> dict[str, Any]:
-    notes = []
-    if row:
-        marks = [word for word, holds in (("partial", row["partial"]), ("an older score", row["stale"])) if holds]
-        notes.append(", ".join([f"{row['split']} split", f"{row['images']} images", *marks]))
-    notes += faults
-    if run:
-        notes.append(duration(run.seconds))
-    return {"number": number, "title": title, "score": row and percent(row["miou"]), "notes": notes, "done": not faults}
+            fault = "not finished: the same command continues it"
+        elif name in summary.outdated:
+            fault = "made from an earlier run: --overwrite makes it again"
+        cards.append(Card(step.title, rows.pop((summary.name, name), None), step.number, fault, run))
+    return cards + [Card(row["title"], row) for row in rows.values()]
 
 
 def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
     """Write <experiment>/scores/report.html; samples beyond `MOST_BYTES` are left out, the last ones first."""
-    experiment, dataset, label_review = summary.experiment, summary.dataset, read_review(summary.experiment)
-    finished = [step for name, step in STEPS.items() if name in experiment.runs and experiment.runs[name].finished]
+    args, dataset = summary.args, summary.dataset
+    finished = [step for name, step in STEPS.items() if name in summary.runs and summary.runs[name].finished]
     following = next_step(finished[-1]) if finished else STEPS["classifier"]
     content = {
         "summary": summary,
-        "experiment": experiment,
         "dataset": dataset,
         "has_truth": any(dataset.labels(split).is_dir() for split in SPLITS),
-        "following": following and following.command(experiment.args),
-        "evaluation": STEPS["scores"].command(experiment.args),
+        "following": following and following.command(args),
+        "evaluation": STEPS["scores"].command(args),
         "cards": cards(summary),
         "scores": score_table(summary),
         "notes": notes(summary),
         "class_scores": class_table(summary),
-        "groups": curves(experiment.folder),
-        "labels": label_review and label_table(label_review),
-        "doubts": label_review and doubt_table(label_review),
-        "review_command": command_line(
-            "datasetsprocess/label_page.py", experiment.args, experiment=None, review=experiment.name
-        ),
+        "groups": curves(summary.folder),
+        "labels": read_review(summary),
+        "review_command": command_line("datasetsprocess/label_page.py", args, experiment=None, review=summary.name),
         "confusions": list(summary.last.values()) if dataset.num_classes <= MOST_CLASSES else [],
         "names": {  # what the colours of a picture mean, for the words under the pointer
             "classes": {str(colour): name for name, colour in [("ignored", ERRORS["not counted"]), *dataset.legend]},
@@ -252,7 +234,7 @@ def write_report(summary: Summary, samples: Sequence[Sample]) -> None:
         if size <= MOST_BYTES:
             fitting.append(sample)
     page = template.render(content, samples=fitting, left_out=len(samples) - len(fitting))
-    with write_whole(experiment.folder / "scores" / "report.html") as temporary:
+    with write_whole(summary.folder / "scores" / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

@@ -36,8 +36,8 @@ class Sample(BaseModel):
 
     id: str
     split: Split
-    kind: str  # best, median, worst, or sample
-    score: float | None
+    kind: str = "sample"  # or best, median, worst
+    score: float | None = None
     panels: list[Panel]
     result: str
 
@@ -60,8 +60,8 @@ def panels(
     masks = dataset.sam_masks(split) / f"{id}.npz"
     for stage in stages:
         if with_maps and stage.step.folder == "cams":
-            for class_id, activation in zip(*load_maps(stage.path / f"{id}.npz", count, size), strict=True):
-                pictures[f"CAM of {dataset.classes[class_id]}"] = heat(image, activation)
+            for k, activation in zip(*load_maps(stage.path / f"{id}.npz", count, size), strict=True):
+                pictures[f"CAM of {dataset.classes[k]}"] = heat(image, activation)
         if "sam_masks" in stage.step.reads and "regions" not in pictures and masks.exists():
             pictures["regions"] = regions(load_masks(masks, size).unpack(), image)
         predictions[stage.title] = load_prediction(stage.path, id, count, size)
@@ -107,7 +107,7 @@ def draw_split(
     Errors are those of the last stage of `experiment`. Files that cannot be read are added to `failures`.
     """
     own = [stage for stage in stages if stage.experiment == experiment] or stages
-    last, split = own[-1], stages[0].split
+    last, split = own[-1], own[-1].split
     title = f"{last.title}, {split} split"
     confusion_picture(output / f"confusion_{split}.png", last.matrix.counts, dataset.classes, title)
 
@@ -122,18 +122,13 @@ def draw_split(
     scores = {id: score for id, score in last.per_image.items() if all(id in stage.per_image for stage in stages)}
     rows = {id: row for id in sample_ids(sorted(scores), 8) if (row := draw(id))}
     titles = max(map(list, rows.values()), key=len, default=[])
-    contact_sheet(
-        output / f"contact_sheet_{split}.png",
-        [[row.get(title) for title in titles] for row in rows.values()],
-        titles,
-        [*dataset.legend, *ERRORS.items()],
-        names=list(rows),
-    )
+    cells = [[row.get(title) for title in titles] for row in rows.values()]
+    legend = [*dataset.legend, *ERRORS.items()]
+    contact_sheet(output / f"contact_sheet_{split}.png", cells, titles, legend, names=list(rows))
     samples = []
     for kind, id in choose(scores, number, last.present):
-        if pictures := draw(id, with_maps=True):
-            sample = Sample(id=id, split=split, kind=kind, score=scores[id], panels=pack(pictures), result=last.title)
-            samples.append(sample)
+        if packed := pack(draw(id, with_maps=True)):
+            samples.append(Sample(id=id, split=split, kind=kind, score=scores[id], panels=packed, result=last.title))
     return samples
 
 
@@ -144,15 +139,12 @@ def pack(pictures: dict[str, np.ndarray]) -> list[Panel]:
 
 def data_uri(picture: np.ndarray) -> str:
     """Flat colours as PNG, exactly; photographs and maps as JPEG; both with at most `SIDE` pixels a side."""
-    image = Image.fromarray(np.ascontiguousarray(picture))
+    image, file = Image.fromarray(np.ascontiguousarray(picture)), io.BytesIO()
     flat = image.getcolors(256) is not None
     scale = SIDE / max(image.size)
     if scale < 1:
         size = [max(1, round(length * scale)) for length in image.size]
         image = image.resize(size, Image.Resampling.NEAREST if flat else Image.Resampling.BOX)
-    file = io.BytesIO()
-    if flat:
-        image.save(file, "PNG", optimize=True)
-    else:
-        image.save(file, "JPEG", quality=80)
-    return f"data:image/{'png' if flat else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
+    kind, options = ("png", {"optimize": True}) if flat else ("jpeg", {"quality": 80})
+    image.save(file, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

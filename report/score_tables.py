@@ -9,7 +9,6 @@ from typing import Any, Literal
 from report.summary import Row, Summary, percent
 from tools.dataset import Dataset
 from tools.files import write_json, write_whole
-from tools.review import Review
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,13 @@ def score_table(summary: Summary) -> Table:
     Below them, in grey, what one class everywhere would reach.
     """
     paper = summary.dataset.paper
-    results = [row for row in summary.rows if row["split"] == "test" and not row["is_bound"]]
     rows = []
     for row in summary.rows:
         published = {"paper_miou": "not published", "paper_share": "not published"}
-        if paper and results and row is results[-1]:
-            published = {"paper_miou": f"{paper['miou']:.2f}", "paper_share": f"{paper['share_of_supervised']:.2f}"}
-        elif paper and row["is_bound"] and row["split"] == "test":
+        if paper and row["split"] == "test" and row["is_bound"]:
             published = {"paper_miou": f"{paper['supervised']:.2f} (implied)", "paper_share": "100"}
+        elif paper and row is summary.last.get("test"):
+            published = {"paper_miou": f"{paper['miou']:.2f}", "paper_share": f"{paper['share_of_supervised']:.2f}"}
         marks = [word for word, holds in (("partial", row["partial"]), ("older", row["stale"])) if holds]
         name = f"{row['title']} ({', '.join(marks)})" if marks else row["title"]
         rows.append(row | published | {"name": name})
@@ -94,42 +92,20 @@ def share_table(summary: Summary) -> Table:
 
 def _by_class(title: str, classes: Sequence[str], columns: dict[str, list[float | None]]) -> Table:
     """A row for each class; `columns`: title -> a value for each class."""
-    rows: list[Row] = [{title: name} for name in classes]
-    for column, values in columns.items():
-        for row, value in zip(rows, values, strict=True):
-            row[column] = value
+    rows = []
+    for k, name in enumerate(classes):
+        rows.append({title: name} | {column: values[k] for column, values in columns.items()})
     return Table([Column(title, title, str, "text"), *(Column(column, column) for column in columns)], rows)
 
 
 def time_table(summary: Summary) -> Table:
     """How long each step took, without the start of its program, which takes some seconds."""
-    runs = summary.experiment.runs | {f"{name}, fully supervised": run for name, run in summary.bound_runs.items()}
+    runs = summary.runs | {f"{name}, fully supervised": run for name, run in summary.bound_runs.items()}
     finished = {name: run for name, run in runs.items() if run.finished}
     rows: list[Row] = [{"name": name, "device": run.device, "seconds": run.seconds} for name, run in finished.items()]
     rows.append({"name": "all", "device": "", "seconds": sum(run.seconds for run in finished.values())})
     columns = [Column("made", "name", str, "text"), Column("device", "device", str, "text")]
     return Table([*columns, Column("seconds", "seconds", "{:.0f}".format)], rows)
-
-
-def label_table(review: Review) -> Table:
-    """How well the classifier ranks the patches by each class."""
-    columns = [
-        Column("class", "name", str, "text"),
-        Column("patches with it", "patches", str),
-        Column("average precision", "average_precision"),
-    ]
-    return Table(columns, [vars(row) for row in review.classes])
-
-
-def doubt_table(review: Review) -> Table:
-    """The image-level labels that the classifier contradicts most."""
-    columns = [
-        Column("patch", "id", str, "text"),
-        Column("class", "name", str, "text"),
-        Column("label", "labelled", {True: "present", False: "absent"}.__getitem__, "text"),
-        Column("probability", "probability"),
-    ]
-    return Table(columns, [vars(doubt) for doubt in review.doubts])
 
 
 def notes(summary: Summary) -> list[str]:
@@ -149,7 +125,7 @@ def notes(summary: Summary) -> list[str]:
 
 def markdown(summary: Summary) -> str:
     """The tables, and the lines that say what they rest on."""
-    parts = [f"{summary.dataset.title}, experiment {summary.experiment.name}"]
+    parts = [f"{summary.dataset.title}, experiment {summary.name}"]
     parts += [_markdown(make(summary)) for make in (score_table, class_table, share_table, time_table)]
     parts.append("\n".join(f"- {line}" for line in [*notes(summary), *summary.warnings]))
     return "\n\n".join(parts)

@@ -4,59 +4,19 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, model_validator
 
-from report.stages import Split, Stage
+from report.stages import Stage
 from tools.dataset import Dataset
 from tools.runs import Run
 from tools.scores import ConfusionMatrix
 
 FACTS = {"seed": "seed", "backbone": "backbone", "weights": "weights", "protocol": "protocol of the steps"}
 MISSED = 0.01  # IoU below which a class counts as not found
-Pixels = Annotated[int, Field(ge=0, le=10**15)]
 Row = dict[str, Any]
-
-
-class Scored(BaseModel):
-    """One label folder and its pixel counts against the truth, from which every score follows."""
-
-    experiment: str
-    stage: str  # name of the folder
-    title: str
-    split: Split
-    images: int  # scored
-    partial: bool  # files were missing or damaged
-    made: tuple[str, int]  # see `state_of`
-    is_bound: bool  # of the fully supervised experiment
-    stale: bool = False  # the folder has changed since
-    confusion: list[list[Pixels]]  # (K, K+1): truth x prediction, the last column: no class predicted
-
-    @property
-    def matrix(self) -> ConfusionMatrix:
-        return ConfusionMatrix(len(self.confusion), self.confusion)
-
-
-def scored(stage: Stage) -> Scored:
-    """A stage after step 8 has counted it."""
-    return Scored(
-        experiment=stage.experiment,
-        stage=stage.path.name,
-        title=stage.title,
-        split=stage.split,
-        images=len(stage.per_image),
-        partial=stage.partial,
-        made=state_of(stage.run),
-        is_bound=stage.is_bound,
-        confusion=stage.matrix.counts.tolist(),
-    )
-
-
-def state_of(run: Run) -> tuple[str, int]:
-    """When a folder was started and how many files it holds: by this a folder that was made again is recognised."""
-    return run.started, run.files
 
 
 class ScoresFile(BaseModel):
@@ -64,7 +24,7 @@ class ScoresFile(BaseModel):
 
     protocol: Literal["clean", "released"] = "clean"
     classes: list[str] = []
-    stages: list[Scored] = []
+    stages: list[Stage] = []
 
     @model_validator(mode="after")
     def counts_fit_the_classes(self) -> Self:
@@ -76,8 +36,10 @@ class ScoresFile(BaseModel):
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """The runs of an experiment, as they are on disk."""
+class Summary:
+    """The runs of an experiment, as they are on disk, and the stages that step 8 has scored, from whose counts every
+    score follows.
+    """
 
     args: Any  # with dataset, experiment and root, for the commands that the page shows
     dataset: Dataset
@@ -85,25 +47,14 @@ class Experiment:
     runs: dict[str, Run]  # in the order of their start
     outdated: set[str]  # runs whose inputs have changed since
     broken: list[str]  # a sentence for each damaged run.json, scores.json, samples.json
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-
-@dataclass(frozen=True)
-class Summary:
-    """An experiment and, once step 8 has been run, the counts of its stages, from which every score follows."""
-
-    experiment: Experiment
-    stages: list[Scored] = field(default_factory=list)
+    stages: list[Stage] = field(default_factory=list)
     protocol: str = "clean"
     failures: list[str] = field(default_factory=list)
     bound_runs: dict[str, Run] = field(default_factory=dict)  # of the fully supervised experiment
 
     @property
-    def dataset(self) -> Dataset:
-        return self.experiment.dataset
+    def name(self) -> str:
+        return self.folder.name
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -132,7 +83,7 @@ class Summary:
     @cached_property
     def last(self) -> dict[str, Row]:
         """Split -> the last scored stage of this experiment."""
-        return {row["split"]: row for row in self.rows if row["experiment"] == self.experiment.name}
+        return {row["split"]: row for row in self.rows if row["experiment"] == self.name}
 
     @cached_property
     def constant(self) -> dict[str, Row]:
@@ -141,17 +92,15 @@ class Summary:
         for stage in self.stages:
             if stage.split in rows and stage.images <= rows[stage.split]["images"]:
                 continue  # the same truth, of no more images
-            k = most_frequent_class(stage.matrix, self.dataset.scored)
-            scores = self._scores(constant_map(stage.matrix, k))
-            rows[stage.split] = scores | {"class": self.dataset.classes[k], "images": stage.images}
+            k, matrix = constant_map(stage.matrix, self.dataset.scored)
+            rows[stage.split] = self._scores(matrix) | {"class": self.dataset.classes[k], "images": stage.images}
         return rows
 
     @cached_property
     def class_titles(self) -> list[str]:
         """The names of the classes, which say what the mean leaves out."""
-        titles = dict(zip(self.dataset.classes, self.dataset.classes, strict=True))
-        titles |= {name: f"{name} (left out of the mean)" for name in self.dataset.left_out_of_mean}
-        return list(titles.values())
+        remarks = dict.fromkeys(self.dataset.left_out_of_mean, " (left out of the mean)")
+        return [name + remarks.get(name, "") for name in self.dataset.classes]
 
     def class_ious(self, row: Row) -> list[float | None]:
         """IoU of each class in one of `rows`; of a left-out class, its IoU with all classes counted."""
@@ -161,7 +110,7 @@ class Summary:
     def facts(self) -> dict[str, list[str]]:
         """What the figures rest on: each constant of `FACTS` and each note of the steps, with all its values."""
         facts: dict[str, list[str]] = {}
-        for run in self.experiment.runs.values():
+        for run in self.runs.values():
             values = {title: run.constants[key] for key, title in FACTS.items() if key in run.constants}
             if "weights" in values:  # of a file, its name is enough
                 values["weights"] = Path(str(values["weights"])).name
@@ -186,9 +135,9 @@ class Summary:
             warnings.append(f"Older scores: {', '.join(stale)} changed after the scores were made. Run step 8 again.")
         for row in self.last.values():
             warnings += self._warnings_of(row)
-        for name, run in self.experiment.runs.items():
+        for name, run in self.runs.items():
             warnings += [f"{name}: {sentence}" for sentence in run.warnings]
-        return warnings + self.experiment.broken
+        return warnings + self.broken
 
     def _warnings_of(self, row: Row) -> list[str]:
         """Whether a result is no better than one class everywhere, and the classes that it does not find."""
@@ -213,7 +162,7 @@ class Summary:
         return {
             "dataset": self.dataset.name,
             "title": self.dataset.title,
-            "experiment": self.experiment.name,
+            "experiment": self.name,
             "protocol": self.protocol,
             "classes": self.dataset.classes,
             "left_out_of_mean": self.dataset.left_out_of_mean,
@@ -226,26 +175,24 @@ class Summary:
         }
 
 
-def most_frequent_class(matrix: ConfusionMatrix, scored: np.ndarray) -> int:
-    """The truth's most frequent class among the `scored` ones, (K,) bool."""
-    return int(np.where(scored, matrix.counts.sum(axis=1), -1).argmax())
-
-
-def constant_map(matrix: ConfusionMatrix, k: int) -> ConfusionMatrix:
-    """The counts of a map that is class `k` everywhere, against the truth of `matrix`."""
+def constant_map(matrix: ConfusionMatrix, scored: np.ndarray) -> tuple[int, ConfusionMatrix]:
+    """The truth's most frequent class among the `scored` ones, (K,) bool, and the counts of a map that is it
+    everywhere.
+    """
+    support = matrix.counts.sum(axis=1)
+    k = int(np.where(scored, support, -1).argmax())
     counts = np.zeros_like(matrix.counts)
-    counts[:, k] = matrix.counts.sum(axis=1)
-    return ConfusionMatrix(matrix.num_classes, counts)
+    counts[:, k] = support
+    return k, ConfusionMatrix(matrix.num_classes, counts)
 
 
 def plain(value: Any) -> Any:
     """For JSON: arrays to lists, NaN to None."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | list | tuple):
-        return [plain(item) for item in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, np.ndarray):
+        return [plain(item) for item in value.tolist()]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def percent(value: float | None, digits: int = 2) -> str:

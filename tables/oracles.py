@@ -14,67 +14,55 @@ from tools.map_files import load_maps
 from tools.masks import Masks, load_masks, pack_masks
 from tools.progress import Progress
 from tools.scores import ConfusionMatrix
+from tools.steps import STEPS
 from tools.workers import in_workers
 
-MASKS = ("masks of step 9", "perfect regions (USES THE TRUTH)")  # whose masks refine
+STEP_9, PERFECT = "masks of step 9", "perfect regions (USES THE TRUTH)"  # whose masks refine
 
 
 def refined(
-    dataset: Dataset,
-    folder: Path,
-    split: str,
-    rules: Sequence[Refinement],
-    *,
-    from_image: bool,
-    maps: Path | None = None,
-    workers: int = 0,
+    dataset: Dataset, folder: Path, rules: Sequence[Refinement], from_image: bool, workers: int = 0
 ) -> dict[str, list[ConfusionMatrix]]:
-    """The label maps of `folder` after each of `rules`, against the truth: name in `MASKS` -> a matrix for each rule.
+    """The label maps of steps 3 or 6 after each of `rules`, against the truth: `STEP_9` and `PERFECT` -> a matrix for
+    each rule.
 
-    `from_image`: the classes that may be written are those of the image-level label, else those of the map. `maps` is
-    the folder of the class maps for rule mean_cam: CAMs, or `folder` itself, which then holds probabilities. Each file
-    is read once for all rules. Raises `UserError` for missing and damaged files.
+    `from_image`: the classes that may be written are those of the image-level label, else those of the map. The rule
+    mean_cam reads the CAMs beside `folder`, or the probabilities that step 6 kept. Each file is read once for all
+    rules. Raises `UserError` for missing and damaged files.
     """
-    ids = dataset.ids(split)
+    split = STEPS[folder.name].split or "train"
     image_labels = dataset.image_labels(split) if from_image else {}
-    work = partial(_refined_patch, dataset=dataset, folder=folder, split=split, rules=rules, maps=maps)
-    patches = [(id, image_labels.get(id)) for id in ids]
-    counts = np.zeros((len(MASKS), len(rules), dataset.num_classes, dataset.num_classes + 1), np.int64)
-    with Progress(len(ids), f"{folder.name} refined") as bar:
-        for patch_counts in in_workers(work, patches, workers):
-            counts += patch_counts
+    patches = [(id, image_labels.get(id)) for id in dataset.ids(split)]
+    work = partial(_refined_patch, dataset=dataset, folder=folder, split=split, rules=rules)
+    totals = {name: [ConfusionMatrix(dataset.num_classes) for _ in rules] for name in (STEP_9, PERFECT)}
+    with Progress(len(patches), f"{folder.name} refined") as bar:
+        for matrices in in_workers(work, patches, workers):
+            for (name, number), matrix in matrices.items():
+                totals[name][number].counts += matrix.counts
             bar.update()
-    return {
-        name: [ConfusionMatrix(dataset.num_classes, of_rule) for of_rule in of_masks]
-        for name, of_masks in zip(MASKS, counts, strict=True)
-    }
+    return totals
 
 
 def _refined_patch(
-    patch: tuple[str, np.ndarray | None],
-    *,
-    dataset: Dataset,
-    folder: Path,
-    split: str,
-    rules: Sequence[Refinement],
-    maps: Path | None,
-) -> np.ndarray:
-    """One patch, id and image-level label (K,) bool or None -> (2,R,K,K+1) int64: kinds of masks, rules, counts."""
+    patch: tuple[str, np.ndarray | None], dataset: Dataset, folder: Path, split: str, rules: Sequence[Refinement]
+) -> dict[tuple[str, int], ConfusionMatrix]:
+    """One patch, id and image-level label (K,) bool or None -> the kind of masks and number of a rule -> counts."""
     (id, image_label), num_classes = patch, dataset.num_classes
     truth = load_label(dataset.labels(split) / f"{id}.png", num_classes)
     label = load_label(folder / f"{id}.png", num_classes)
     classes = np.setdiff1d(label, [IGNORE]) if image_label is None else np.flatnonzero(image_label)
     class_maps = {}
-    if maps:
-        ids, values = load_maps(maps / f"{id}.npz", num_classes, truth.shape)
-        class_maps = dict(zip(ids, values, strict=True))
-    counts = []
-    for masks in (load_masks(dataset.sam_masks(split) / f"{id}.npz", truth.shape), perfect_regions(truth, num_classes)):
-        for rule in rules:
+    if any(rule.rule == "mean_cam" for rule in rules):
+        maps = folder if folder.name == "segmentation" else folder.with_name("cams")
+        class_maps = dict(zip(*load_maps(maps / f"{id}.npz", num_classes, truth.shape), strict=True))
+    of_step_9 = load_masks(dataset.sam_masks(split) / f"{id}.npz", truth.shape)
+    matrices = {}
+    for name, masks in ((STEP_9, of_step_9), (PERFECT, perfect_regions(truth, num_classes))):
+        for number, rule in enumerate(rules):
             matrix = ConfusionMatrix(num_classes)
             matrix.update(truth, rule(label, masks, classes, class_maps))
-            counts.append(matrix.counts)
-    return np.stack(counts).reshape(len(MASKS), len(rules), num_classes, num_classes + 1)
+            matrices[name, number] = matrix
+    return matrices
 
 
 def on_true_background(dataset: Dataset, cams: Path, background: int) -> ConfusionMatrix:
@@ -85,12 +73,9 @@ def on_true_background(dataset: Dataset, cams: Path, background: int) -> Confusi
         for id in ids:
             truth = load_label(dataset.labels("train") / f"{id}.png", dataset.num_classes)
             classes, maps = load_maps(cams / f"{id}.npz", dataset.num_classes, truth.shape)
-            others = classes != background
-            prediction = np.full(truth.shape, background, np.uint8)
-            if others.any():
-                foreground = truth != background
-                prediction[foreground] = classes[others][maps[others].argmax(0)][foreground]
-            matrix.update(truth, prediction)
+            maps[classes == background] = -1
+            prediction = np.where(truth == background, background, classes[maps.argmax(axis=0)])
+            matrix.update(truth, prediction.astype(np.uint8))
             bar.update()
     return matrix
 

@@ -18,8 +18,8 @@ import train_classification
 import train_segmentation
 from PRC_SAM.refine import Refinement
 from report.page import renew
-from report.summary import constant_map, most_frequent_class
-from tables.oracles import on_true_background, refined
+from report.summary import constant_map
+from tables.oracles import refined
 from tools.command import check
 from tools.constants import flat
 from tools.dataset import Dataset
@@ -51,22 +51,22 @@ class Runner:
         self.args, self.dataset, self.prefix, self.seed = args, dataset, prefix, seed
         self.constant_maps: dict[str, str] = {}
 
-    def step(self, module: ModuleType, experiment: str, base: Any = None, **changes: Any) -> None:
-        """Call a step's main and renew the report. Its constants are `base`, or the step's own, with `changes`.
-
-        It takes the constants that it shares with reproduce_tables.py from there.
-        """
+    def constants(self, base: Any, experiment: str, **changes: Any) -> Any:
+        """`base`, a step's constants, with `changes` and with those that the step shares with reproduce_tables.py."""
         shared = ("root", "protocol", "precision", "device", "workers", "images_at_once", "scales")
         values = {name: getattr(self.args, name) for name in shared}
         values |= {"dataset": self.dataset.name, "experiment": experiment, "seed": self.seed} | changes
-        base = base or module.Constants()
-        args = replace(base, **{name: value for name, value in values.items() if hasattr(base, name)})
+        return replace(base, **{name: value for name, value in values.items() if hasattr(base, name)})
+
+    def step(self, module: ModuleType, experiment: str, base: Any = None, **changes: Any) -> None:
+        """Call a step's main and renew the report. Its constants are `base`, or the step's own, with `changes`."""
+        args = self.constants(base or module.Constants(), experiment, **changes)
         module.main(args)
         if process_state(self.args.device).is_main_process:
             renew(args)
 
-    def pseudo_labels(self, row: Row) -> str:
-        """Steps 1 to 4 of a row -> its experiment. Rows whose changes are the defaults share the plain experiment."""
+    def run(self, row: Row) -> str:
+        """Steps 1 to 4 of a row, or 1 to 7 -> its experiment: the plain one where the changes are the defaults."""
         base = self.args.classification
         trained, applied = row.changes, {}
         iterations = row.changes.get("iterations", base.iterations)
@@ -82,6 +82,10 @@ class Runner:
         source = "" if cams == experiment else cams
         self.step(make_pseudo_labels, experiment, self.args.pseudo, cams=source, **row.pseudo)
         self.step(generate_refined_pseudo, experiment)
+        if row.segment:
+            self.step(train_segmentation, experiment, self.args.segmentation)
+            self.step(inference_segmentation, experiment, keep_probabilities=self.args.table == "refinement")
+            self.step(generate_refined_seg, experiment)
         return experiment
 
     def experiment(self, changes: Changes) -> str:
@@ -93,12 +97,6 @@ class Runner:
             if value != defaults[name]:
                 parts.append(f"{name}{value}" if isinstance(value, str) else f"{name}{value:g}")
         return "-".join([*parts, f"seed{self.seed}"])
-
-    def segmentation(self, experiment: str) -> None:
-        """Steps 5 to 7."""
-        self.step(train_segmentation, experiment, self.args.segmentation)
-        self.step(inference_segmentation, experiment, keep_probabilities=self.args.table == "refinement")
-        self.step(generate_refined_seg, experiment)
 
     def supervised(self) -> str:
         """The fully supervised bound -> its experiment."""
@@ -112,20 +110,13 @@ class Runner:
 
     def scores(self, experiment: str) -> dict[str, float]:
         """Stage -> headline mIoU in per cent, of every label folder of an experiment."""
-        args = evaluate_miou.Constants(
-            dataset=self.dataset.name,
-            experiment=experiment,
-            supervised=experiment,
-            protocol=self.args.protocol,
-            workers=self.args.workers,
-            root=self.args.root,
-        )
+        args = self.constants(evaluate_miou.Constants(), experiment, supervised=experiment)
         stages = evaluate_miou.find_stages(self.dataset, self.folder(experiment), args)
         failures = evaluate_miou.score(self.dataset, stages, args)
         check(not failures, f"{len(failures)} files of {experiment} could not be scored: {failures[:1]}")
         for stage in stages:
-            k = most_frequent_class(stage.matrix, self.dataset.scored)
-            miou, name = self.headline(constant_map(stage.matrix, k)), self.dataset.classes[k]
+            k, matrix = constant_map(stage.matrix, self.dataset.scored)
+            miou, name = self.headline(matrix), self.dataset.classes[k]
             self.constant_maps[stage.split] = f"{name} everywhere has {miou:.2f} on the {stage.split} split"
         return {stage.path.name: self.headline(stage.matrix) for stage in stages}
 
@@ -133,30 +124,8 @@ class Runner:
         """mIoU in per cent."""
         return 100 * matrix.scores(np.flatnonzero(~self.dataset.scored), self.args.protocol)["miou"]
 
-    def tau(self, stage: str) -> float:
-        """The data set's tau of IOS on pseudo_labels or segmentation."""
-        method = self.dataset.method
-        return method.tau_segmentation if stage == "segmentation" else method.tau_pseudo_labels
-
     def refined(self, experiment: str, stage: str, rules: Sequence[Refinement]) -> dict[str, list[float]]:
-        """mIoU of pseudo_labels or segmentation after each rule: name in `MASKS` -> a value for each rule.
-
-        The rule mean_cam reads the CAMs of the experiment, or the probabilities that step 6 kept.
-        """
-        folder = self.folder(experiment) / stage
-        by_maps = any(rule.rule == "mean_cam" for rule in rules)
-        split, maps = ("test", folder) if stage == "segmentation" else ("train", folder.with_name("cams"))
-        refined_by = refined(
-            self.dataset,
-            folder,
-            split,
-            rules,
-            from_image=split == "train" or self.args.protocol == "released",
-            maps=maps if by_maps else None,
-            workers=self.args.workers,
-        )
-        return {masks: [self.headline(matrix) for matrix in matrices] for masks, matrices in refined_by.items()}
-
-    def true_background(self, experiment: str, background: int) -> float:
-        """mIoU of the CAMs' argmax with the truth's background."""
-        return self.headline(on_true_background(self.dataset, self.folder(experiment) / "cams", background))
+        """mIoU of pseudo_labels or segmentation after each rule, by the masks of step 9 and by the truth's regions."""
+        from_image = stage == "pseudo_labels" or self.args.protocol == "released"
+        matrices = refined(self.dataset, self.folder(experiment) / stage, rules, from_image, self.args.workers)
+        return {masks: [self.headline(matrix) for matrix in of_rules] for masks, of_rules in matrices.items()}

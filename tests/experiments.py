@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from report.summary import Scored
+from report.stages import Stage
 from tools.labels import save_label
 from tools.map_files import save_maps
 from tools.masks import pack_masks, save_masks
@@ -91,7 +91,7 @@ def scores_of(root, experiment="run"):
 
 def scored(experiment, stage, split, confusion):
     """A stage of scores.json."""
-    return Scored(
+    return Stage(
         experiment=experiment,
         stage=stage,
         title=stage,

@@ -11,7 +11,7 @@ import pytest
 
 import evaluate_miou
 from report import score_tables
-from report.summary import Experiment, Summary
+from report.summary import Summary
 from tests.experiments import CLASSES, COLOURS, EVIL, STAGES, make_experiment, scored, scores_of
 from tools.command import UserError
 from tools.dataset import load_dataset
@@ -245,7 +245,7 @@ def test_the_papers_figures_stand_at_the_last_stage_and_the_bound(made):
         ("supervised", "segmentation", "test"),
     ]
     stages = [scored(*place, np.eye(4, 5, dtype=int).tolist()) for place in places]
-    table = score_tables.score_table(Summary(Experiment(None, dataset, made / "run", {}, set(), []), stages))
+    table = score_tables.score_table(Summary(None, dataset, made / "run", {}, set(), [], stages))
     shown = [column for column in table.columns if column.title.startswith("paper")]
     assert [[column.cell(row) for column in shown] for row in table.rows] == [
         ["not published"] * 2,

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,6 @@ from hypothesis import strategies as st
 
 from report import page as report
 from report.patch_pictures import Sample, choose, pack
-from report.summary import Summary
 from tests.conftest import ROOT
 from tests.experiments import CLASSES, EVIL, STAGES, make_experiment, scored, write_run
 from tests.steps import STEPS, experiment, step
@@ -322,7 +322,7 @@ def test_choice_of_nine_and_of_equals():
 
 def summary_of(root, experiment, stages=()):
     args = SimpleNamespace(dataset="tiny", experiment=experiment, root=root)
-    return Summary(report.read_experiment(args, load_dataset("tiny", root)), list(stages))
+    return replace(report.read_summary(args, load_dataset("tiny", root)), stages=list(stages))
 
 
 def test_a_page_never_grows_beyond_its_limit(evaluated):

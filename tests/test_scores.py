@@ -126,8 +126,6 @@ def test_a_matrix_from_counts_is_a_copy_and_counts_must_fit():
     for wrong in (np.eye(3), np.eye(4, 5), np.ones(4)):
         with pytest.raises(ValueError, match="shape"):
             ConfusionMatrix(3, wrong)
-    with pytest.raises(ValueError, match="ignore"):
-        ConfusionMatrix(6, ignore=3)
     with pytest.raises(ValueError, match="protocol"):
         matrix.scores(protocol="best")
 

@@ -9,7 +9,7 @@ import tyro
 
 from make_pseudo_labels import thresholded_background
 from reproduce_tables import Constants, check_constants, main, rows_of
-from tables.oracles import MASKS
+from tables.oracles import PERFECT, STEP_9
 from tables.table import show
 from tests.steps import TRAIN, step
 from tools.command import UserError
@@ -44,7 +44,7 @@ def test_tables_of_tiny_data(copy, run_script):
     first = run_script("reproduce_tables.py", "--table", "ablation", "--dataset", "tiny", "--root", copy, *TRAINING)
     folder = copy / "experiments" / "tiny"
     ablation = read(folder / "tables" / "ablation.csv")
-    perfect = f"+ PRC + IR, IOS by {MASKS[1]}"
+    perfect = f"+ PRC + IR, IOS by {PERFECT}"
     assert {row for row, _ in ablation} == {"CAM", "+ PRC", "+ IR", "+ PRC + IR", perfect}
     assert sum(column == "segmentation" for _, column in ablation) == 2  # the first row and the last
     assert not (folder / "tables-ir_weight0-seed0" / "classifier").exists()  # without IR, PRC does not change training
@@ -58,8 +58,8 @@ def test_tables_of_tiny_data(copy, run_script):
     tau = read(folder / "tables" / "tau.csv")
     # tau 0.9 is what steps 4 and 7 used
     for stage, column in (("pseudo-labels", "+ IOS"), ("segmentation", "segmentation + IOS")):
-        assert tau["tau 0.9", f"{stage}, {MASKS[0]}"] == ablation["+ PRC + IR", column]
-        assert tau["tau 0.9", f"{stage}, {MASKS[1]}"] == ablation[perfect, column]
+        assert tau["tau 0.9", f"{stage}, {STEP_9}"] == ablation["+ PRC + IR", column]
+        assert tau["tau 0.9", f"{stage}, {PERFECT}"] == ablation[perfect, column]
 
 
 def test_refinement_rules_equal_the_steps(copy, capsys):
@@ -79,7 +79,7 @@ def test_refinement_rules_equal_the_steps(copy, capsys):
             matrix = ConfusionMatrix(3)
             for file in (copy / "datasets" / "tiny" / split / "labels").glob("*.png"):
                 matrix.update(load_label(file, 3), load_label(refined / file.name, 3))
-            (value,) = values[rule, f"{stage}, {MASKS[0]}"]
+            (value,) = values[rule, f"{stage}, {STEP_9}"]
             assert value == pytest.approx(100 * matrix.scores()["miou"], abs=1e-3), (stage, rule)
 
 

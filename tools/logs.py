@@ -17,5 +17,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        rows += [row] if isinstance(row, dict) and type(row.get("epoch")) is int else []
+        if isinstance(row, dict) and type(row.get("epoch")) is int:
+            rows.append(row)
     return rows

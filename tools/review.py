@@ -96,6 +96,5 @@ def review(dataset: Dataset, cams: Path, most: int = 20) -> Review:
             doubts.append(Doubt(ids[row], dataset.classes[k], bool(labels[row, k]), probability))
     classes = []
     for k, name in enumerate(dataset.classes):
-        precision = average_precision(labels[:, k], logits[:, k])
-        classes.append(ClassReview(name, int(labels[:, k].sum()), precision))
+        classes.append(ClassReview(name, int(labels[:, k].sum()), average_precision(labels[:, k], logits[:, k])))
     return Review(classes, doubts)

@@ -6,6 +6,8 @@ import cv2
 import numpy as np
 from numpy.typing import ArrayLike
 
+from tools.labels import IGNORE
+
 PROTOCOLS = ("clean", "released")
 CHUNK = 1 << 24  # pixels: OpenCV counts in float32, which is exact up to here
 
@@ -14,24 +16,19 @@ class ConfusionMatrix:
     """Pixel counts of truth against prediction, summed image by image in 64 bits.
 
     `counts` is (K, K+1) int64: rows are the truth, columns the prediction. The last column counts pixels that have a
-    class in the truth but `ignore` in the prediction: they are errors. Pixels whose truth is `ignore` are not counted.
-    It begins at zero, or with a copy of `counts`. Raises `ValueError` for a number of classes that does not fit below
-    `ignore`, and for counts of another shape.
+    class in the truth but 255 (ignore) in the prediction: they are errors. Pixels whose truth is 255 are not counted.
+    It begins at zero, or with a copy of `counts`. Raises `ValueError` for counts of another shape.
     """
 
-    def __init__(self, num_classes: int, counts: ArrayLike | None = None, ignore: int = 255):
-        if not 1 <= num_classes <= ignore <= 255:
-            raise ValueError(
-                f"{num_classes} classes and ignore {ignore} do not fit: 1 <= classes <= ignore <= 255 must hold"
-            )
+    def __init__(self, num_classes: int, counts: ArrayLike | None = None):
         shape = (num_classes, num_classes + 1)
-        self.num_classes, self.ignore = num_classes, ignore
+        self.num_classes = num_classes
         self.counts = np.zeros(shape, np.int64) if counts is None else np.array(counts, np.int64)
         if self.counts.shape != shape:
             raise ValueError(f"the counts have shape {self.counts.shape}, but {num_classes} classes need {shape}")
 
     def update(self, truth: np.ndarray, prediction: np.ndarray) -> None:
-        """Add one image or batch: two integer arrays of the same shape that hold class ids or `ignore`.
+        """Add one image or batch: two integer arrays of the same shape that hold class ids or 255 (ignore).
 
         Raises `ValueError` for different shapes and for other ids, and then adds nothing.
         """
@@ -43,13 +40,13 @@ class ConfusionMatrix:
         for start in range(0, truth.size, CHUNK):
             part = [array[start : start + CHUNK] for array in (truth, prediction)]
             pairs += cv2.calcHist(part, [0, 1], None, [256, 256], [0, 256, 0, 256]).astype(np.int64)
-        ids = [*range(self.num_classes), self.ignore]
+        ids = [*range(self.num_classes), IGNORE]
         for name, pixels in (("truth", pairs.sum(axis=1)), ("prediction", pairs.sum(axis=0))):
             pixels[ids] = 0
             if pixels.any():
                 raise ValueError(
                     f"the {name} holds the id {pixels.nonzero()[0][0]}, but there are {self.num_classes} "
-                    f"classes and {self.ignore} for ignore"
+                    f"classes and {IGNORE} for ignore"
                 )
         self.counts += pairs[: self.num_classes, ids]
 
@@ -99,14 +96,9 @@ class ConfusionMatrix:
 def _bytes(ids: np.ndarray, name: str) -> np.ndarray:
     """`ids` as uint8. Raises `ValueError` where they are not whole numbers from 0 to 255."""
     ids = np.asarray(ids)
-    if ids.dtype == np.uint8:
-        return ids
-    if ids.dtype.kind not in "iub" or (ids.size and not 0 <= ids.min() <= ids.max() <= 255):
-        raise ValueError(
-            f"the {name} must hold whole numbers from 0 to 255, but is {ids.dtype}"
-            + (f" from {ids.min()} to {ids.max()}" if ids.size else "")
-        )
-    return ids.astype(np.uint8)
+    if ids.dtype != np.uint8 and (ids.dtype.kind not in "iub" or not np.array_equal(ids, ids.astype(np.uint8))):
+        raise ValueError(f"the {name} must hold whole numbers from 0 to 255, but holds others ({ids.dtype})")
+    return ids.astype(np.uint8, copy=False)
 
 
 def _ratio(numerator: ArrayLike, denominator: ArrayLike) -> np.ndarray:

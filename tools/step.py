@@ -31,8 +31,8 @@ def experiment_folder(root: Path, dataset: str, experiment: str) -> Path:
     return Path(root) / "experiments" / dataset / experiment
 
 
-def require(folder: Path, args: Any, **others: str) -> Run:
-    """The run.json of the finished step that made a folder.
+def require(folder: Path, args: Any, unfinished: bool = False, **others: str) -> Run:
+    """The run.json of the step that made a folder, finished except where `unfinished` is allowed.
 
     Raises `UserError` with the command to run, which repeats the data set, experiment and root of `args`; `others`
     replaces some of them.
@@ -44,7 +44,7 @@ def require(folder: Path, args: Any, **others: str) -> Run:
         run = read_run(folder, f"run {maker} --overwrite")
     except FileNotFoundError:
         raise UserError(f"{folder} has no run.json: run {maker} --overwrite") from None
-    check(run.finished, f"{folder} is not finished: run {maker} again, it continues where it stopped")
+    check(run.finished or unfinished, f"{folder} is not finished: run {maker} again, it continues where it stopped")
     return run
 
 
