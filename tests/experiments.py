@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 
 from report.summary import Scored
+from tools.dataset import Dataset, load_dataset
+from tools.image_labels import write_image_labels
 from tools.labels import save_label
 from tools.map_files import save_maps
 from tools.masks import pack_masks, save_masks
@@ -83,6 +85,23 @@ def make_experiment(root: Path) -> Path:
         '{"epoch": 3, "step": 27, "loss": 0.5, "classification": 0.25, "lr": 0.0}\n{"epoch": 4, "lo'
     )
     return root
+
+
+def make_refinable(root: Path, background: str = "") -> tuple[Dataset, Path]:
+    """`make_experiment` with image-level labels and probabilities of step 6 -> the data set, the folder of `run`."""
+    make_experiment(root)
+    if background:
+        with open(root / "datasets" / "tiny" / "dataset.toml", "a") as file:
+            file.write(f'[rules]\nbackground = "{background}"\n')
+    dataset, folder, rng = load_dataset("tiny", root), root / "experiments" / "tiny" / "run", np.random.default_rng(1)
+    for split in ("train", "test"):
+        labels = {id: np.array([1, 1, 0, 1]) for id in "abcde"}
+        write_image_labels(dataset.image_labels_file(split), dataset.classes, labels)
+        write_run(dataset.sam_masks(split), split)
+    for id in "abcde":
+        maps = [rng.random((4, 8, 8))]
+        save_maps(folder / "segmentation" / f"{id}.npz", "probabilities", np.arange(4), maps, (32, 32))
+    return dataset, folder
 
 
 def scores_of(root, experiment="run"):
