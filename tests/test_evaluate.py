@@ -173,7 +173,7 @@ def test_bad_files_are_reported_and_the_good_ones_scored(root, run_script):
     result = run_script("evaluate_miou.py", *words, fails=True)
     assert result.returncode == 1 and "6 files could not be scored" in result.stderr
     for name in ("segmentation/a", "segmentation/b", "segmentation/c", "cams/a", "cams/d", "sam_masks/e"):
-        assert f"{name}." in result.stderr
+        assert name in result.stderr
     assert "30 x 32" in result.stderr and "segmentation (partial)" in result.stdout
     rows = {row["stage"]: row for row in scores_of(root)["stages"] if row["experiment"] == "run"}
     assert rows["segmentation"]["partial"] and rows["segmentation"]["images"] == 2
