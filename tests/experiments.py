@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 
 from report.stages import Stage
+from tools.dataset import Dataset, load_dataset
+from tools.image_labels import write_image_labels
 from tools.labels import save_label
 from tools.map_files import save_maps
 from tools.masks import pack_masks, save_masks
@@ -83,6 +85,29 @@ def make_experiment(root: Path) -> Path:
         '{"epoch": 3, "step": 27, "loss": 0.5, "classification": 0.25, "lr": 0.0}\n{"epoch": 4, "lo'
     )
     return root
+
+
+def make_refinable(root: Path, background: str = "") -> tuple[Dataset, Path]:
+    """`make_experiment` with image-level labels, masks of 8 x 8 pixels and probabilities of step 6.
+
+    Returns the data set and the folder of `run`.
+    """
+    make_experiment(root)
+    if background:
+        with open(root / "datasets" / "tiny" / "dataset.toml", "a") as file:
+            file.write(f'[rules]\nbackground = "{background}"\n')
+    dataset, folder, rng = load_dataset("tiny", root), root / "experiments" / "tiny" / "run", np.random.default_rng(1)
+    blocks = np.arange(16).reshape(4, 4).repeat(8, 0).repeat(8, 1) == np.arange(16)[:, None, None]
+    for split in ("train", "test"):
+        labels = {id: np.array([1, 1, 0, 1]) for id in "abcde"}
+        write_image_labels(dataset.image_labels_file(split), dataset.classes, labels)
+        write_run(dataset.sam_masks(split), split)
+        for id in "abcde":
+            save_masks(dataset.sam_masks(split) / f"{id}.npz", pack_masks(np.roll(blocks, 3, axis=2)))
+    for id in "abcde":
+        maps = [rng.random((4, 8, 8))]
+        save_maps(folder / "segmentation" / f"{id}.npz", "probabilities", np.arange(4), maps, (32, 32))
+    return dataset, folder
 
 
 def scores_of(root, experiment="run"):

@@ -110,24 +110,24 @@ def started(words: list[str], launcher: tuple[str, ...] = ()):
 
 def living(process: subprocess.Popen) -> list[int]:
     """The processes that run of it and of all that it has started, itself first."""
-    found = []
+    pids = []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         try:
             ours = process.mark in environment.read_bytes().split(b"\0")
         except OSError:  # it has just ended, or is another user's
             continue
         if ours:
-            found.append(int(environment.parent.name))
-    return sorted(found, key=lambda pid: (pid != process.pid, pid))
+            pids.append(int(environment.parent.name))
+    return sorted(pids, key=lambda pid: (pid != process.pid, pid))
 
 
 def until(condition, seconds: float = 90):
     """Wait until condition() holds, and return what it gives."""
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (answer := condition()):
         assert time.monotonic() < deadline, "it did not come to this"
         time.sleep(0.005)
-    return found
+    return answer
 
 
 def finish(words: list[str], launcher: tuple[str, ...] = (), fails: bool = False) -> str:

@@ -22,27 +22,19 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     assert load_checkpoint(file, other)["epoch"] == 3
     state = torch.load(file, weights_only=True)["model"]
     assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
-    with pytest.raises(UserError, match=r"model\.pt was made for another backbone or number of classes"):
-        load_checkpoint(file, nn.Linear(2, 2))
-    with pytest.raises(UserError, match=r"another backbone or number of classes .*size mismatch"):
-        load_checkpoint(file, net(5))
-    with pytest.raises(UserError, match="is missing: run the training again"):
+    for model in (nn.Linear(2, 2), net(5)):
+        with pytest.raises(UserError, match=r"model\.pt .*another backbone or number of classes"):
+            load_checkpoint(file, model)
+    with pytest.raises(UserError, match=r"none\.pt is missing: .*--overwrite"):
         load_checkpoint(tmp_path / "none.pt", net())
     content = file.read_bytes()
-    for damage in (b"", content[:1000], content[:-400], b"PK\3\4", b"\x80\x02", b"text"):
+    for damage in (b"", content[:1000], content[:-400], b"PK\3\4", b"\x80\x02"):
         file.write_bytes(damage)
-        with pytest.raises(UserError, match=r"model\.pt cannot be read as a checkpoint .*--overwrite"):
+        with pytest.raises(UserError, match=r"model\.pt cannot be read .*--overwrite"):
             load_checkpoint(file, net())
-    for wrong in (
-        [1, 2],
-        {"weights": {}},
-        {"model": 3},
-        {"model": [1]},
-        {"model": {"a": 1}},
-        {"model": {1: torch.zeros(1)}},
-    ):
+    for wrong in ([1, 2], {"weights": {}}, {"model": 3}, {"model": [1]}, {"model": {"a": 1}}):
         torch.save(wrong, file)
-        with pytest.raises(UserError, match=r"model\.pt (cannot be read|was made for another)"):
+        with pytest.raises(UserError, match=r"model\.pt (is no checkpoint|was made for another)"):
             load_checkpoint(file, net())
 
 
@@ -56,12 +48,9 @@ class Hostile:
 
 def test_a_checkpoint_runs_no_code(tmp_path):
     torch.save({"model": net().state_dict(), "epoch": Hostile(tmp_path / "ran")}, tmp_path / "model.pt")
-    with pytest.raises(UserError, match=r"model\.pt cannot be read as a checkpoint"):
-        load_checkpoint(tmp_path / "model.pt", net())
-    with pytest.raises(UserError, match=r"model\.pt cannot be read as a checkpoint.*: get it again"):
-        read_tensors(tmp_path / "model.pt", "get it again")
-    with pytest.raises(UserError, match=r"none\.pt is missing: get it again"):
-        read_tensors(tmp_path / "none.pt", "get it again")
+    for name, word in (("model", "cannot be read"), ("none", "is missing")):
+        with pytest.raises(UserError, match=rf"{name}\.pt {word}.*: get it again"):
+            read_tensors(tmp_path / f"{name}.pt", "get it again")
     assert not (tmp_path / "ran").exists()
 
 

@@ -29,9 +29,7 @@ from PRC_SAM.get_se_map import Constants, mask_generator
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from tests.small_sam import build_sam
 from tools import augment, devices
-from tools.command import UserError, explain
-from tools.constants import Place
-from tools.folders import StepFolder
+from tools.command import UserError
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -65,137 +63,89 @@ def test_auto_is_the_cpu_where_no_gpu_shows_or_torch_was_built_for_the_cpu(machi
     state = devices.process_state("auto")
     assert state.device == CPU
     line = devices.start_line(state, "fp32")
-    assert line.endswith(
-        "precision: fp32; " + ("no GPU was found" if built else "this torch is built for the CPU alone")
-    )
+    assert "fp32" in line and line.endswith("no GPU was found" if built else "built for the CPU alone")
     assert "GPU" not in devices.start_line(state, "fp32", "cpu")
 
 
 def test_auto_does_not_pass_over_a_gpu_that_torch_cannot_use(machine):
     machine("13.2", 0, "nvidia-smi lists NVIDIA GeForce RTX 3090 with driver 535.104.05")
-    with pytest.raises(UserError, match=r"built for CUDA 13\.2\) cannot use a GPU: .* too old .*12020.* 535\.104"):
+    with pytest.raises(UserError, match=r"CUDA 13\.2\) .* too old .*12020.* 535\.104"):
         devices.process_state("auto")
     assert devices.process_state("cpu").device == CPU
 
 
 @pytest.mark.parametrize(
-    ("device", "usable", "sentence"),
-    [
-        ("cuda", 0, r"device is cuda, .* too old .*--device cpu"),
-        ("cuda:2", 2, r"device is cuda:2, .*cuda:0 to cuda:1"),
-        ("mps", 0, r"device is mps, .*Apple"),
-    ],
+    ("device", "usable", "word"), [("cuda", 0, "--device cpu"), ("cuda:2", 2, "cuda:0 to cuda:1"), ("mps", 0, "Apple")]
 )
-def test_a_device_that_is_missing_is_refused(machine, device, usable, sentence):
+def test_a_device_that_is_missing_is_refused(machine, device, usable, word):
     machine("13.2", usable)
-    with pytest.raises(UserError, match=f"^{sentence}"):
+    with pytest.raises(UserError, match=f"^device is {device}, .*{word}"):
         devices.process_state(device)
 
 
 def test_one_gpu_cannot_serve_several_processes(machine, monkeypatch):
     machine("13.2", 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="device is cuda:1, but several processes need a GPU each"):
+    with pytest.raises(UserError, match=r"device is cuda:1, .*processes"):
         devices.process_state("cuda:1")
 
 
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        ("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile with", "another program"),
-        ("CUDA error: unspecified launch failure\nCUDA kernel errors might", "unspecified launch failure;"),
-    ],
-)
-def test_a_gpu_that_fails_at_the_first_sum_is_explained(monkeypatch, error, sentence):
+def test_a_gpu_that_fails_at_the_first_sum_is_explained(machine, monkeypatch):
     def ones(*_, **__):
-        raise RuntimeError(error)
+        raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might")
 
     monkeypatch.setattr(torch, "ones", ones)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GTX 1080")
-    with pytest.raises(UserError, match=rf"cuda:0 \(NVIDIA GTX 1080\) .*{sentence}"):
+    with pytest.raises(UserError, match=r"cuda:0 \(NVIDIA GTX 1080\) .*unspecified launch failure;"):
         devices._try_out(GPU)
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        ("CUDA error: out of memory\nCUDA kernel errors might", "micro_batch"),
-        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "micro_batch"),
-        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "micro_batch"),
-        ("CUDA error: no kernel image is available for execution on the device", "sm_75"),
-        ("The NVIDIA driver on your system is too old (found version 11040).", "driver"),
-        ("CUDA error: an illegal memory access was encountered", ""),
-    ],
-)
-def test_errors_of_a_gpu_in_the_middle_of_a_run_are_explained(error, sentence):
-    explanation = explain(RuntimeError(error))
-    assert sentence in explanation and bool(sentence) == bool(explanation)
 
 
 @pytest.mark.parametrize(
     ("visible", "listed", "sign"),
     [
         (None, [], ""),
-        ("", ["RTX, 535"], ""),
         ("NoDevFiles", ["RTX, 535"], ""),
         ("0", [], 'CUDA_VISIBLE_DEVICES is "0"'),
-        (None, ["NVIDIA GeForce RTX 3090, 535.104"], "nvidia-smi lists NVIDIA GeForce RTX 3090 with driver 535.104"),
+        (None, ["RTX 3090, 535.104"], "nvidia-smi lists RTX 3090 with driver 535.104"),
     ],
 )
 def test_signs_of_a_gpu(monkeypatch, visible, listed, sign):
     monkeypatch.setattr(devices, "nvidia_gpus", lambda: listed)
     monkeypatch.setattr(devices.Path, "glob", lambda *_: [])
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert devices.signs_of_a_gpu() == sign
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "training", "sam"),
-    [({}, "fp32", "fp32"), ({"avx512_bf16": True}, "bf16", "fp32"), ({"amx_bf16": True}, "bf16", "fp32")],
-)
-def test_auto_is_bf16_where_the_cpu_computes_in_it(monkeypatch, capabilities, training, sam):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert devices.choose_precision("auto", CPU) == training
-    assert devices.choose_precision("auto", CPU, bf16_on_cpu=False) == sam
-    assert devices.choose_precision("bf16", CPU) == "bf16" and devices.choose_precision("fp32", CPU) == "fp32"
+@pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16"])
+def test_auto_is_bf16_where_the_cpu_computes_in_it(monkeypatch, capability):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    assert devices.choose_precision("auto", CPU) == "bf16"
+    assert devices.choose_precision("auto", CPU, bf16_on_cpu=False) == "fp32"
+    assert devices.choose_precision("fp32", CPU) == "fp32"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert devices.choose_precision("auto", CPU) == "fp32" and devices.choose_precision("bf16", CPU) == "bf16"
     assert devices.choose_precision("auto", torch.device("mps")) == "fp32"
 
 
-def test_fp32_is_not_rounded_to_tf32():
-    try:
-        devices.set_precision("bf16", CPU)
-        assert torch.backends.cudnn.allow_tf32
-        devices.set_precision("fp32", CPU)
-        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-    finally:
-        torch.backends.cudnn.allow_tf32 = True
+def test_fp32_is_not_rounded_to_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # restored at the end
+    devices.set_precision("fp32", CPU)
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    devices.set_precision("bf16", CPU)
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_facts_for_run_json(monkeypatch):
-    assert devices.device_facts(CPU).keys() == {"device", "name", "threads"}
     monkeypatch.setattr(devices, "nvidia_gpus", lambda: ["NVIDIA H100, 570.86"])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
     properties = SimpleNamespace(total_memory=80 * 2**30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    facts = devices.device_facts(GPU)
-    assert facts["driver"] == "570.86" and facts["capability"] == "sm_90" and facts["memory_gib"] == 80
-    assert {facts["tf32_in_convolutions"], facts["tf32_in_products"]} <= {True, False} and "cudnn" in facts
+    expected = {"driver": "570.86", "capability": "sm_90", "memory_gib": 80}
+    assert devices.device_facts(GPU).items() >= expected.items()
     line = devices.start_line(SimpleNamespace(device=GPU, num_processes=2), "bf16")
-    assert line == "device: NVIDIA H100 (cuda:0, 80 GiB); precision: bf16; 2 processes"
-
-
-def test_a_run_continues_on_another_device_in_its_precision(tmp_path):
-    def run(precision):
-        with StepFolder(tmp_path / "segmenter", Place()).open(".pt", settings={"precision": precision}):
-            pass
-
-    run("bf16")
-    with pytest.raises(UserError, match=r"bf16 there, fp32 now\): --precision bf16 continues it, --overwrite"):
-        run("fp32")
-    run("bf16")
+    assert all(words in line for words in ("NVIDIA H100 (cuda:0, 80 GiB)", "bf16", "2 processes"))
 
 
 # On a GPU that is not there
@@ -216,14 +166,12 @@ def fake_gpu(monkeypatch):
 
 
 def moved(model):
-    """model.to("cuda"), which fake tensors do not allow: what torch would move, and nothing else."""
+    """model.to("cuda"), which fake tensors do not allow."""
     for module in model.modules():
         for name, value in module._parameters.items():
-            if value is not None:
-                module._parameters[name] = nn.Parameter(value.to(GPU), value.requires_grad)
+            module._parameters[name] = value if value is None else nn.Parameter(value.to(GPU), value.requires_grad)
         for name, value in module._buffers.items():
-            if value is not None:
-                module._buffers[name] = value.to(GPU)
+            module._buffers[name] = value if value is None else value.to(GPU)
     return model
 
 
@@ -235,10 +183,6 @@ def check(tensors, dtype=torch.float32):
     assert tensors
     for tensor in tensors:
         assert tensor.device == GPU and tensor.dtype == dtype, tensor
-
-
-def kind(precision):
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 class Types(TorchDispatchMode):
@@ -255,15 +199,20 @@ class Types(TorchDispatchMode):
 
 
 @PRECISIONS
-def test_classifier_and_its_losses(fake_gpu, precision):
-    model = moved(Classifier(Backbone("resnet18", "none"), 3, gamma=0.7, iterations=1, train_all=False))
-    images, labels = torch.empty(2, 3, 64, 64, device=GPU), torch.ones(2, 3, device=GPU)
+def test_models_and_their_losses(fake_gpu, precision):
+    classifier = moved(Classifier(Backbone("resnet18", "none"), 3, gamma=0.7, iterations=1, train_all=False))
+    segmenter = moved(DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=True))
+    images, image_labels = torch.empty(2, 3, 64, 64, device=GPU), torch.ones(2, 3, device=GPU)
+    labels = torch.empty(2, 64, 64, dtype=torch.long, device=GPU)
+    computed = torch.bfloat16 if precision == "bf16" else torch.float32
     with autocast(precision):
-        logits, maps = model(images)
-        classification = F.multilabel_soft_margin_loss(logits.float(), labels)
-        reconstruction = image_reconstruction_loss(maps, images, labels, tiles=4)
-    check([logits], kind(precision))
-    check([maps, classification, reconstruction])
+        logits, maps = classifier(images)
+        check([logits, segmenter.backbone(images)[2]], computed)
+        classification = F.multilabel_soft_margin_loss(logits.float(), image_labels)
+        reconstruction = image_reconstruction_loss(maps, images, image_labels, tiles=4)
+        logits = segmenter(images)
+        segmentation = F.cross_entropy(logits.float(), labels, ignore_index=255, reduction="sum")
+    check([maps, classification, reconstruction, logits, segmentation])
 
 
 def test_prc_and_ir_compute_in_fp32_under_autocast(fake_gpu):
@@ -277,16 +226,6 @@ def test_prc_and_ir_compute_in_fp32_under_autocast(fake_gpu):
         features @ features
         assert torch.bfloat16 in types.seen  # as any other product here
     check([maps, loss])
-
-
-@PRECISIONS
-def test_segmenter_and_its_loss(fake_gpu, precision):
-    model = moved(DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=True))
-    images, labels = torch.empty(2, 3, 64, 64, device=GPU), torch.empty(2, 64, 64, dtype=torch.long, device=GPU)
-    with autocast(precision):
-        check([model.backbone(images)[2]], kind(precision))
-        logits = model(images)
-        check([logits, F.cross_entropy(logits.float(), labels, ignore_index=255, reduction="sum")])
 
 
 @PRECISIONS

@@ -1,7 +1,6 @@
 """Step folders: whole files, resuming, refusing other settings, locks, and the list of what failed."""
 
 import json
-import os
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -11,11 +10,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from tools.command import UserError, and_more, check, run
+from tools.command import UserError, run
 from tools.constants import Affinity, MayChange, Place, PositiveCount, Scales, checked_constants
 from tools.files import write_json, write_whole
 from tools.folders import LOCK, StepFolder
-from tools.runs import Run, read_run
+from tools.runs import read_run
 from tools.step import experiment_folder, require
 from tools.steps import STEPS, next_step, step_of
 
@@ -78,29 +77,15 @@ def test_write_whole_leaves_nothing_on_an_exception(tmp_path, error):
     assert file.read_text() == "old"
 
 
-def test_write_json(tmp_path):
-    write_json(tmp_path / "a.json", {"path": Path("x"), "ä": 1})
-    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": "x", "ä": 1}
-
-
-@pytest.mark.parametrize("name", ["..", "../x", "a/b", "/etc", "", ".", "a b", "x\n", "a\\b", "~", "$HOME", "..."])
+@pytest.mark.parametrize("name", ["..", "../x", "a/b", "/etc", "", ".", "a b", "x\n", "a\\b", "~"])
 def test_experiment_names_that_leave_the_folder(tmp_path, name):
     with refused("experiment is "):
         experiment_folder(tmp_path, "tiny", name)
-
-
-@pytest.mark.parametrize("name", ["prc", "no_ir-2", "v1.2", "gamma0.7_seed-1"])
-def test_experiment_names(tmp_path, name):
-    assert experiment_folder(tmp_path, "tiny", name) == tmp_path / "experiments" / "tiny" / name
+    assert experiment_folder(tmp_path, "tiny", "v1.2_no-ir") == tmp_path / "experiments" / "tiny" / "v1.2_no-ir"
 
 
 def test_the_table_of_steps():
-    assert [step.number for step in STEPS.values()] == [9, 1, 2, 3, 4, 5, 6, 7, 8]
-    scripts = Path(__file__).resolve().parents[1]
-    for name, step in STEPS.items():
-        assert step.folder == name and (scripts / step.script).is_file()
-        assert step.script in step.hint(Constants()) and f"step {step.number}," in step.hint(Constants())
-        assert set(step.reads) <= STEPS.keys()
+    for step in STEPS.values():
         for split in ("train", "test"):
             assert step_of(step.folder_of(split)) == step
     assert STEPS["cams"].folder_of("train") == "cams" and STEPS["cams"].folder_of("test") == "cams_test"
@@ -117,52 +102,25 @@ def test_a_command_repeats_what_the_user_gave():
 
 def test_the_step_that_makes_a_missing_folder_is_named(tmp_path):
     for name, step in (
-        ("classifier", "step 1, python train_classification.py"),
-        ("cams", "step 2"),
-        ("pseudo_labels", "step 3"),
-        ("refined_pseudo_labels", "step 4"),
-        ("segmenter", "step 5"),
+        ("cams_test", "step 2, python infer_classification.py"),
         ("segmentation_train", "step 6"),
-        ("refined_segmentation", "step 7"),
         ("sam_masks", r"step 9, python PRC_SAM.get_se_map\.py --dataset tiny"),
-        ("cams_test", "step 2"),
     ):
         with refused(f"{name} is missing: run {step}"):
             require(tmp_path / name, Constants())
     folder = tmp_path / "cams"
     folder.mkdir()
-    with refused(r"cams has no run\.json: run step 2, python infer_classification\.py .* --overwrite"):
+    with refused(r"no run\.json: run step 2, .* --overwrite"):
         require(folder, Constants())
-    for content in BROKEN:
-        (folder / "run.json").write_bytes(content)
-        with refused(r"run\.json is damaged .*: run step 2, .* --overwrite"):
-            require(folder, Constants())
+    (folder / "run.json").write_bytes(b"{")
+    with refused(r"run\.json is damaged .*: run step 2, .* --overwrite"):
+        require(folder, Constants())
     fields = {"constants": {}, "started": "then", "seconds": 1}
     write_json(folder / "run.json", fields | {"finished": False})
     with refused("cams is not finished: run step 2, .* again, it continues"):
         require(folder, Constants())
     write_json(folder / "run.json", fields | {"finished": True, "x": 1})
     assert require(folder, Constants()).started == "then"
-
-
-def test_a_mistyped_experiment_lists_the_others(tmp_path):
-    for name in ("prc", "supervised"):
-        (tmp_path / "experiments" / "tiny" / name).mkdir(parents=True)
-    with refused("experiments of this data set are prc, supervised"):
-        require(tmp_path / "experiments" / "tiny" / "pcr" / "cams", Constants())
-
-
-BROKEN = [
-    b"",
-    b"{",
-    b"[]",
-    b"null",
-    b"{}",
-    b'{"constants": {}}',
-    b"\xff\xfe",
-    b"[" * 100_000,
-    b'{"constants": [], "started": 1, "seconds": -1, "finished": "perhaps"}',
-]
 
 
 @contextmanager
@@ -190,31 +148,19 @@ def kill(path, ids=(), given=None, **rest):
 
 
 def test_a_run_and_its_record(tmp_path):
-    path = tmp_path / "cams"
-    with opened(
-        path, reads={"classifier": "then"}, notes={"stand_in": "made"}, settings={"rules": {"share": 0.1}}
-    ) as folder:
+    path, reads, notes = tmp_path / "cams", {"classifier": "then"}, {"stand_in": "made"}
+    with opened(path, reads=reads, notes=notes, settings={"rules": {"share": 0.1}}) as folder:
         assert not record(path)["finished"] and (path / LOCK).exists()
         with refused("is not finished"):
             require(path, Constants())
         folder.each(partial(write, folder=path), folder.pending(["a", "b"], ".txt"), "files")
         (path / "contact_sheet.txt").write_text("a picture, not a result")
-    found = read_run(path)
-    assert found.finished and found.files == 2 and found.seconds >= 0 and not (path / LOCK).exists()
-    assert found.constants == {
-        "dataset": "tiny",
-        "experiment": "prc",
-        "gamma": 0.7,
-        "scales": [0.5, 1.0],
-        "sigma": 3,
-        "images_at_once": 8,
-        "workers": 0,
-        "root": "somewhere",
-        "overwrite": False,
-        "rules": {"share": 0.1},
-    }
-    assert found.reads == {"classifier": "then"} and found.notes == {"stand_in": "made"}
-    assert {"torch", "numpy", "python"} <= found.packages.keys() and found.commit and found.command
+    run = read_run(path)
+    assert run.finished and run.files == 2 and run.seconds >= 0 and not (path / LOCK).exists()
+    expected = {"gamma": 0.7, "scales": [0.5, 1.0], "sigma": 3, "root": "somewhere", "rules": {"share": 0.1}}
+    assert run.constants.items() >= expected.items()
+    assert run.reads == reads and run.notes == notes
+    assert {"torch", "numpy", "python"} <= run.packages.keys() and run.commit and run.command
 
 
 def test_the_record_names_the_runs_that_made_the_files(tmp_path, monkeypatch):
@@ -255,20 +201,19 @@ def test_a_killed_run_continues(tmp_path):
 
 
 def test_other_settings_are_refused_with_the_difference(tmp_path):
-    path, before = tmp_path / "cams", {"classifier": "monday"}
-    make(path, ["a"], reads=before)
-    with refused(
-        r"made with other settings \(gamma: 0\.7 there, 0\.6 now; scales: \[0\.5, 1\.0\] there, \[1\.0\] now\): "
-        "--overwrite replaces it, or choose another --experiment"
+    path, before, settings = tmp_path / "cams", {"classifier": "monday"}, {"rules": 3, "precision": "bf16"}
+    make(path, ["a"], reads=before, settings=settings)
+    for gamma, sigma, reads, other, sentence in (
+        (0.6, 3, before, settings, r"gamma: 0\.7 there, 0\.6 now.*--overwrite.*--experiment"),
+        (0.7, 4, before, settings, "sigma: 3 there, 4 now"),
+        (0.7, 3, {"classifier": "tuesday"}, settings, "another run of classifier"),
+        (0.7, 3, {}, settings, "another run of classifier"),
+        (0.7, 3, before, {"precision": "bf16"}, "rules: 3 there, None now"),
+        (0.7, 3, before, settings | {"more": 1}, "more: None there, 1 now"),
+        (0.7, 3, before, settings | {"precision": "fp32"}, "--precision bf16 continues it"),
     ):
-        make(path, given=Constants(gamma=0.6, scales=(1.0,)), reads=before)
-    with refused("sigma: 3 there, 4 now"):
-        make(path, given=Constants(inner=Inner(sigma=4)), reads=before)
-    for other in ({"classifier": "tuesday"}, {}):
-        with refused(r"made from another run of classifier"):
-            make(path, reads=other)
-    with refused("rules: None there, 3 now"):
-        make(path, reads=before, settings={"rules": 3})
+        with refused(sentence):
+            make(path, given=Constants(gamma=gamma, inner=Inner(sigma=sigma)), reads=reads, settings=other)
     assert (path / "a.txt").exists()
     make(path, given=Constants(gamma=0.6, overwrite=True), reads=before)
     assert names(path) == ["run.json"] and record(path)["constants"]["gamma"] == 0.6
@@ -278,15 +223,38 @@ def test_other_settings_are_refused_with_the_difference(tmp_path):
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     (tmp_path / "cams").mkdir()
     make(tmp_path / "cams")  # empty: fine
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    for given in (Constants(), Constants(overwrite=True)):
-        with refused(r"is not empty but has no run\.json, .*move it away"):
-            make(tmp_path / "thesis", given=given)
-    assert names(tmp_path / "thesis") == ["chapter.tex"]
+    thesis = tmp_path / "thesis" / "chapter.tex"
+    write_json(thesis, "years of work")
+    for overwrite in (False, True):
+        with refused(r"no run\.json, .*move it away"):
+            make(thesis.parent, given=Constants(overwrite=overwrite))
+    (tmp_path / "cams" / "link").symlink_to(thesis.parent)
+    write_json(tmp_path / "cams" / "deep" / "a.json", {})
+    make(tmp_path / "cams", given=Constants(overwrite=True))
+    assert names(tmp_path / "cams") == ["run.json"] and names(thesis.parent) == ["chapter.tex"]
 
 
-@pytest.mark.parametrize("content", BROKEN, ids=range(len(BROKEN)))
+def test_overwriting_that_is_interrupted(tmp_path, monkeypatch):
+    """Half removed, a folder still says that it is not finished and with what it was made."""
+    path, unlink, other = tmp_path / "cams", Path.unlink, Constants(gamma=0.6, overwrite=True)
+    make(path, ["a", "b"])
+
+    def interrupted(file, **options):
+        if file.suffix == ".txt":
+            raise KeyboardInterrupt
+        unlink(file, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", interrupted)
+        make(path, given=other)
+    assert not record(path)["finished"]
+    with refused(r"gamma: 0\.7 there, 0\.6 now"):
+        make(path, given=Constants(gamma=0.6))
+    make(path, ["a"], given=other)
+    assert record(path)["finished"] and record(path)["files"] == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff\xfe", b"[" * 100_000], ids=range(5))
 def test_a_damaged_record(tmp_path, content):
     make(tmp_path / "cams")
     (tmp_path / "cams" / "run.json").write_bytes(content)
@@ -311,10 +279,6 @@ def test_failures_are_reported_after_the_good_files_are_done(tmp_path, workers):
     assert read_run(path).files == 5
 
 
-def test_a_long_list_is_cut():
-    assert and_more(["a", "b"], 2, ", ") == "a, b" and and_more(["a", "b", "c"], 2, ", ") == "a, b, and 1 more"
-
-
 def test_a_long_list_of_failures_is_cut(tmp_path):
     with refused("files that failed: 50") as caught, opened(tmp_path / "cams") as folder:
         for index in range(50):
@@ -333,13 +297,11 @@ def test_an_error_of_the_program_is_not_hidden(tmp_path):
 
 
 def test_processes_share_the_ids(tmp_path):
-    folder, ids, shares = StepFolder(tmp_path / "cams", Constants()), [str(index) for index in range(8)], []
+    ids, shares = [str(index) for index in range(8)], []
     for index in range(3):
-        folder.state = SimpleNamespace(process_index=index, num_processes=3, is_main_process=index == 0)
-        shares.append(folder.pending(ids, ".txt")) if index else None
-    folder.run = Run(constants={}, started="", seconds=0, finished=False)
-    folder.state = SimpleNamespace(process_index=0, num_processes=3, is_main_process=True)
-    shares.append(folder.pending(ids, ".txt"))
+        folder = StepFolder(tmp_path / "cams", Constants())
+        folder.state = SimpleNamespace(process_index=index, num_processes=3)
+        shares.append(folder.pending(ids, ".txt"))
     assert sorted(id for share in shares for id in share) == ids and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -373,24 +335,27 @@ def fail_with(error, constants):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "text"),
+    ("error", "text"),
     [
-        (UserError("gamma is 2"), 1, "error: gamma is 2"),
-        (OSError(28, "No space left on device", "/data/a.png"), 1, "error: /data/a.png: No space left on device: fix"),
-        (PermissionError(13, "Permission denied", "/data"), 1, "error: /data: Permission denied"),
-        (MemoryError(), 1, "error: the memory is full: lower micro_batch"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), 1, "error: the memory is full"),
-        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file"), 1, "the disk is full"),
-        (RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed."), 1, "container's /dev/shm, was full"),
-        (RuntimeError("[pair.cc:538] Connection closed by peer [127.0.0.1]:1"), 1, "another process of this run ended"),
+        (UserError("gamma is 2"), "error: gamma is 2"),
+        (OSError(28, "No space left on device", "/data/a.png"), "error: /data/a.png: No space left on device: fix"),
+        (MemoryError(), "micro_batch"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "micro_batch"),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file"), "disk"),
+        (RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed."), "/dev/shm"),
+        (RuntimeError("[pair.cc:538] Connection closed by peer [127.0.0.1]:1"), "another process"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "micro_batch"),
+        (RuntimeError("CUDA error: no kernel image is available for execution on the device"), "sm_75"),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCompile"), "another program"),
+        (RuntimeError("The NVIDIA driver on your system is too old (found version 11040)."), "driver"),
     ],
 )
-def test_how_a_script_ends(monkeypatch, capsys, error, code, text):
+def test_how_a_script_ends(monkeypatch, capsys, error, text):
     monkeypatch.setattr("sys.argv", ["step.py", "--gamma", "0.5"])
     monkeypatch.delenv("PRC_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as caught:
         run(partial(fail_with, error), Constants, "a step")
-    assert caught.value.code == code and text in capsys.readouterr().err
+    assert caught.value.code == 1 and text in capsys.readouterr().err
 
 
 def test_a_reader_process_hands_on_the_sentence_alone(monkeypatch, capsys):
@@ -410,40 +375,18 @@ def test_the_command_line_fills_the_constants(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["step.py", "--gamma", "0.5", "--scales", "1", "2"])
     run(seen.append, Constants, "a step", then=then.append)
     assert seen == then == [replace(Constants(), gamma=0.5, scales=(1.0, 2.0))]
-    for value, demand in (("1.5", "at most 0.999"), ("-1", "at least 0"), ("nan", "at")):
-        monkeypatch.setattr("sys.argv", ["step.py", "--gamma", value])
-        with pytest.raises(SystemExit) as caught:
-            run(seen.append, Constants, "a step")
-        assert caught.value.code == 1
-        assert f"gamma is {float(value)!r}, but it must be {demand}" in capsys.readouterr().err
-    for arguments in (["--gama", "1"], ["--gamma", "much"]):
+    for arguments, code in ((["--gamma", "1.5"], 1), (["--gama", "1"], 2), (["--gamma", "much"], 2)):
         monkeypatch.setattr("sys.argv", ["step.py", *arguments])
         with pytest.raises(SystemExit) as caught:
             run(seen.append, Constants, "a step")
-        assert caught.value.code == 2 and len(seen) == 1
-    check(True, "fine")
-    with refused("not fine"):
-        check(False, "not fine")
+        assert caught.value.code == code and len(seen) == 1
+    assert "gamma" in capsys.readouterr().err
 
 
 def test_an_edited_default_is_checked():
-    with refused("gamma is 'much', but it must be a number: change the constant at the top of the script, or --gamma"):
+    @checked_constants
+    class Edited(Place):
+        gamma: Affinity = "much"
 
-        @checked_constants
-        class Edited(Place):
-            gamma: Affinity = "much"
-
+    with refused("gamma is 'much', .* number: change the constant at the top of the script, or --gamma"):
         Edited()
-
-
-@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root may write anywhere")
-def test_a_read_only_folder(tmp_path):
-    (tmp_path / "cams").mkdir(mode=0o500)
-    with pytest.raises(PermissionError):
-        make(tmp_path / "cams")
-
-
-def test_a_setting_that_is_gone_is_another_setting(tmp_path):
-    make(tmp_path / "cams", settings={"rules": 3})
-    with refused("rules: 3 there, None now"):
-        make(tmp_path / "cams")

@@ -11,17 +11,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from inference_segmentation import summed_logits
 from models.backbone import Backbone
-from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
-from models.ir_loss import image_reconstruction_loss
 from PRC_SAM.get_se_map import Constants, mask_generator
 from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
 from tests.small_sam import build_sam
 from tests.steps import STEPS, Recipe, experiment, options, record
+from tests.test_training import Fixed, classification, segmentation
 from tools.command import explain
 from tools.devices import make_accelerator, set_precision
 from tools.logs import read_log
@@ -42,29 +40,7 @@ def fp32():
     torch.backends.cudnn.allow_tf32 = before
 
 
-def classification(size, count):
-    def loss(model, images, targets):
-        logits, maps = model(images)
-        classification = F.multilabel_soft_margin_loss(logits.float(), targets)
-        reconstruction = image_reconstruction_loss(maps, images, targets, tiles=4)
-        return {"loss": classification + 0.1 * reconstruction, "reconstruction": reconstruction}
-
-    model = Classifier(Backbone("resnet18", "none"), 3, gamma=0.7, iterations=1, train_all=True)
-    return model, loss, torch.randn(count, 3, size, size), (torch.rand(count, 3) < 0.5).float()
-
-
-def segmentation(size, count):
-    def loss(model, images, targets):
-        summed = F.cross_entropy(model(images).float(), targets, ignore_index=255, reduction="sum")
-        return {"loss": summed / (targets != 255).sum().clamp_min(1)}
-
-    model = DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=True).eval()
-    labels = torch.randint(0, 3, (count, size, size))
-    labels[0, :9] = 255
-    return model, loss, torch.randn(count, 3, size, size), labels
-
-
-TRAININGS = pytest.mark.parametrize("training", [classification, segmentation])
+TRAININGS = pytest.mark.parametrize("training", [classification, segmentation], ids=lambda make: make.__name__)
 
 
 def gradients(case, device, precision="fp32"):
@@ -80,34 +56,20 @@ def gradients(case, device, precision="fp32"):
 def test_losses_and_gradients_equal_the_cpus(training):
     torch.manual_seed(0)
     case = training(64, 4)
-    expected, found = gradients(case, CPU), gradients(case, DEVICE)
+    expected, ours = gradients(case, CPU), gradients(case, DEVICE)
     for name, value in expected[0].items():
-        assert float(found[0][name].detach()) == pytest.approx(float(value.detach()), rel=1e-4)
-    for one, other in zip(found[1], expected[1], strict=True):
+        assert float(ours[0][name].detach()) == pytest.approx(float(value.detach()), rel=1e-4)
+    for one, other in zip(ours[1], expected[1], strict=True):
         assert float((one.cpu() - other).norm()) <= 1e-2 * float(other.norm()) + 1e-6
     fast, _ = gradients(case, DEVICE, "bf16")
     assert float(fast["loss"].detach()) == pytest.approx(float(expected[0]["loss"].detach()), rel=0.05)
-
-
-class Repeated(torch.utils.data.Dataset):
-    """The patches of one batch, as often as there are batches."""
-
-    def __init__(self, images, targets, batches):
-        self.images, self.targets, self.batches = images, targets, batches
-
-    def __len__(self):
-        return len(self.images) * self.batches
-
-    def __getitem__(self, key):
-        index = key[1] % len(self.images)
-        return self.images[index], self.targets[index]
 
 
 def train(case, folder, batches, micro_batch, between=lambda number: None):
     """One epoch of so many equal batches by the loop of the steps; between(number) before each part."""
     model, loss, images, targets = case
     args = Recipe(epochs=1, batch_size=len(images), micro_batch=micro_batch)
-    patches = Repeated(images, targets, batches)
+    patches = Fixed(images, targets, batches)
     step = SimpleNamespace(args=args, accelerator=make_accelerator("fp32", DEVICE.type), path=folder)
     with Training(step, model, patches) as course:
         for _ in course.epochs():

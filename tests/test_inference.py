@@ -1,6 +1,8 @@
 """Inference: images at several scales with their mirror images, batches, halving, and files written beside it."""
 
+import gc
 import threading
+import weakref
 from functools import partial
 
 import numpy as np
@@ -13,7 +15,7 @@ from infer_classification import class_maps
 from models.backbone import Backbone
 from models.classifier import Classifier
 from tools.augment import normalise
-from tools.inference import at_scales, for_inference, image_batches, stack_scales
+from tools.inference import at_scales, for_inference, image_batches
 from tools.memory import Halving, memory_is_full
 from tools.workers import in_background
 
@@ -25,44 +27,14 @@ def maps_only(network):
     return lambda x: (torch.zeros(len(x), 1), network(x))
 
 
-FULL = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("CUDA error: out of memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
-]
-
-
-def equivariant(x):
-    """Two maps at stride 16 for which mirroring before or after makes no difference."""
-    pooled = F.adaptive_avg_pool2d(x, [-(-length // 16) for length in x.shape[-2:]])
-    return torch.stack([pooled.sum(1), pooled[:, 0].relu()], 1)
-
-
-def photographs(seed, count, height, width):
-    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
-
-
 def test_each_scale_is_pillow_s_bicubic():
     """Bit for bit, of an image with odd sides; half of a side is rounded to the even number, as by NumPy."""
-    image = photographs(0, 1, 33, 47)[0]
-    found = at_scales(image, (0.5, 1.0, 1.5, 2.0))
-    for scale, (height, width) in zip(found, ((16, 24), (33, 47), (50, 70), (66, 94)), strict=True):
+    image = np.random.default_rng(0).integers(0, 256, (33, 47, 3), dtype=np.uint8)
+    scales = at_scales(image, (0.5, 1.0, 1.5, 2.0))
+    for scale, (height, width) in zip(scales, ((16, 24), (33, 47), (50, 70), (66, 94)), strict=True):
         expected = np.asarray(Image.fromarray(image).resize((width, height), resample=3))  # 3: bicubic
         assert scale.dtype == torch.uint8 and np.array_equal(scale.numpy().transpose(1, 2, 0), expected)
     assert [tuple(scale.shape) for scale in at_scales(image, (0.01, 1 / 3))] == [(3, 1, 1), (3, 11, 16)]
-
-
-def test_mirrors_are_mirrored_back():
-    photos = photographs(0, 3, 64, 48)
-    images = stack_scales([at_scales(photo, (0.5, 1.0, 1.5, 2.0)) for photo in photos])
-    _, *found = class_maps(maps_only(equivariant), images, CPU)
-    assert [tuple(maps.shape) for maps in found] == [(3, 2, 2, 2), (3, 2, 4, 3), (3, 2, 6, 5), (3, 2, 8, 6)]
-    plain = normalise(torch.from_numpy(photos).permute(0, 3, 1, 2))
-    assert torch.allclose(found[1], 2 * equivariant(plain), atol=1e-5)
-    for maps in found:  # the scene is the same at every scale; the first map is linear in it
-        assert maps[:, 0].mean((1, 2)).numpy() == pytest.approx(found[1][:, 0].mean((1, 2)).numpy(), abs=0.1)
 
 
 def test_images_and_mirrors_keep_their_places():
@@ -154,10 +126,6 @@ def test_results_do_not_depend_on_what_else_is_left_to_do(tmp_path):
             assert all(torch.equal(one, other) for one, other in zip(maps, whole[id], strict=True))
 
 
-def test_no_images_make_no_batches(tmp_path):
-    assert list(image_batches(tmp_path, [], [1.0], 4, 0, pytest.fail)) == []
-
-
 def test_a_model_for_inference_gives_equal_results():
     """Folded, channels_last, and every weight one whose bf16 copy autocast keeps."""
     torch.manual_seed(0)
@@ -173,57 +141,36 @@ def test_a_model_for_inference_gives_equal_results():
     assert (found - expected).abs().max() < 1e-3 * expected.max()
 
 
-def test_work_in_the_background_goes_on_beside_the_caller():
-    """The first two calls wait for one that comes after them, which could not be if submit waited for its call."""
-    last, done = threading.Event(), []
-
-    def wait(number):
-        assert last.wait(20)
-        done.append(number)
-
-    with in_background(threads=3) as submit:
-        submit(wait, 1)
-        submit(wait, 2)
-        submit(last.set)
-    assert sorted(done) == [1, 2]
-
-
 def test_no_more_results_wait_than_twice_the_threads():
-    running, most, lock = 0, [0], threading.Lock()
+    """A result counts from the call of submit, which does not wait for the work, until its work is done."""
+    running, lock = [0], threading.Lock()
 
-    class Result:
-        """Counts itself from the call of submit until its work is done."""
-
-        def __init__(self):
-            nonlocal running
-            with lock:
-                running += 1
-                most.append(running)
-
-    def work(result):
-        nonlocal running
+    def work():
         threading.Event().wait(0.002)
         with lock:
-            running -= 1
+            running.append(running[-1] - 1)
 
     with in_background(threads=2) as submit:
         for _ in range(40):
-            submit(work, Result())
-    assert running == 0 and max(most) <= 5  # four under way, and the one that is handed over
+            with lock:
+                running.append(running[-1] + 1)
+            submit(work)
+    assert running[-1] == 0 and 1 < max(running) <= 5  # four under way, and the one that is handed over
 
 
 def test_a_full_disk_in_the_background_reaches_the_caller():
+    """Soon, not after hours of computing for nothing."""
+
     def full():
         raise OSError(28, "No space left on device", "a.npz")
 
-    with pytest.raises(OSError, match="No space left"), in_background() as submit:
-        submit(full)
-    calls = 0
-    with pytest.raises(OSError, match="No space left"), in_background() as submit:
-        while calls < 100:  # and soon, not after hours of computing for nothing
-            submit(full)
-            calls += 1
-    assert calls <= 5
+    for most in (1, 100):
+        calls = 0
+        with pytest.raises(OSError, match="No space left"), in_background() as submit:
+            while calls < most:
+                submit(full)
+                calls += 1
+        assert calls <= 5
 
 
 @pytest.mark.parametrize("fill", [True, False])
@@ -246,28 +193,36 @@ def test_inference_in_halves_equals_the_batch(capsys, fill):
 
 
 def test_other_errors_and_single_images_are_not_tried_again():
-    calls = []
+    for error, expected in (
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), [5]),
+        (torch.OutOfMemoryError("full"), [5, 3, 2, 1]),
+    ):
+        sizes = []
 
-    def broken(error, scales):
-        calls.append(len(scales[0]))
-        raise error
+        def broken(scales, sizes=sizes, error=error):
+            sizes.append(len(scales[0]))
+            raise error
 
-    with pytest.raises(RuntimeError, match="shapes"):
-        Halving(5).predict(partial(broken, RuntimeError("shapes do not fit")), [torch.zeros(5, 1)])
-    with pytest.raises(torch.OutOfMemoryError):
-        Halving(5).predict(partial(broken, torch.OutOfMemoryError("full")), [torch.zeros(5, 1)])
-    assert calls == [5, 5, 3, 2, 1]
+        with pytest.raises(type(error)):
+            Halving(5).predict(broken, [torch.zeros(5, 1)])
+        assert sizes == expected
 
 
-def test_errors_that_say_that_the_memory_is_full():
-    assert all(memory_is_full(error) for error in FULL)
-    assert not memory_is_full(RuntimeError("CUDA error: an illegal memory access was encountered"))
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    ],
+)
+def test_errors_that_say_that_the_memory_is_full(error):
+    assert memory_is_full(error)
 
 
 def test_the_memory_of_a_failed_call_is_free_before_the_next():
-    import gc
-    import weakref
-
     held = []
 
     def work(size):

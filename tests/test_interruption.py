@@ -12,11 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.programs import PROGRAMS, finish, living, started, until
-from tests.steps import experiment, record, same_results
+from tests.steps import same_results
 from tests.test_splitting import describe, digests, script, small_vaihingen
-from tools.command import UserError
-from tools.files import write_json
-from tools.folders import StepFolder
 from tools.workers import in_workers
 
 
@@ -150,40 +147,3 @@ def test_workers_end_with_a_killed_program(copy):
         assert len(living(process)) > 2
         process.kill()
         until(lambda: not living(process), 10)
-
-
-def test_overwriting_that_is_interrupted(copy, monkeypatch):
-    """Half removed, a folder still tells that it is not finished and with what it was made."""
-    from tests.steps import STEPS, step
-
-    folder, unlink = experiment(copy) / "pseudo_labels", Path.unlink
-
-    def interrupted(path, **rest):
-        if path.name == sorted(file.name for file in folder.glob("train_*.png"))[-1]:
-            raise KeyboardInterrupt
-        unlink(path, **rest)
-
-    monkeypatch.setattr(Path, "unlink", interrupted)
-    constants = STEPS["make_pseudo_labels"][1] | {"workers": 0}
-    with pytest.raises(KeyboardInterrupt):
-        step("make_pseudo_labels", copy, **constants, crf_iterations=3, overwrite=True)
-    monkeypatch.undo()
-    assert not record(folder)["finished"] and record(folder)["constants"]["crf_iterations"] == 10
-    with pytest.raises(UserError, match="crf_iterations: 10 there, 3 now"):
-        step("make_pseudo_labels", copy, **constants, crf_iterations=3)
-    step("make_pseudo_labels", copy, **constants, crf_iterations=3, overwrite=True)
-    assert record(folder)["finished"] and record(folder)["files"] == 10
-
-
-def test_a_folder_of_links_is_emptied_without_following_them(tmp_path):
-    from tests.test_folders import Constants
-
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "mine.txt").write_text("mine")
-    folder = tmp_path / "cams"
-    with StepFolder(folder, Constants()).open(".txt"):
-        (folder / "link").symlink_to(tmp_path / "elsewhere")
-        write_json(folder / "deep" / "a.json", {})
-    with StepFolder(folder, Constants(overwrite=True)).open(".txt"):
-        pass
-    assert [path.name for path in folder.iterdir()] == ["run.json"] and (tmp_path / "elsewhere" / "mine.txt").exists()

@@ -57,12 +57,6 @@ def refine(label, masks, c, tau):
     return intersection_optimisation(label, pack_masks(masks), [c], tau)
 
 
-def test_overlapping_masks_of_one_class_are_united():
-    label = np.array([[1, 1, 1, 1, 1, 0]], np.uint8)
-    masks = np.array([[[0, 0, 0, 1, 1, 1]], [[0, 0, 0, 0, 1, 1]]], bool)
-    np.testing.assert_array_equal(refine(label, masks, 1, 0.5), [[1, 1, 1, 1, 1, 1]])
-
-
 def test_ratio_of_exactly_tau_counts():
     label = np.zeros((4, 10), np.uint8)
     label[0], label[1, 0] = 1, 1  # P of 11 pixels
@@ -76,12 +70,6 @@ def test_region_as_large_as_the_mask_is_written_on_itself():
     label = np.array([[1, 1, 0, 0]], np.uint8)
     mask = np.array([[[False, True, True, False]]])
     np.testing.assert_array_equal(refine(label, mask, 1, 0.5), label)
-
-
-def test_ignored_pixels_belong_to_no_class_but_are_covered():
-    label = np.array([[255, 255, 1, 1, 1, 1, 1]], np.uint8)
-    mask = np.array([[[False, True, True, True, False, False, False]]])
-    np.testing.assert_array_equal(refine(label, mask, 1, 0.6), [[255, 1, 1, 1, 1, 1, 1]])
 
 
 def test_wrong_arguments():

@@ -5,15 +5,13 @@ import pytest
 from scipy import ndimage
 
 from PRC_SAM.refine import Refinement
-from tables.oracles import PERFECT, STEP_9, on_true_background, perfect_regions, refined
-from tests.experiments import make_experiment
+from tables.oracles import PERFECT, STEP_9, on_true_background, refined
+from tests.experiments import make_refinable
 from tests.test_ios import literal
 from tests.test_refine import reference
 from tools.command import UserError
-from tools.dataset import load_dataset
-from tools.image_labels import write_image_labels
 from tools.labels import load_label
-from tools.map_files import load_maps, save_maps
+from tools.map_files import load_maps
 from tools.masks import load_masks
 
 RULES = [Refinement("ios", 0.9), Refinement("ios", 0.1), Refinement("sepl", background=0), Refinement("vote")]
@@ -21,18 +19,7 @@ RULES = [Refinement("ios", 0.9), Refinement("ios", 0.1), Refinement("sepl", back
 
 @pytest.fixture
 def experiment(tmp_path):
-    make_experiment(tmp_path)
-    dataset, rng = load_dataset("tiny", tmp_path), np.random.default_rng(1)
-    folder = tmp_path / "experiments" / "tiny" / "run"
-    for split in ("train", "test"):
-        write_image_labels(
-            dataset.image_labels_file(split), dataset.classes, {id: np.array([1, 1, 0, 1]) for id in "abcde"}
-        )
-    for id in "abcde":
-        save_maps(
-            folder / "segmentation" / f"{id}.npz", "probabilities", np.arange(4), [rng.random((4, 8, 8))], (32, 32)
-        )
-    return dataset, folder
+    return make_refinable(tmp_path)
 
 
 def counted(truth, prediction):
@@ -80,13 +67,6 @@ def test_a_missing_file_is_named(experiment):
     (dataset.sam_masks("train") / "c.npz").unlink()
     with pytest.raises(UserError, match=r"c\.npz is missing"):
         refined(dataset, folder / "pseudo_labels", RULES, from_image=True)
-
-
-def test_perfect_regions_are_the_components_of_each_class():
-    truth = np.array([[0, 0, 1], [1, 0, 1], [1, 255, 255]], np.uint8)
-    regions = {tuple(map(tuple, np.argwhere(mask))) for mask in perfect_regions(truth, 3).unpack()}
-    assert regions == {((0, 0), (0, 1), (1, 1)), ((0, 2), (1, 2)), ((1, 0), (2, 0))}
-    assert len(perfect_regions(np.full((2, 2), 255, np.uint8), 3)) == 0
 
 
 def test_the_background_of_the_truth_is_given_to_the_cams(experiment):

@@ -12,7 +12,7 @@ GREY = np.full((16, 16, 3), 100, np.uint8)
 
 @pytest.mark.parametrize(
     ("count", "n", "expected"),
-    [(8, 3, [0, 4, 7]), (5, 5, [0, 1, 2, 3, 4]), (3, 9, [0, 1, 2]), (1, 4, [0]), (4, 0, []), (0, 3, [])],
+    [(8, 3, [0, 4, 7]), (3, 9, [0, 1, 2]), (1, 4, [0]), (4, 0, []), (0, 3, [])],
 )
 def test_sample_ids_are_evenly_spaced(count, n, expected):
     assert sample_ids([str(number) for number in range(count)], n) == [str(number) for number in expected]

@@ -1,6 +1,5 @@
 """Several processes (torchrun, gloo on the CPU): results of one, equal losses, and one that dies ends all."""
 
-import json
 import os
 import signal
 
@@ -11,6 +10,7 @@ from tests.conftest import ROOT
 from tests.programs import PROGRAMS, finish, living, started, torchrun, until
 from tests.steps import experiment, record, same_results
 from tests.test_interruption import stalled
+from tools.logs import read_log
 
 PER_IMAGE = [name for name in PROGRAMS if not name.startswith("train_")]
 TRAINING = """
@@ -42,7 +42,7 @@ def test_images_shared_out_give_the_results_of_one_process(finished, copy, name)
 
 
 def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return read_log(folder / "log.jsonl")
 
 
 @pytest.mark.long

@@ -5,19 +5,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import train_classification
 import train_segmentation
+from tests.test_training import Fixed
 from tools.command import UserError
 from tools.devices import make_accelerator
 from tools.training import EpochBatches, Training
 
 
 @given(size=st.integers(1, 60), batch=st.integers(1, 12), seed=st.integers(0, 9), epoch=st.integers(0, 5))
-@settings(deadline=None)
 def test_an_epoch_reads_each_patch_at_most_once(size, batch, seed, epoch):
     if size < batch:
         with pytest.raises(UserError, match=f"{size} training patches.* batch_size .{batch}"):
@@ -26,11 +26,10 @@ def test_an_epoch_reads_each_patch_at_most_once(size, batch, seed, epoch):
     sampler = EpochBatches(size, batch, seed)
     sampler.epoch = epoch
     batches = list(sampler)
-    assert len(batches) == len(sampler) == size // batch
-    assert all(len(part) == batch for part in batches)  # the last incomplete one is dropped
-    drawn = [index for part in batches for _, index in part]
-    assert len(set(drawn)) == len(drawn) and set(drawn) <= set(range(size))
-    assert {number for part in batches for number, _ in part} == {epoch}
+    assert len(batches) == len(sampler) == size // batch  # the last incomplete one is dropped
+    assert all(len(part) == batch for part in batches)
+    drawn = [key for part in batches for key in part]
+    assert len(set(drawn)) == len(drawn) and set(drawn) <= {(epoch, index) for index in range(size)}
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
@@ -59,35 +58,11 @@ def test_processes_partition_each_batch(processes):
 
 @pytest.mark.parametrize("step", [train_classification, train_segmentation])
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("epochs", 0),
-        ("batch_size", 0),
-        ("lr", -0.1),
-        ("lr", float("nan")),
-        ("momentum", 1.0),
-        ("weight_decay", -1.0),
-        ("workers", -1),
-        ("seed", 2**40),
-    ],
+    ("name", "value"), [("epochs", 0), ("lr", -0.1), ("momentum", 1.0), ("weight_decay", -1.0), ("seed", 2**40)]
 )
 def test_constants_that_cannot_work(step, name, value):
     with pytest.raises(UserError, match=f"{name} is {value}, but"):
         step.Constants(**{name: value})
-
-
-class Samples(torch.utils.data.Dataset):
-    """Ten samples in float64, read by (epoch, index): images of one pixel, 3 channels, and targets of two numbers."""
-
-    def __init__(self):
-        random = np.random.default_rng(0)
-        self.x, self.y = random.normal(size=(10, 3)), random.normal(size=(10, 2))
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, key):
-        return torch.from_numpy(self.x[key[1]])[:, None, None], torch.from_numpy(self.y[key[1]])
 
 
 def reference_steps(parameters, samples, batches, steps, recipe):
@@ -99,7 +74,7 @@ def reference_steps(parameters, samples, batches, steps, recipe):
     first, first_bias, second, second_bias = parameters
     velocities = [np.zeros_like(value) for value in parameters]
     for step, batch in enumerate(batches):
-        x, y = samples.x[batch], samples.y[batch]
+        x, y = samples[0][batch], samples[1][batch]
         hidden = x @ first.T + first_bias
         error = 2 * (hidden @ second.T + second_bias - y) / y.size
         back = error @ second
@@ -117,20 +92,21 @@ def reference_steps(parameters, samples, batches, steps, recipe):
     ids=["step 1", "step 5"],
 )
 def test_five_optimiser_steps_equal_those_of_the_release(step, recipe, tmp_path):
-    """With the defaults of each step."""
+    """With the defaults of each step, on ten images of one pixel and targets of two numbers."""
     torch.manual_seed(0)
-    backbone, head, samples = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), Samples()
+    backbone, head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
     model = nn.Sequential(backbone, head, nn.Flatten()).double()
+    x, y = torch.randn(10, 3, dtype=torch.double), torch.randn(10, 2, dtype=torch.double)
     expected = [value.detach().numpy().copy().reshape(value.shape[:2]) for value in model.parameters()]
 
     args = step.Constants(epochs=2, batch_size=2, workers=0)
     step_of_args = SimpleNamespace(args=args, accelerator=make_accelerator("fp32"), path=tmp_path)
-    with Training(step_of_args, model, samples, [backbone]) as training:
+    with Training(step_of_args, model, Fixed(x[:, :, None, None], y), [backbone]) as training:
         next(training.epochs())
         for images, targets in training.batches():
             training.descend(nn.functional.mse_loss(training.model(images), targets))
     batches = [[index for _, index in batch] for batch in EpochBatches(10, 2, 0)]
-    reference_steps(expected, samples, batches, 10, recipe)
+    reference_steps(expected, (x.numpy(), y.numpy()), batches, 10, recipe)
     assert len(batches) == 5
     for value, other in zip(model.parameters(), expected, strict=True):
         np.testing.assert_allclose(value.detach().numpy().reshape(value.shape[:2]), other, rtol=1e-9, atol=1e-12)

@@ -58,7 +58,7 @@ def by_loops(truth, prediction, left_out, protocol):
     return result
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(pixels(), st.sets(st.integers(0, K - 1), max_size=2), st.sampled_from(scores.PROTOCOLS))
 def test_equals_the_definitions(pairs, left_out, protocol):
     result = matrix_of(pairs).scores(left_out, protocol)
@@ -66,24 +66,6 @@ def test_equals_the_definitions(pairs, left_out, protocol):
     assert result.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(result[name], value, rtol=0, atol=1e-12, equal_nan=True, err_msg=name)
-
-
-def test_kappa_by_hand():
-    """Cohen's example: 20 + 15 of 50 agree, 0.7 observed, 0.5 by chance."""
-    scores = ConfusionMatrix(2, [[20, 5, 0], [10, 15, 0]]).scores()
-    assert scores["overall_accuracy"] == pytest.approx(0.7, abs=1e-15)
-    assert scores["kappa"] == pytest.approx(0.4, abs=1e-15)
-
-
-def test_the_released_protocol_by_hand():
-    """It drops predicted clutter; its mean F1 leaves out a class without a hit, predicted or not."""
-    truth, prediction = np.array([0] * 8 + [3] * 2, np.uint8), np.array([0] * 4 + [3] * 4 + [0, 3], np.uint8)
-    matrix = matrix_of((truth, prediction))
-    assert [matrix.scores([3], protocol)["miou"] for protocol in scores.PROTOCOLS] == [0.5, 1.0]
-    matrix = matrix_of((np.array([0, 0, 0, 2], np.uint8), np.array([0, 0, 1, 0], np.uint8)))
-    f1 = 2 * 2 / (2 * 2 + 1 + 1)
-    means = [matrix.scores(protocol=protocol)["mean_f1"] for protocol in scores.PROTOCOLS]
-    assert means == pytest.approx([f1 / 3, f1])
 
 
 def test_counts_beyond_float32():
@@ -101,20 +83,15 @@ def test_chunks_and_types_do_not_change_the_counts(monkeypatch, dtype):
 
 
 @pytest.mark.parametrize(
-    ("truth", "prediction", "words"),
-    [
-        ([0, 1], [0], "shape"),
-        ([0, 4], [0, 1], "truth .* 4"),
-        ([0, 1], [0, 9], "prediction .* 9"),
-        ([0, -1], [0, 1], "truth"),
-        ([0, 1], [0, 300], "prediction"),
-        ([0.0], [0], "truth"),
-    ],
+    ("truth", "prediction", "word"),
+    [([0, 1], [0], "shape"), ([0, 4], [0, 1], "truth"), ([0, -1], [0, 1], "truth"), ([0, 1], [0, 9], "prediction")],
 )
-def test_wrong_arrays_are_refused_and_add_nothing(truth, prediction, words):
+def test_wrong_arrays_are_refused_and_add_nothing(truth, prediction, word):
     matrix = ConfusionMatrix(K)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=word):
         matrix.update(np.array(truth), np.array(prediction))
+    with pytest.raises(ValueError, match="truth"):
+        matrix.update(np.array([0.0]), np.array([0]))
     assert not matrix.counts.any()
 
 
@@ -123,11 +100,8 @@ def test_a_matrix_from_counts_is_a_copy_and_counts_must_fit():
     matrix = ConfusionMatrix(3, counts)
     matrix.update(np.array([2]), np.array([255]))
     assert (matrix.counts - counts).tolist() == [[0] * 4, [0] * 4, [0, 0, 0, 1]]
-    for wrong in (np.eye(3), np.eye(4, 5), np.ones(4)):
-        with pytest.raises(ValueError, match="shape"):
-            ConfusionMatrix(3, wrong)
-    with pytest.raises(ValueError, match="protocol"):
-        matrix.scores(protocol="best")
+    with pytest.raises(ValueError, match="shape"):
+        ConfusionMatrix(3, np.eye(3))
 
 
 def test_nothing_counted_is_nan_without_a_warning(recwarn):

@@ -25,6 +25,7 @@ from tools.command import UserError
 from tools.devices import make_accelerator
 from tools.folders import StepFolder
 from tools.image_labels import read_image_labels
+from tools.logs import read_log
 from tools.training import (
     FEW_PATCHES,
     FROM_SCRATCH,
@@ -34,7 +35,6 @@ from tools.training import (
     advise,
     check_recipe,
     parameter_groups,
-    save_checkpoint,
 )
 
 
@@ -63,6 +63,14 @@ def images(tmp_path_factory):
     return folder
 
 
+def descend(course, loss):
+    """The epochs that are left, as the steps loop over them."""
+    for epoch in course.epochs():
+        for batch in course.batches():
+            course.descend(**loss(course.model, *batch))
+        yield epoch
+
+
 @pytest.fixture
 def training(images, tmp_path):
     """training(name, constants, loss, score) trains Net in tmp_path/name, from the same beginning each time."""
@@ -76,9 +84,7 @@ def training(images, tmp_path):
         with StepFolder(tmp_path / name, constants).open(".pt") as folder:
             folder.accelerator = make_accelerator("fp32")
             with Training(folder, model, patches, [model.features]) as course:
-                for _ in course.epochs():
-                    for batch in course.batches():
-                        course.descend(**loss(course.model, *batch))
+                for _ in descend(course, loss):
                     if score:
                         course.keep_best(train_miou=score(model))
         return model
@@ -88,7 +94,7 @@ def training(images, tmp_path):
 
 
 def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return read_log(folder / "log.jsonl")
 
 
 def weights(file):
@@ -108,46 +114,6 @@ def test_the_log_holds_schedule_and_losses(training):
     for row in rows:
         assert row["half"] == pytest.approx(row["loss"] / 2) and row["images_per_second"] > 0
     assert list((training.folder / "run" / "tensorboard").iterdir())
-    account = json.loads((training.folder / "run" / "run.json").read_text())
-    assert account["finished"] and account["constants"]["lr"] == 0.05
-
-
-def test_rates_of_all_groups_fall_together(training, monkeypatch):
-    seen, step = [], torch.optim.SGD.step
-
-    def spy(self, *arguments):
-        seen.append([group["lr"] for group in self.param_groups])
-        return step(self, *arguments)
-
-    monkeypatch.setattr(torch.optim.SGD, "step", spy)
-    training("run")
-    expected = [[0.05 * factor * (1 - index / 6) ** 0.9 for factor in (1, 2, 10, 20)] for index in range(6)]
-    assert np.allclose(seen, expected, rtol=1e-12)
-
-
-def test_one_step_by_hand(training):
-    """SGD with decay on weights alone: the first step of the recipe, computed without an optimiser."""
-    constants = Recipe(epochs=1, batch_size=11, momentum=1e-4)
-    torch.manual_seed(7)
-    model, seen = Net(), []
-
-    def loss(module, images, targets):
-        seen.append((images.clone(), targets.clone()))
-        return {
-            "loss": F.multilabel_soft_margin_loss(module.features(images).mean((2, 3))[:, :2], targets)
-            + module.head[1].weight.sum()
-            + module.head[1].bias.sum()
-        }
-
-    found = training("run", constants, loss).state_dict()
-    model.train()
-    loss(model, *seen[0])["loss"].backward()
-    for name, parameter in model.named_parameters():
-        bias, factor = name.endswith("bias"), 1 if name.startswith("features") else 10
-        gradient = parameter.grad + (0 if bias else constants.weight_decay) * parameter
-        first = gradient * (1 + constants.momentum)  # Nesterov's first step: the buffer is the gradient itself
-        expected = parameter - 0.05 * factor * (2 if bias else 1) * first
-        assert torch.allclose(found[name], expected, atol=1e-6), name
 
 
 def breaking(after):
@@ -167,48 +133,18 @@ def breaking(after):
     ("after", "workers"), [(0, 0), (1, 0), (2, 0), (3, 0), (5, 0), (3, 1)]
 )  # steps; an epoch has two
 def test_a_continued_training_ends_with_equal_weights(training, after, workers):
-    constants = Recipe(workers=workers)
-    training("whole", constants)
+    training("whole")
     with pytest.raises(RuntimeError, match="killed"):
-        training("killed", constants, loss=breaking(after))
-    assert (training.folder / "killed" / "checkpoint.pt").exists() == (after >= 2)
-    training("killed", constants)
+        training("killed", Recipe(workers=workers), loss=breaking(after))
+    killed = training.folder / "killed"
+    assert (killed / "checkpoint.pt").exists() == (after >= 2)
+    with open(killed / "log.jsonl", "a") as file:  # as if it had been killed between the log and the checkpoint
+        file.write(json.dumps({"epoch": after // 2 + 1, "step": 9, "loss": 0.0}) + "\n")
+    training("killed", Recipe(workers=workers))
     for name in ("model.pt", "checkpoint.pt"):
         assert equal(*(weights(training.folder / run / name) for run in ("whole", "killed")))
     rows = [log(training.folder / run) for run in ("whole", "killed")]
     assert [row | {"images_per_second": 0} for row in rows[0]] == [row | {"images_per_second": 0} for row in rows[1]]
-
-
-def test_a_row_logged_before_the_checkpoint_is_not_doubled(training, monkeypatch):
-    """Killed between the log and the checkpoint of epoch 2."""
-    from tools import training as module
-
-    def save(path, *arguments, **rest):
-        if rest["epoch"] == 2 and path.name == "checkpoint.pt":
-            raise RuntimeError("killed")
-        save_checkpoint(path, *arguments, **rest)
-
-    training("whole")
-    monkeypatch.setattr(module, "save_checkpoint", save)
-    with pytest.raises(RuntimeError):
-        training("killed")
-    monkeypatch.undo()
-    training("killed")
-    assert [row["epoch"] for row in log(training.folder / "killed")] == [1, 2, 3]
-    assert equal(*(weights(training.folder / run / "model.pt") for run in ("whole", "killed")))
-
-
-def test_a_finished_training_is_left_as_it_is(training):
-    training("run")
-    before = (training.folder / "run" / "model.pt").read_bytes()
-    training("run", loss=breaking(0))
-    assert (training.folder / "run" / "model.pt").read_bytes() == before and len(log(training.folder / "run")) == 3
-
-
-def test_workers_change_nothing(training):
-    training("none")
-    training("one", Recipe(workers=1))
-    assert equal(weights(training.folder / "none" / "model.pt"), weights(training.folder / "one" / "model.pt"))
 
 
 @pytest.mark.long
@@ -229,26 +165,8 @@ def test_a_compiled_training_leaves_the_same_checkpoint(training, monkeypatch):
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     check_recipe(Recipe(), 11)
-    with pytest.raises(UserError, match="needs the C\\+\\+ compiler no-such-compiler: install it, or use --no-compile"):
+    with pytest.raises(UserError, match=r"no-such-compiler: .*--no-compile"):
         check_recipe(Recipe(compile=True), 11)
-
-
-def test_nothing_is_read_from_the_device_within_an_epoch(training, monkeypatch):
-    """Each number read stalls a GPU: losses are read once an epoch, however many steps it has."""
-    reads = []
-    for name in ("item", "__float__", "tolist", "__bool__"):
-        plain = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor, name, lambda self, plain=plain, name=name: (reads.append(name), plain(self))[1]
-        )
-
-    def count(ids):
-        reads.clear()
-        training(f"run{ids}", Recipe(epochs=1, batch_size=2), ids=ids)
-        return len([name for name in reads if name == "__float__"]), reads.count("item") + reads.count("__bool__")
-
-    few, many = count(4), count(10)
-    assert few == many and few[0] == 2  # the loss and its half
 
 
 def test_nan_ends_the_training_and_the_checkpoint_is_kept(training):
@@ -260,9 +178,8 @@ def test_nan_ends_the_training_and_the_checkpoint_is_kept(training):
 
     with pytest.raises(UserError, match=r"nan in epoch 2: lower lr .*after epoch 1 is kept in .*checkpoint\.pt"):
         training("run", loss=loss)
-    kept = weights(training.folder / "run" / "checkpoint.pt")
-    assert all(value.isfinite().all() for value in kept.values())
-    assert all(value.isfinite().all() for value in weights(training.folder / "run" / "model.pt").values())
+    for name in ("checkpoint.pt", "model.pt"):
+        assert all(value.isfinite().all() for value in weights(training.folder / "run" / name).values())
     assert len(log(training.folder / "run")) == 1
     with pytest.raises(UserError, match="nan in epoch 1: lower lr") as caught:
         training("first", loss=loss)
@@ -284,18 +201,11 @@ def test_the_best_epoch_is_kept(training, scores, best):
 
 
 def test_the_best_epoch_survives_a_kill(training):
-    values = iter([0.7])
     with pytest.raises(RuntimeError, match="killed"):
-        training("run", loss=breaking(2), score=lambda model: next(values))
+        training("run", loss=breaking(2), score=lambda model: 0.7)
     best = weights(training.folder / "run" / "model.pt")
-    later = iter([0.3, 0.6])
-    training("run", score=lambda model: next(later))
+    training("run", score=lambda model: 0.6)
     assert equal(weights(training.folder / "run" / "model.pt"), best)
-
-
-def test_fewer_patches_than_a_batch(training):
-    with pytest.raises(UserError, match=r"there are 3 training patches, fewer than one batch: lower batch_size \(4\)"):
-        training("run", ids=3)
 
 
 def test_other_constants_are_advised_for_few_patches_and_the_papers_rates(capsys):
@@ -303,56 +213,45 @@ def test_other_constants_are_advised_for_few_patches_and_the_papers_rates(capsys
         advise(Recipe(**changes), patches)
         return capsys.readouterr().out
 
-    text = advice(FEW_PATCHES - 1, epochs=9)
-    assert f"For {FEW_PATCHES - 1} train patches" in text
-    assert text.splitlines()[1:] == [f"  step {step}: {words}" for step, words in FROM_SCRATCH.items()]
-    pretrained = advice(10, weights="imagenet")
-    assert pretrained.splitlines()[1:] == [f"  step {step}: {words}" for step, words in SMALL_DATA.items()]
+    for weights, constants in (("none", FROM_SCRATCH), ("imagenet", SMALL_DATA)):
+        lines = advice(FEW_PATCHES - 1, weights=weights, epochs=9).splitlines()
+        assert lines[1:] == [f"  step {step}: {words}" for step, words in constants.items()]
     assert advice(FEW_PATCHES) == advice(10, lr=0.01) == advice(10, momentum=0.5) == ""
 
 
 def test_the_advised_constants_can_be_pasted():
     scripts = {1: train_classification, 5: train_segmentation}
     for number, words in [*SMALL_DATA.items(), *FROM_SCRATCH.items()]:
-        given = tyro.cli(scripts[number].Constants, args=words.split())
-        assert given.epochs in (25, 30)
+        assert tyro.cli(scripts[number].Constants, args=words.split()).epochs in (25, 30)
         assert words in (ROOT / "docs" / "own_data.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_ends_with_its_name(training, images, workers):
-    good = (images / "05.png").read_bytes()
-    (images / "05.png").write_bytes(good[:100])
-    try:
-        with pytest.raises(UserError, match=r"05\.png cannot be read"):
-            training("run", Recipe(workers=workers, batch_size=11))
-    finally:
-        (images / "05.png").write_bytes(good)
-
-
 def test_a_damaged_log_does_not_end_a_training(training):
-    """Killed while the log was cut, or after a power cut: what can be read is kept."""
-    whole = Recipe(epochs=2)
-    training("run", whole)
+    """After a power cut: what can be read is kept."""
+    training("run", Recipe(epochs=2))
     file = training.folder / "run" / "log.jsonl"
-    rows = log(file.parent)
-    checkpoint = (file.parent / "checkpoint.pt").read_bytes()
-    cut = json.dumps(rows[0]).encode() + b'\n{"epoch": 2, "lo'
-    for content in (b"", b"\xff\xfe\0", b"[1]\n3\n" + b"[" * 100_000, cut):
+    row = log(file.parent)[0]
+    for content, rows in (
+        (b"", []),
+        (b"\xff\xfe\0", []),
+        (b"[1]\n3\n" + b"[" * 100_000, []),
+        (json.dumps(row).encode() + b'\n{"epoch": 2, "lo', [row]),
+    ):
         file.write_bytes(content)
-        (file.parent / "checkpoint.pt").write_bytes(checkpoint)
-        training("run", whole)
-        assert log(file.parent) == ([rows[0]] if content == cut else [])
+        training("run", Recipe(epochs=2))
+        assert log(file.parent) == rows
     file.unlink()
-    training("run", whole)
+    training("run", Recipe(epochs=2))
 
 
 def test_a_finished_training_says_so_and_adds_no_tensorboard_file(training, capsys):
     training("run")
-    events = sorted((training.folder / "run" / "tensorboard").iterdir())
-    training("run")
-    assert "the training is finished after epoch 3 of 3" in capsys.readouterr().out
-    assert sorted((training.folder / "run" / "tensorboard").iterdir()) == events
+    folder = training.folder / "run"
+    model, events = (folder / "model.pt").read_bytes(), sorted((folder / "tensorboard").iterdir())
+    training("run", loss=breaking(0))
+    assert "finished after epoch 3 of 3" in capsys.readouterr().out
+    assert sorted((folder / "tensorboard").iterdir()) == events
+    assert (folder / "model.pt").read_bytes() == model and len(log(folder)) == 3
 
 
 def test_momentum_of_another_shape_is_refused(training):
@@ -361,11 +260,11 @@ def test_momentum_of_another_shape_is_refused(training):
     file = training.folder / "run" / "checkpoint.pt"
     checkpoint = torch.load(file, weights_only=True)
     good = checkpoint["optimiser"]["state"][0]["momentum_buffer"]
-    for buffer in (torch.zeros(1), torch.zeros(0), good.flatten(), "none"):
+    for buffer in (torch.zeros(0), good.flatten(), "none"):
         checkpoint["optimiser"]["state"][0]["momentum_buffer"] = buffer
         torch.save(checkpoint, file)
-        with pytest.raises(UserError, match=r"checkpoint\.pt cannot be continued from: train again with --overwrite"):
-            training("run", Recipe(epochs=1, momentum=0.9))
+        with pytest.raises(UserError, match=r"checkpoint\.pt .*--overwrite"):
+            training("run", Recipe(epochs=1))
 
 
 def test_every_step_is_taken_in_training_mode(training):
@@ -376,11 +275,7 @@ def test_every_step_is_taken_in_training_mode(training):
         modes.append(model.training)
         return compute_loss(model, *batch)
 
-    def score(model):
-        model.eval()
-        return 0.5
-
-    training("run", loss=loss, score=score)
+    training("run", loss=loss, score=lambda model: float(model.eval().training))
     assert modes == [True] * 6
 
 
@@ -388,54 +283,53 @@ def test_dropout_differs_between_epochs(training):
     """The random numbers of an epoch are given by seed, epoch and process: a second epoch draws others."""
     draws = []
 
-    def loss(model, images, targets):
-        draws.append(torch.rand(3))
-        return compute_loss(model, images, targets)
+    def loss(*arguments):
+        draws.append(tuple(torch.rand(3).tolist()))
+        return compute_loss(*arguments)
 
     training("run", loss=loss)
-    assert not torch.equal(draws[0], draws[2]) and not torch.equal(draws[2], draws[4])
-    again = draws[:6]
-    draws.clear()
     training("again", loss=loss)
-    assert all(torch.equal(*pair) for pair in zip(again, draws, strict=True))
+    assert len(set(draws[:6])) == 6 and draws[:6] == draws[6:]
 
 
 class Fixed(torch.utils.data.Dataset):
-    """The same images and targets in every epoch."""
+    """The same images and targets in every epoch, as often as asked."""
 
-    def __init__(self, images, targets):
-        self.images, self.targets = images, targets
+    def __init__(self, images, targets, times=1):
+        self.images, self.targets, self.times = images, targets, times
 
     def __len__(self):
-        return len(self.images)
+        return len(self.images) * self.times
 
     def __getitem__(self, key):
-        return self.images[key[1]], self.targets[key[1]]
+        index = key[1] % len(self.images)
+        return self.images[index], self.targets[index]
 
 
-def classification():
+def classification(size=32, count=5):
+    """A small classifier, its losses, images and image-level labels."""
+
     def loss(model, images, targets):
         logits, maps = model(images)
-        classification = F.multilabel_soft_margin_loss(logits, targets)
-        return {"loss": classification + 0.1 * image_reconstruction_loss(maps, images, targets, 4)}
+        classification = F.multilabel_soft_margin_loss(logits.float(), targets)
+        reconstruction = image_reconstruction_loss(maps, images, targets, 4)
+        return {"loss": classification + 0.1 * reconstruction, "reconstruction": reconstruction}
 
-    return (
-        Classifier(Backbone("resnet18", "none"), 3, gamma=0.7, iterations=1, train_all=True),
-        loss,
-        (torch.rand(5, 3) < 0.5).double(),
-    )
+    model = Classifier(Backbone("resnet18", "none"), 3, gamma=0.7, iterations=1, train_all=True)
+    return model, loss, torch.randn(count, 3, size, size), (torch.rand(count, 3) < 0.5).float()
 
 
-def segmentation():
-    """Labelled pixels differ between images, and one image has none."""
-    labels = torch.randint(0, 3, (5, 32, 32))
-    labels[0, 4:], labels[1, :, 9:], labels[3] = 255, 255, 255
+def segmentation(size=32, count=5):
+    """A small segmenter and its loss; labelled pixels differ between images, and one image has none."""
 
     def loss(model, images, targets):
-        summed = F.cross_entropy(model(images), targets, ignore_index=255, reduction="sum")
+        summed = F.cross_entropy(model(images).float(), targets, ignore_index=255, reduction="sum")
         return {"loss": summed / (targets != 255).sum().clamp_min(1)}
 
-    return DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=True), loss, labels
+    labels = torch.randint(0, 3, (count, size, size))
+    labels[0, 4:], labels[1, :, 9:], labels[3] = 255, 255, 255
+    model = DeepLabV3Plus(Backbone("resnet18", "none"), 3, 16, freeze_norm=True)
+    return model, loss, torch.randn(count, 3, size, size), labels
 
 
 def in_evaluation_mode(module, mode=True):
@@ -449,24 +343,22 @@ def in_evaluation_mode(module, mode=True):
 def test_micro_batches_equal_the_batch(make, tmp_path, monkeypatch):
     """Gradients and logged losses, with BatchNorm's statistics frozen and without dropout, in float64."""
     torch.manual_seed(0)
-    model, loss, targets = make()
-    model.double()
-    images, gradients = torch.randn(5, 3, 32, 32, dtype=torch.float64), {}
+    model, loss, images, targets = make()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    gradients = {}
     monkeypatch.setattr(type(model), "train", in_evaluation_mode)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *_: None)
     for size in (0, 1, 2, 3, 9):
         args = Recipe(epochs=1, batch_size=5, micro_batch=size)
         with StepFolder(tmp_path / f"{size}", args).open(".pt") as folder:
             folder.accelerator = make_accelerator("fp32")
-            with Training(folder, model, Fixed(images, targets), [model.backbone]) as course:
-                for _ in course.epochs():
-                    for batch in course.batches():
-                        course.descend(**loss(course.model, *batch))
+            with Training(folder, model.double(), Fixed(images.double(), targets), [model.backbone]) as course:
+                assert list(descend(course, loss)) == [1]
         gradients[size] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         assert log(tmp_path / f"{size}")[0]["loss"] == pytest.approx(log(tmp_path / "0")[0]["loss"], rel=1e-6)
     assert sum(bool(gradient.any()) for gradient in gradients[0]) > 20
-    for found in gradients.values():
-        for one, other in zip(found, gradients[0], strict=True):
+    for parts in gradients.values():
+        for one, other in zip(parts, gradients[0], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
