@@ -13,6 +13,7 @@ from PIL import Image
 
 from tools.command import UserError
 from tools.dataset import load_dataset
+from tools.description import Method
 from tools.image_labels import read_image_labels, write_image_labels
 
 CLASSES = ("road", "roof", "tree")
@@ -62,7 +63,7 @@ def test_constants_of_the_method(describe):
     dataset = describe(DESCRIPTION + "method = {tau_segmentation = 0.3}")
     assert dataset.method_value("tau_segmentation", None) == (0.3, "dataset.toml")
     assert dataset.method_value("tau_segmentation", 0.0) == (0.0, "constant")
-    assert dataset.method_value("tau_pseudo_labels", None) == (0.9, "default")
+    assert dataset.method_value("tau_pseudo_labels", None) == (0.9, "default") and Method().tau_segmentation == 0.9
     assert dataset.method_value("gamma", None) == (0.7, "default")
     derived = describe('base = "isaid"\nmethod = {tau_segmentation = 0.3}', "derived")  # key by key
     assert derived.method_value("tau_segmentation", None) == (0.3, "dataset.toml")

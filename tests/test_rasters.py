@@ -223,8 +223,7 @@ def spoil(path: Path, how: str) -> None:
     [
         *((suffix, "16 bit", "3 channels of 16 bits.*-ot Byte -scale") for suffix in (".tif", ".png")),
         *((suffix, "four bands", "(4 channels|opaque alpha).*-b 1 -b 2 -b 3") for suffix in (".tif", ".png")),
-        (".tif", "1 bit", "1 channel of 1 bits"),
-        (".png", "1 bit", "palette"),
+        *((suffix, "1 bit", "(1 channel of 1 bits|palette)") for suffix in (".tif", ".png")),
         (".tif", "text", "cannot be read as an image"),
         (".tif", "folder", "is a folder"),
         (".tif", "pipe", "not a regular file"),

@@ -379,66 +379,53 @@ def test_tiles_without_any_labelled_pixel_are_left_out(tmp_path, capsys):
     assert set(patches_of(tmp_path / "datasets" / "small" / "test")) == tiles - {"2_r000_c000"}
 
 
-def break_small(how: str, root: Path) -> dict:
-    """Make the small data set bad in one way; returns further constants."""
-    raw = root / "datasets" / "small" / "raw"
-    image, toml = raw / TOP.format(1), 'base = "vaihingen"\npatch_size = 16\n'
-    grey, rgb = np.zeros((40, 70), np.uint8), np.zeros((40, 70, 3), np.uint8)
-    if how == "no raw":
-        return {"raw": str(root / "nowhere")}
-    if how == "seed":
-        return {"seed": -1}
-    if how == "grey":
-        write_tif(image, grey)
-    elif how == "sizes":
-        write_tif(image, rgb[:, 1:])
-    elif how == "short":
-        image.write_bytes(image.read_bytes()[:4000])
-    elif how == "no truth":
-        (raw / TRUTH.format(1)).unlink()
-    elif how == "twice":
-        Image.fromarray(rgb).save(image.with_suffix(".PNG"))
-    elif how == "turned":
-        Image.fromarray(rgb).save(image, tiffinfo={274: 6})
-    elif how == "foreign":
-        (root / "datasets" / "small" / "train").mkdir()
-        (root / "datasets" / "small" / "train" / "mine.png").touch()
-        return {"overwrite": True}
-    elif how == "large patch":
-        describe(root, "small", toml.replace("16", "48") + '[scenes]\ntrain = ["1"]\ntest = ["2"]\n')
-    elif how in ("rules", "class"):
-        rules = 'rare_class = "Bus"\n' + ("rare_share = 0.1\ncrop_side = [0.3, 0.5]\n" if how == "class" else "")
-        describe(root, "small", f"{toml}[rules]\n{rules}")
-    else:  # a scene's name
-        describe(root, "small", f'{toml}[scenes]\ntrain = ["{how}"]\ntest = ["2"]\n')
-    return {}
+def scene_called(name: str, patch_size: int = 16) -> str:
+    return f'base = "vaihingen"\npatch_size = {patch_size}\n[scenes]\ntrain = ["{name}"]\ntest = ["2"]\n'
 
 
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        ("no raw", "nowhere is missing"),
-        ("grey", "area1.tif has 1 channel of 8 bits.*--grey repeat.*gdal_translate"),
-        ("sizes", "area1.tif has 69 x 40 pixels.*70 x 40"),
-        ("short", "area1.tif"),
-        ("no truth", "gts_for_participants/top_mosaic_09cm_area1.*--missing-scenes skip"),
-        ("twice", "same scene"),
-        ("large patch", "too few for one patch of 48"),
-        ("2", "scene 2 is listed twice"),
-        ("../1", '"../1" needs another name'),
-        ("a" * 201, "another name, .*200"),
-        ("turned", "area1.tif has the orientation 6"),
-        ("rules", r"rare_share, crop_side missing in the \[rules\]"),
-        ("class", "class Bus"),
-        ("foreign", "has no run.json"),
-        ("seed", "seed is -1"),
-    ],
-    ids=lambda value: value[:12],
-)
-def test_bad_input_is_one_sentence(tmp_path, how, words):
-    small_vaihingen(tmp_path)
+RGB = np.zeros((40, 70, 3), np.uint8)
+RULES = 'base = "vaihingen"\n[rules]\nrare_class = "Bus"\n'
+FAULTS = {  # words of the message -> what happens to a scene and its truth
+    "area1.tif has 1 channel of 8 bits.*--grey repeat": lambda image, truth: write_tif(image, RGB[..., 0]),
+    "area1.tif has 69 x 40 pixels.*70 x 40": lambda image, truth: write_tif(image, RGB[:, 1:]),
+    "area1.tif cannot be read": lambda image, truth: image.write_bytes(image.read_bytes()[:4000]),
+    "top_mosaic_09cm_area1.*--missing-scenes skip": lambda image, truth: truth.unlink(),
+    "same scene": lambda image, truth: Image.fromarray(RGB).save(image.with_suffix(".PNG")),
+    "area1.tif has the orientation 6": lambda image, truth: Image.fromarray(RGB).save(image, tiffinfo={274: 6}),
+}
+DESCRIPTIONS = {  # words of the message -> the description
+    "too few for one patch of 48": scene_called("1", 48),
+    "scene 2 is listed twice": scene_called("2"),
+    '"../1" needs another name': scene_called("../1"),
+    "another name, .*200": scene_called("a" * 201),
+    r"rare_share, crop_side missing in the \[rules\]": RULES,
+    "class Bus": f"{RULES}rare_share = 0.1\ncrop_side = [0.3, 0.5]\n",
+}
+
+
+@pytest.mark.parametrize("words", [*FAULTS, *DESCRIPTIONS])
+def test_bad_input_is_one_sentence(tmp_path, words):
+    raw = small_vaihingen(tmp_path)
+    if words in FAULTS:
+        FAULTS[words](raw / TOP.format(1), raw / TRUTH.format(1))
+    else:
+        describe(tmp_path, "small", DESCRIPTIONS[words])
     with refused(words):
-        cut(tmp_path, **break_small(how, tmp_path))
+        cut(tmp_path)
+
+
+def test_constants_that_cannot_work(tmp_path):
+    foreign = small_vaihingen(tmp_path).parent / "train" / "mine.png"
+    foreign.parent.mkdir()
+    foreign.touch()
+    for constants, words in (
+        ({"raw": str(tmp_path / "nowhere")}, "nowhere is missing"),
+        ({"seed": -1}, "seed is -1"),
+        ({"overwrite": True}, "has no run.json"),
+    ):
+        with refused(words):
+            cut(tmp_path, **constants)
+    assert foreign.exists()
 
 
 def test_skipped_scenes_and_nothing_left(tmp_path, capsys):
