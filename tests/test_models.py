@@ -116,6 +116,11 @@ def test_weights_of_another_network_are_refused(name, other):
         Backbone(name, models.get_model(other, weights=None).state_dict())
 
 
+def test_incomplete_weights_are_refused(weights):
+    with pytest.raises(ValueError, match=r"fit resnet18 .*40 values"):
+        Backbone("resnet18", {key: value for key, value in weights.items() if "running" not in key})
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -131,12 +136,6 @@ def test_weights_of_another_network_are_refused(name, other):
 def test_weights_that_do_not_fit_are_refused(weights, key, value, words):
     with pytest.raises(ValueError, match=words):
         Backbone("resnet18", weights | {key: value})
-
-
-def test_weights_without_running_statistics_are_refused(weights):
-    state = {key: value for key, value in weights.items() if "running" not in key}
-    with pytest.raises(ValueError, match=r"fit resnet18 .*40 values"):
-        Backbone("resnet18", state)
 
 
 def test_an_unknown_backbone_is_refused():

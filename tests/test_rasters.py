@@ -66,27 +66,6 @@ def test_windows_of_every_format(tmp_path, suffix):
             np.testing.assert_array_equal(raster.read(y, x, height, width), image[y : y + height, x : x + width])
 
 
-def test_rows_are_decoded_once_from_top_to_bottom(tmp_path):
-    """Also where windows overlap: a strip of a PNG or a compressed TIFF costs as much as all rows above it."""
-    decoded = []
-    with Raster(write_tif(tmp_path / "a.tif", noise(100, 20), blockysize=8)) as raster:
-
-        class Counting:
-            def __getattr__(self, name):
-                return getattr(file, name)
-
-            def read(self, *, out, window):
-                decoded.extend(range(window.row_off, window.row_off + window.height))
-                return file.read(out=out, window=window)
-
-        file, raster._file = raster._file, Counting()
-        for y in range(0, 81, 12):
-            for x in (0, 4):
-                raster.read(y, x, 16, 16)
-        raster._file = file
-    assert decoded == list(range(88))
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured by Linux's /proc")
 @pytest.mark.parametrize("rows", [16, 10_000])
 def test_memory_is_that_of_a_few_rows(tmp_path, rows):
@@ -201,6 +180,8 @@ def spoil(path: Path, how: str) -> None:
         Image.fromarray(np.dstack([rgb, rgb[..., :1]])).save(path)
     elif how == "1 bit":
         Image.fromarray(rgb[..., 0] > 99).save(path)
+    elif how == "cmyk":
+        Image.fromarray(rgb).convert("CMYK").save(path)
     elif how == "text":
         path.write_text("not found")
     elif how == "folder":
@@ -224,6 +205,7 @@ def spoil(path: Path, how: str) -> None:
         *((suffix, "16 bit", "3 channels of 16 bits.*-ot Byte -scale") for suffix in (".tif", ".png")),
         *((suffix, "four bands", "(4 channels|opaque alpha).*-b 1 -b 2 -b 3") for suffix in (".tif", ".png")),
         *((suffix, "1 bit", "(1 channel of 1 bits|palette)") for suffix in (".tif", ".png")),
+        (".jpg", "cmyk", "4 channels of 8 bits"),
         (".tif", "text", "cannot be read as an image"),
         (".tif", "folder", "is a folder"),
         (".tif", "pipe", "not a regular file"),
@@ -236,12 +218,6 @@ def test_other_images_are_refused_by_name(tmp_path, suffix, how, words):
     spoil(path, how)
     with refused(f"scene{suffix} .*{words}"):
         pixels_of(path)
-
-
-def test_cmyk_is_refused(tmp_path):
-    Image.fromarray(noise(64, 64)).convert("CMYK").save(tmp_path / "cmyk.jpg")
-    with refused("cmyk.jpg has 4 channels of 8 bits"):
-        pixels_of(tmp_path / "cmyk.jpg")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jp2"])
@@ -417,14 +393,6 @@ def test_world_files_place_tiffs_and_are_copied_for_others(tmp_path):
         assert (tmp_path / "results" / target).read_text() == name
     copy_world_file(tmp_path / "none.png", tmp_path / "results" / "none.png")
     assert not (tmp_path / "results" / "none.pgw").exists()
-
-
-def test_image_without_georeference_gives_none(tmp_path):
-    source = write_tif(tmp_path / "in.tif", noise(30, 40))
-    with Raster(source) as raster:
-        assert raster.place == {} and raster.square_metres is None
-    with rasterio.open(written(tmp_path, source, np.zeros((30, 40), np.uint8))) as file:
-        assert file.crs is None and file.transform.is_identity
 
 
 @pytest.mark.parametrize(

@@ -386,7 +386,6 @@ def scene_called(name: str, patch_size: int = 16) -> str:
 RGB = np.zeros((40, 70, 3), np.uint8)
 RULES = 'base = "vaihingen"\n[rules]\nrare_class = "Bus"\n'
 FAULTS = {  # words of the message -> what happens to a scene and its truth
-    "area1.tif has 1 channel of 8 bits.*--grey repeat": lambda image, truth: write_tif(image, RGB[..., 0]),
     "area1.tif has 69 x 40 pixels.*70 x 40": lambda image, truth: write_tif(image, RGB[:, 1:]),
     "area1.tif cannot be read": lambda image, truth: image.write_bytes(image.read_bytes()[:4000]),
     "top_mosaic_09cm_area1.*--missing-scenes skip": lambda image, truth: truth.unlink(),
@@ -478,6 +477,19 @@ def test_isaid_messages(tmp_path, capsys):
     with refused("no patch was cut"):
         cut(tmp_path, "isaid", overwrite=True)
     assert "smaller than a patch, skipped: 2" in capsys.readouterr().out
+
+
+def test_grey_scenes_of_isaid(tmp_path):
+    describe(tmp_path, "small", 'base = "isaid"\npatch_size = 16\n')
+    raw = tmp_path / "datasets" / "small" / "raw"
+    small_isaid(raw, "train", "P1")
+    small_isaid(raw, "val", "P2")
+    Image.new("L", (20, 20), 7).save(raw / "train" / "images" / "P1.png")
+    with refused(r"P1\.png has 1 channel of 8 bits"):
+        cut(tmp_path, "isaid")
+    cut(tmp_path, "isaid", grey="repeat", overwrite=True)
+    patches = patches_of(tmp_path / "datasets" / "small" / "train")
+    assert patches and all((pixels == 7).all() for pixels, _ in patches.values())
 
 
 def test_a_layout_of_ones_own(tmp_path):
