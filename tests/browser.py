@@ -3,7 +3,6 @@
 It is driven over the DevTools protocol through two pipes: messages of JSON, each ended by a zero byte.
 """
 
-import base64
 import fcntl
 import itertools
 import json
@@ -83,23 +82,22 @@ class Browser:
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
 
-    def open(self, path: Path, size: tuple[int, int] = (1280, 800), before: str = "", dark: bool = False) -> "Page":
+    def open(self, path: Path, size: tuple[int, int] = (1280, 800), before: str = "") -> "Page":
         """A new tab with a file in it; `before` is a script that runs first."""
-        return Page(self, path, size, before, dark)
+        return Page(self, path, size, before)
 
 
 class Page:
     """One tab."""
 
-    def __init__(self, browser: Browser, path: Path, size: tuple[int, int], before: str, dark: bool):
+    def __init__(self, browser: Browser, path: Path, size: tuple[int, int], before: str):
         self.browser, self.path = browser, path
         target = browser.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.resize(*size)
-        if dark:
-            self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", **metrics)
         if before:
             self.call("Page.addScriptToEvaluateOnNewDocument", source=before)
         self.call("Page.navigate", url=path.resolve().as_uri())
@@ -107,9 +105,6 @@ class Page:
 
     def call(self, method: str, **parameters) -> dict:
         return self.browser.call(method, self.session, **parameters)
-
-    def resize(self, width: int, height: int, mobile: bool = False) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
 
     def js(self, expression: str):
         """The value of an expression in the page; a promise is awaited."""
@@ -179,6 +174,3 @@ class Page:
             for event in self.browser.events
             if event["method"] == "Network.requestWillBeSent" and event["sessionId"] == self.session
         ]
-
-    def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))

@@ -4,10 +4,8 @@ import io
 import json
 import pickle
 import shutil
-import struct
 import unicodedata
 import zipfile
-import zlib
 
 import numpy as np
 import pytest
@@ -19,7 +17,8 @@ from datasetsprocess import process
 from PRC_SAM import get_se_map
 from PRC_SAM.checkpoints import load_sam
 from tests.steps import STEPS, experiment, record, step
-from tests.test_splitting import digests, script, small_vaihingen
+from tests.test_splitting import cut, digests, small_vaihingen
+from tests.tiffs import GIANT_PNG
 from tools.command import UserError
 
 TRAIN, TEST = "datasets/tiny/train", "datasets/tiny/test"
@@ -35,20 +34,10 @@ def go(name, root, **constants):
     return module.main(module.Constants(dataset="tiny", root=root, **({"workers": 0} | usual | constants)))
 
 
-def png(array, mode=None):
+def png(array):
     file = io.BytesIO()
-    Image.fromarray(np.asarray(array, np.uint8), mode).save(file, "PNG")
+    Image.fromarray(np.asarray(array, np.uint8)).save(file, "PNG")
     return file.getvalue()
-
-
-def giant() -> bytes:
-    """A PNG of a hundred bytes that promises 100,000 x 100,000 pixels."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
 class Code:
@@ -71,11 +60,11 @@ def hostile_npz(target, names=("classes", "size", "bits")) -> bytes:
 
 SIZE, LARGE_ID, BROKEN = png(np.zeros((64, 60))), png(np.full((64, 64), 9)), "PNG"
 FAULTS = [  # step, file, its content, sentence
-    *(("get_se_map", f"{TRAIN}/images/train_2.png", content, BROKEN) for content in (b"", giant())),
-    *(("process", f"{TRAIN}/images/train_2.png", content, BROKEN) for content in (b"", giant())),
-    ("process", f"{TRAIN}/labels/train_2.png", giant(), BROKEN),
-    ("train_classification", f"{TRAIN}/images/train_2.png", giant(), BROKEN),
-    ("infer_classification", f"{TRAIN}/images/train_2.png", giant(), BROKEN),
+    *(("get_se_map", f"{TRAIN}/images/train_2.png", content, BROKEN) for content in (b"", GIANT_PNG)),
+    *(("process", f"{TRAIN}/images/train_2.png", content, BROKEN) for content in (b"", GIANT_PNG)),
+    ("process", f"{TRAIN}/labels/train_2.png", GIANT_PNG, BROKEN),
+    ("train_classification", f"{TRAIN}/images/train_2.png", GIANT_PNG, BROKEN),
+    ("infer_classification", f"{TRAIN}/images/train_2.png", GIANT_PNG, BROKEN),
     ("infer_classification", f"{EXPERIMENT}/classifier/run.json", b"", r"run\.json .*: run step 1"),
     ("make_pseudo_labels", f"{EXPERIMENT}/cams/run.json", b"{", r"run\.json .*: run step 2"),
     ("make_pseudo_labels", f"{TRAIN}/images/train_2.png", png(np.zeros((64, 60, 3))), r"\(64, 64\)"),
@@ -88,11 +77,11 @@ FAULTS = [  # step, file, its content, sentence
     ("train_segmentation", f"{EXPERIMENT}/refined_pseudo_labels/train_2.png", LARGE_ID, "class id 9"),
     ("train_segmentation", f"{TRAIN}/images/train_2.png", b"", BROKEN),
     ("inference_segmentation", f"{EXPERIMENT}/segmenter/model.pt", b"", "checkpoint"),
-    ("inference_segmentation", f"{TEST}/images/test_2.png", giant(), BROKEN),
+    ("inference_segmentation", f"{TEST}/images/test_2.png", GIANT_PNG, BROKEN),
     ("generate_refined_seg", f"{EXPERIMENT}/segmentation/test_2.png", LARGE_ID, "class id 9"),
     ("generate_refined_seg", f"{EXPERIMENT}/segmentation/test_2.png", SIZE, "64 x 64"),
     ("evaluate_miou", f"{TEST}/labels/test_2.png", LARGE_ID, "class id 9"),
-    ("evaluate_miou", f"{TEST}/labels/test_2.png", giant(), BROKEN),
+    ("evaluate_miou", f"{TEST}/labels/test_2.png", GIANT_PNG, BROKEN),
     ("evaluate_miou", f"{EXPERIMENT}/segmentation/test_2.png", LARGE_ID, "class id 9"),
     ("evaluate_miou", f"{EXPERIMENT}/cams/train_2.npz", hostile_npz, "cannot be read"),
 ]
@@ -215,24 +204,22 @@ def test_a_damaged_log_does_not_end_the_scoring(copy):
         go("evaluate_miou", copy, samples=0)
 
 
-def test_a_scene_whose_record_is_damaged_is_cut_again(tmp_path, run_script):
+def test_a_scene_whose_record_is_damaged_is_cut_again(tmp_path):
     small_vaihingen(tmp_path)
     folder = tmp_path / "datasets" / "small"
-    command = (script("vaihingen"), "--dataset", "small", "--root", tmp_path, "--workers", 0)
-    run_script(*command)
+    cut(tmp_path)
     before = digests(folder)
     (folder / "train" / "scenes" / "1.json").write_bytes(b"")
     next((folder / "train" / "images").glob("*.png")).unlink()
-    run_script(*command)
+    cut(tmp_path)
     assert digests(folder) == before
 
 
 def test_no_checkpoint_runs_code(tmp_path):
-    for content in (pickle.dumps(Code(tmp_path / "ran")), b"", b"PK\3\4", giant()):
-        (tmp_path / "sam.pth").write_bytes(content)
+    torch.save({"sizes": Code(tmp_path / "ran"), "model": {}}, tmp_path / "sam.pth")
+    for content in (None, pickle.dumps(Code(tmp_path / "ran")), b"", b"PK\3\4", GIANT_PNG):
+        if content is not None:
+            (tmp_path / "sam.pth").write_bytes(content)
         with pytest.raises(UserError, match=r"sam\.pth cannot be read as a checkpoint"):
             load_sam("vit_b", tmp_path / "sam.pth")
-    torch.save({"sizes": Code(tmp_path / "ran"), "model": {}}, tmp_path / "sam.pth")
-    with pytest.raises(UserError, match=r"sam\.pth cannot be read as a checkpoint"):
-        load_sam("vit_b", tmp_path / "sam.pth")
     assert not (tmp_path / "ran").exists()

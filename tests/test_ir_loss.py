@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from models.ir_loss import image_reconstruction_loss
 from tests.references import bilinear
@@ -43,29 +41,23 @@ def double(*tensors):
 
 
 @pytest.mark.parametrize(
-    ("tiles", "size"), [(1, (6, 8)), (4, (6, 8)), (4, (7, 5)), (9, (6, 9)), (9, (7, 8)), (4, (2, 2)), (1, (1, 1))]
+    ("tiles", "size", "scale"),
+    [
+        (1, (6, 8), 1),
+        (4, (6, 8), 1),
+        (4, (7, 5), 1e-3),
+        (9, (6, 9), 1),
+        (9, (7, 8), 1e4),
+        (4, (2, 2), 1),
+        (1, (1, 1), 1),
+    ],
 )
-def test_equals_the_formula(tiles, size):
-    arrays = inputs(size=size)
-    expected = reference(*double(*arrays), tiles)
-    loss = image_reconstruction_loss(*arrays, tiles)
-    assert loss.shape == () and loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(expected, rel=1e-6)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 999),
-    tiles=st.sampled_from([1, 4, 9]),
-    height=st.integers(3, 8),
-    width=st.integers(3, 8),
-    scale=st.sampled_from([1e-3, 1.0, 1e4]),
-)
-def test_equals_the_formula_for_any_range(seed, tiles, height, width, scale):
-    cam, image, label = inputs(seed, size=(height, width))
-    assert float(image_reconstruction_loss(cam * scale, image, label, tiles)) == pytest.approx(
-        reference(*double(cam * scale, image, label), tiles), rel=3e-6
-    )
+def test_equals_the_formula(tiles, size, scale):
+    for seed in range(4):
+        cam, image, label = inputs(seed, size=size)
+        loss = image_reconstruction_loss(cam * scale, image, label, tiles)
+        assert loss.shape == () and loss.dtype == torch.float32
+        assert float(loss) == pytest.approx(reference(*double(cam * scale, image, label), tiles), rel=3e-6)
 
 
 @pytest.mark.parametrize("tiles", [0, 2, 8, -4, 9])

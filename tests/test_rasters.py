@@ -1,10 +1,9 @@
 """Scenes read by windows: every layout, channels, nodata, files that are no scene, and label maps written in place."""
 
 import os
-import struct
+import socket
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import cv2
@@ -16,16 +15,16 @@ from rasterio.control import GroundControlPoint
 from rasterio.transform import from_origin
 
 from tests.conftest import ROOT, TINY_COLOURS
-from tests.tiffs import UTM, noise, write_tif
+from tests.tiffs import GIANT_PNG, UTM, noise, write_tif
 from tools.command import UserError
-from tools.rasters import MAX_PIXELS, OPTIONS, Raster, copy_world_file, label_tiff
+from tools.rasters import MAX_PIXELS, Raster, copy_world_file, gdal, label_tiff
 
 
-def refused(sentence: str):
-    return pytest.raises(UserError, match=sentence)
+def refused(words: str):
+    return pytest.raises(UserError, match=words)
 
 
-def whole(path: Path, *arguments) -> np.ndarray:
+def pixels_of(path: Path, *arguments) -> np.ndarray:
     with Raster(path, *arguments) as raster:
         return raster.read(0, 0, *raster.shape)
 
@@ -41,16 +40,11 @@ WINDOWS = [(0, 0, 16, 16), (16, 60, 16, 23), (85, 67, 16, 16), (3, 1, 90, 5), (2
     [
         {"compress": "none"},
         {"compress": "lzw", "blockysize": 1},
-        {"compress": "lzw", "blockysize": 37},
-        {"compress": "deflate", "predictor": 2, "blockysize": 5},
+        {"compress": "deflate", "predictor": 2, "blockysize": 37},
         {"compress": "zstd", "blockysize": 101},
         {"compress": "lzw", "tiled": True, "blockxsize": 48, "blockysize": 32},
-        {"compress": "none", "tiled": True, "blockxsize": 16, "blockysize": 16},
         {"compress": "none", "interleave": "band"},
-        {"compress": "lzw", "interleave": "band", "blockysize": 7},
         {"compress": "deflate", "interleave": "band", "tiled": True, "blockxsize": 16, "blockysize": 32},
-        {"compress": "none", "endianness": "big", "blockysize": 3},
-        {"compress": "lzw", "bigtiff": "yes"},
     ],
     ids=lambda layout: "-".join(map(str, layout.values())),
 )
@@ -64,34 +58,12 @@ def test_windows_of_every_tiff_layout(tmp_path, layout):
 
 @pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".JPEG", ".jp2", ".TIF", ".tiff"])
 def test_windows_of_every_format(tmp_path, suffix):
-    image, path = noise(101, 83), tmp_path / f"scene{suffix}"
-    Image.fromarray(image).save(path)  # jp2: lossless
-    if "j" in suffix.lower() and suffix != ".jp2":  # as Pillow, OpenCV and torchvision decode it
-        image = np.array(Image.open(path))
+    path = tmp_path / f"scene{suffix}"
+    Image.fromarray(noise(101, 83)).save(path)
+    image = np.array(Image.open(path))  # as Pillow, OpenCV and torchvision decode a JPEG
     with Raster(path) as raster:
         for y, x, height, width in WINDOWS:
             np.testing.assert_array_equal(raster.read(y, x, height, width), image[y : y + height, x : x + width])
-
-
-def test_rows_are_decoded_once_from_top_to_bottom(tmp_path):
-    """Also where windows overlap: a strip of a PNG or a compressed TIFF costs as much as all rows above it."""
-    decoded = []
-    with Raster(write_tif(tmp_path / "a.tif", noise(100, 20), blockysize=8)) as raster:
-
-        class Counting:
-            def __getattr__(self, name):
-                return getattr(file, name)
-
-            def read(self, *, out, window):
-                decoded.extend(range(window.row_off, window.row_off + window.height))
-                return file.read(out=out, window=window)
-
-        file, raster._file = raster._file, Counting()
-        for y in range(0, 81, 12):
-            for x in (0, 4):
-                raster.read(y, x, 16, 16)
-        raster._file = file
-    assert decoded == list(range(88))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured by Linux's /proc")
@@ -133,51 +105,36 @@ def test_alpha_is_dropped_where_it_is_opaque(tmp_path):
     write_tif(tmp_path / "a.tif", opaque, **ALPHA)
     write_tif(tmp_path / "b.tif", holes, **ALPHA)
     for name in ("a.png", "a.tif"):
-        np.testing.assert_array_equal(whole(tmp_path / name), opaque[..., :3])
+        np.testing.assert_array_equal(pixels_of(tmp_path / name), opaque[..., :3])
     with Raster(tmp_path / "b.tif", ("rgb", "holes")) as raster:
         np.testing.assert_array_equal(raster.valid(3, 2, 10, 20), np.arange(2, 22) >= np.full((10, 1), 9))
     with refused("b.tif has a channel that is no opaque alpha"):
-        whole(tmp_path / "b.tif")
+        pixels_of(tmp_path / "b.tif")
     write_tif(tmp_path / "c.tif", rgba(noise(20, 30)[..., 0]), **ALPHA)
-    with refused("c.tif has a channel that is no alpha of 0 and 255, .*gdal_translate -b 1 -b 2 -b 3"):
-        whole(tmp_path / "c.tif", ("rgb", "holes"))
+    with refused("c.tif .*alpha of 0 and 255.*gdal_translate"):
+        pixels_of(tmp_path / "c.tif", ("rgb", "holes"))
 
 
-def test_nodata_of_the_file_and_of_the_constant(tmp_path):
-    image = noise(20, 30) // 2 + 1
-    image[:, :9] = 0
-    image[5, 20, 0] = 0  # one channel alone is no nodata
-    for stored, constant, expected in (
-        (0, -1, 9),
-        (None, -1, 0),
-        (None, 0, 9),
-        (7, 0, 9),  # the constant counts
-        (-9999, -1, 0),  # no 8-bit pixel has this value
+@pytest.mark.parametrize(
+    ("stored", "constant", "columns"),
+    [
+        ("9", -1, 9),
+        ("", -1, 0),
+        ("", 9, 9),
+        ("7", 9, 9),  # the constant counts
+        ("-9999", -1, 0),  # no 8-bit pixel has this value
         ("nan", -1, 0),
-    ):
-        path = write_tif(tmp_path / "a.tif", image, dtype="uint8")
-        if stored is not None:
-            path = with_nodata(path, stored)
-        with Raster(path, ("rgb", "holes"), constant) as raster:
-            valid = raster.valid(0, 0, 20, 30)
-        np.testing.assert_array_equal(
-            valid, np.arange(30) >= np.full((20, 1), expected), err_msg=f"{stored} {constant}"
-        )
-
-
-def with_nodata(path: Path, value) -> Path:
-    """As other programs write it: a text in a tag, which need not be a number of 8 bits."""
-    text, content = f"{value}\0".encode(), bytearray(path.read_bytes())
-    (start,) = struct.unpack_from("<I", content, 4)
-    (count,) = struct.unpack_from("<H", content, start)
-    entries = content[start + 2 : start + 2 + 12 * count]
-    place = text.ljust(4, b"\0") if len(text) <= 4 else struct.pack("<I", len(content))  # short texts stand in the tag
-    content += text if len(text) > 4 else b""
-    content += b"\0" * (len(content) % 2)
-    struct.pack_into("<I", content, 4, len(content))
-    tag = struct.pack("<HHI", 42113, 2, len(text)) + place
-    path.write_bytes(content + struct.pack("<H", count + 1) + entries + tag + bytes(4))
-    return path
+    ],
+)
+def test_nodata_of_the_file_and_of_the_constant(tmp_path, stored, constant, columns):
+    image = noise(20, 30) // 2 + 100
+    image[:, :9] = 9
+    image[5, 20, 0] = 9  # one channel alone is no nodata
+    tags = {42113: stored} if stored else {}  # as other programs write it: a text, which need not be 8 bits
+    Image.fromarray(image).save(tmp_path / "a.tif", tiffinfo=tags)
+    with Raster(tmp_path / "a.tif", ("rgb", "holes"), constant) as raster:
+        valid = raster.valid(0, 0, 20, 30)
+    np.testing.assert_array_equal(valid, np.arange(30) >= np.full((20, 1), columns))
 
 
 def test_a_mask_inside_the_file_marks_nodata(tmp_path):
@@ -186,7 +143,7 @@ def test_a_mask_inside_the_file_marks_nodata(tmp_path):
     with Raster(path, ("rgb", "holes")) as raster:
         np.testing.assert_array_equal(raster.valid(0, 0, 20, 30), mask > 0)
         np.testing.assert_array_equal(raster.read(0, 0, 20, 30), noise(20, 30))
-    np.testing.assert_array_equal(whole(path), noise(20, 30))
+    np.testing.assert_array_equal(pixels_of(path), noise(20, 30))
 
 
 def test_grey_and_palette(tmp_path):
@@ -196,20 +153,19 @@ def test_grey_and_palette(tmp_path):
     write_tif(tmp_path / "p.tif", grey, dict(enumerate(colours)))
     for name in ("p.png", "q.tif"):
         palette.save(tmp_path / name)
-    for name in ("g.png", "g.tif"):
-        Image.fromarray(grey).save(tmp_path / name)
     for name in ("p.tif", "p.png", "q.tif"):
         with Raster(tmp_path / name, ("palette",)) as raster:
             np.testing.assert_array_equal(raster.read(0, 0, 20, 30)[..., 1], grey)
             assert raster.kind == "palette" and list(map(tuple, raster.palette[:4].tolist())) == colours
-        with refused(rf"{name} is a palette image.*gdal_translate -expand rgb"):
+        with refused(rf"{name} is a palette image.*gdal_translate"):
             Raster(tmp_path / name)
     write_tif(tmp_path / "wide.tif", grey.astype(np.uint16), dict(enumerate(colours)), photometric="palette")
     with refused("wide.tif has 1 channel of 16 bits"):
         Raster(tmp_path / "wide.tif", ("palette",))
     for name in ("g.png", "g.tif"):
-        np.testing.assert_array_equal(whole(tmp_path / name, ("grey",)), np.dstack([grey] * 3))
-        with refused(rf"{name} has 1 channel of 8 bits, but three .*--grey repeat"):
+        Image.fromarray(grey).save(tmp_path / name)
+        np.testing.assert_array_equal(pixels_of(tmp_path / name, ("grey",)), np.dstack([grey] * 3))
+        with refused(rf"{name} has 1 channel of 8 bits, .*--grey repeat"):
             Raster(tmp_path / name)
 
 
@@ -224,52 +180,44 @@ def spoil(path: Path, how: str) -> None:
         Image.fromarray(np.dstack([rgb, rgb[..., :1]])).save(path)
     elif how == "1 bit":
         Image.fromarray(rgb[..., 0] > 99).save(path)
-    elif how == "empty":
-        path.write_bytes(b"")
+    elif how == "cmyk":
+        Image.fromarray(rgb).convert("CMYK").save(path)
     elif how == "text":
         path.write_text("not found")
     elif how == "folder":
         path.mkdir()
-    elif how == "short":
-        Image.fromarray(rgb).save(path, **({"compression": "tiff_lzw"} if path.suffix == ".tif" else {}))
-        path.write_bytes(path.read_bytes()[: 3 * path.stat().st_size // 5])
+    elif how == "pipe":
+        os.mkfifo(path)
+    elif how != "missing":  # layouts of a TIFF that ends too early
+        layouts = {
+            "strips": {"compress": "lzw", "blockysize": 4},
+            "plain": {"compress": "none"},
+            "jpeg": {"compress": "jpeg", "photometric": "ycbcr", "blockysize": 64},
+        }
+        write_tif(path, rgb, **layouts[how])
+        assert pixels_of(path).shape == (64, 64, 3)
+        path.write_bytes(path.read_bytes()[:-1500])
 
 
-@pytest.mark.parametrize("suffix", [".tif", ".png"])
 @pytest.mark.parametrize(
-    ("how", "sentence"),
+    ("suffix", "how", "words"),
     [
-        ("16 bit", "has 3 channels of 16 bits, but three of 8 bits .*-ot Byte -scale"),
-        ("four bands", "has (4 channels of 8 bits|a channel that is no opaque alpha), .*-b 1 -b 2 -b 3"),
-        ("1 bit", "(has 1 channel of 1 bits|is a palette image)"),
-        ("empty", "cannot be read as an image"),
-        ("text", "cannot be read as an image"),
-        ("short", "cannot be read as an image"),
-        ("folder", "is a folder"),
-        ("missing", "is missing"),
+        *((suffix, "16 bit", "3 channels of 16 bits.*-ot Byte -scale") for suffix in (".tif", ".png")),
+        *((suffix, "four bands", "(4 channels|opaque alpha).*-b 1 -b 2 -b 3") for suffix in (".tif", ".png")),
+        *((suffix, "1 bit", "(1 channel of 1 bits|palette)") for suffix in (".tif", ".png")),
+        (".jpg", "cmyk", "4 channels of 8 bits"),
+        (".tif", "text", "cannot be read as an image"),
+        (".tif", "folder", "is a folder"),
+        (".tif", "pipe", "not a regular file"),
+        (".tif", "missing", "is missing"),
+        *((".tif", how, "cannot be read as an image") for how in ("strips", "plain", "jpeg")),
     ],
 )
-def test_other_images_are_refused_by_name(tmp_path, suffix, how, sentence):
+def test_other_images_are_refused_by_name(tmp_path, suffix, how, words):
     path = tmp_path / f"scene{suffix}"
     spoil(path, how)
-    with refused(f"scene{suffix} {sentence}"):
-        whole(path)
-
-
-def test_cmyk_and_an_incomplete_jpeg_are_refused(tmp_path):
-    Image.fromarray(noise(64, 64)).convert("CMYK").save(tmp_path / "cmyk.jpg")
-    with refused("cmyk.jpg has 4 channels of 8 bits"):
-        whole(tmp_path / "cmyk.jpg")
-    Image.fromarray(noise(64, 64)).save(tmp_path / "cut.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
-    with refused("cut.jpg cannot be read as an image"):
-        whole(tmp_path / "cut.jpg")
-    write_tif(tmp_path / "jpeg.tif", noise(64, 64), compress="jpeg", photometric="ycbcr", blockysize=64)
-    content = (tmp_path / "jpeg.tif").read_bytes()
-    assert whole(tmp_path / "jpeg.tif").shape == (64, 64, 3)
-    (tmp_path / "jpeg.tif").write_bytes(content[:-1500])
-    with refused("jpeg.tif cannot be read as an image"):
-        whole(tmp_path / "jpeg.tif")
+    with refused(f"scene{suffix} .*{words}"):
+        pixels_of(path)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jp2"])
@@ -280,70 +228,33 @@ def test_a_cut_file_is_refused_at_every_length(tmp_path, suffix):
     for length in range(0, len(content) - 40, 97):  # the last bytes carry no pixel
         path.write_bytes(content[:length])
         with refused(f"cut{suffix} cannot be read as an image"):
-            whole(path)
-
-
-@pytest.mark.parametrize("layout", [{"compress": "lzw", "blockysize": 4}, {"compress": "none"}])
-def test_short_tiff_with_its_header_in_front(tmp_path, layout):
-    path = write_tif(tmp_path / "scene.tif", noise(64, 64), **layout)
-    path.write_bytes(path.read_bytes()[:-500])
-    with refused("scene.tif cannot be read as an image"):
-        whole(path)
+            pixels_of(path)
 
 
 @pytest.mark.parametrize("side", [100_000, 23_171])
-def test_gigantic_header_is_refused(tmp_path, side):
+def test_a_gigantic_image_is_refused(tmp_path, side):
     assert side**2 > MAX_PIXELS
-    path = write_tif(tmp_path / "bomb.tif", np.zeros((8, 8, 3), np.uint8))
-    content = bytearray(path.read_bytes())
-    (start,) = struct.unpack_from("<I", content, 4)
-    for entry in range(struct.unpack_from("<H", content, start)[0]):
-        place = start + 2 + 12 * entry
-        if struct.unpack_from("<H", content, place)[0] in (256, 257, 278):  # width, length, rows per strip
-            struct.pack_into("<HIHH", content, place + 2, 4, 1, side & 0xFFFF, side >> 16)
-    path.write_bytes(content)
-    with refused(f"bomb.tif has {side} x {side} pixels, but at most"):
-        Raster(path)
+    profile = {"driver": "GTiff", "count": 3, "dtype": "uint8", "tiled": True, "blockxsize": 4096, "blockysize": 4096}
+    with gdal():  # no tile is written, so that the file is small
+        rasterio.open(tmp_path / "a.tif", "w", width=side, height=side, sparse_ok=True, **profile).close()
+    with refused(f"a.tif has {side} x {side} pixels"):
+        Raster(tmp_path / "a.tif")
+    (tmp_path / "a.png").write_bytes(GIANT_PNG)
+    with refused("a.png (has 100000 x 100000 pixels|cannot be read)"):
+        Raster(tmp_path / "a.png")
 
 
-def png(width: int, height: int) -> bytes:
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
-    )
-
-
-def test_a_gigantic_png_is_refused(tmp_path):
-    (tmp_path / "bomb.png").write_bytes(png(100_000, 100_000))
-    with refused("bomb.png (has 100000 x 100000 pixels|cannot be read)"):
-        Raster(tmp_path / "bomb.png")
-
-
-def test_a_named_pipe_is_refused_at_once(tmp_path):
-    if not hasattr(os, "mkfifo"):
-        pytest.skip("this system has no named pipes")
-    os.mkfifo(tmp_path / "pipe.tif")
-    with refused("pipe.tif is not a regular file"):
-        Raster(tmp_path / "pipe.tif")
-
-
-@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
+@pytest.mark.parametrize("orientation", [0, 1, 2, 8])
 @pytest.mark.parametrize("suffix", [".jpg", ".tif"])
 def test_an_image_that_must_be_turned_is_refused(tmp_path, suffix, orientation):
-    path = tmp_path / f"turned{suffix}"
-    for found in (orientation, 1, 0):
-        exif = Image.Exif()
-        exif[274] = found
-        tags = {"exif": exif} if suffix == ".jpg" else {"tiffinfo": {274: found}}
-        Image.fromarray(noise(20, 30)).save(path, **tags)
-        if found == orientation:
-            with refused(f"turned{suffix} has the orientation {orientation} .*upright"):
-                Raster(path)
-        else:
-            assert whole(path).shape == (20, 30, 3)
+    path, exif = tmp_path / f"turned{suffix}", Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(noise(20, 30)).save(path, exif=exif, tiffinfo={274: orientation})
+    if orientation < 2:
+        assert pixels_of(path).shape == (20, 30, 3)
+    else:
+        with refused(f"turned{suffix} has the orientation {orientation}"):
+            Raster(path)
 
 
 def vrt(source: str) -> str:
@@ -352,45 +263,26 @@ def vrt(source: str) -> str:
     return f'<VRTDataset rasterXSize="30" rasterYSize="20">{bands}</VRTDataset>'
 
 
-def test_no_vrt_and_no_web_address_is_opened(tmp_path):
+def test_no_vrt_and_no_web_address_is_opened(tmp_path, monkeypatch):
     """Neither by its name, nor under the name of an image, nor as a mask that GDAL finds beside an image."""
-    asked = tmp_path / "asked"
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, asked], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL
-    )
-    try:
-        address = f"/vsicurl/http://127.0.0.1:{server.stdout.readline().strip()}/x.tif"
+    monkeypatch.setenv("GDAL_HTTP_TIMEOUT", "2")  # nobody answers
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"/vsicurl/http://127.0.0.1:{server.getsockname()[1]}/x.tif"
         image = write_tif(tmp_path / "image.tif", noise(20, 30))
         for file in ("named.tif", "named.vrt", "named.png", "image.tif.msk", "image.tif.ovr"):
             (tmp_path / file).write_text(vrt(address))
         for path in (Path(address), tmp_path / "named.tif", tmp_path / "named.vrt", tmp_path / "named.png"):
             with refused("(is missing|is not one of|cannot be read)"):
-                whole(path, ("rgb", "grey", "palette", "holes"))
+                pixels_of(path, ("rgb", "grey", "palette", "holes"))
         (tmp_path / "local.tif").write_text(vrt(str(image)))
         with refused("local.tif cannot be read as an image"):
             Raster(tmp_path / "local.tif")
         with Raster(image, ("rgb", "holes")) as raster:
             assert raster.valid(0, 0, 20, 30).all()
-        assert not asked.exists()
-        with rasterio.Env(**OPTIONS), pytest.raises(rasterio.errors.RasterioIOError):
-            rasterio.open(address)  # even where GDAL is asked for it
-        assert not asked.exists()
-    finally:
-        server.kill()
-        server.communicate()
+        server.settimeout(0.1)
+        with pytest.raises(TimeoutError):  # nobody has asked
+            server.accept()
 
-
-SERVER = """
-import http.server, pathlib, sys
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        pathlib.Path(sys.argv[1]).touch()
-        self.send_error(404)
-    do_HEAD = do_GET
-server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-print(server.server_port, flush=True)
-server.serve_forever()
-"""
 
 FUZZ = """
 import sys
@@ -470,22 +362,23 @@ def written(tmp_path, source: Path, ids: np.ndarray) -> Path:
 def test_a_label_map_lies_in_the_place_of_its_image(tmp_path, crs):
     """The axes are turned a bit: the whole transformation counts, not only its origin and scale."""
     place = rasterio.Affine(0.5, 0.1, 5e5, 0.1, -0.5, 5.4e6)
-    source = write_tif(tmp_path / "in.tif", noise(30, 40), crs=f"EPSG:{crs}", transform=place)
-    ids = np.random.default_rng(0).choice([0, 1, 2, 255], (30, 40)).astype(np.uint8)
+    source = write_tif(tmp_path / "in.tif", noise(300, 520), crs=f"EPSG:{crs}", transform=place)
+    ids = np.random.default_rng(0).choice([0, 1, 2, 255], (300, 520)).astype(np.uint8)
     with rasterio.open(written(tmp_path, source, ids)) as file:
         assert file.crs.to_epsg() == crs and file.transform.almost_equals(place) and file.nodata == 255
         assert file.profile["tiled"] and file.compression.name == "deflate"
         assert [file.colormap(1)[k][:3] for k in range(3)] == list(map(tuple, TINY_COLOURS.tolist()))
         np.testing.assert_array_equal(file.read(1), ids)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.tif", "out.tif"]
 
 
 def test_ground_control_points_are_kept(tmp_path):
     points = [GroundControlPoint(row, column, 10 + column, 50 - row) for row, column in ((0, 0), (0, 40), (30, 0))]
     source = write_tif(tmp_path / "in.tif", noise(30, 40), gcps=points, crs="EPSG:4326")
     with rasterio.open(written(tmp_path, source, np.zeros((30, 40), np.uint8))) as file:
-        found, crs = file.gcps
+        kept, crs = file.gcps
         assert crs.to_epsg() == 4326
-        assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points]
+        assert [(p.row, p.col, p.x, p.y) for p in kept] == [(p.row, p.col, p.x, p.y) for p in points]
 
 
 def test_world_files_place_tiffs_and_are_copied_for_others(tmp_path):
@@ -502,14 +395,6 @@ def test_world_files_place_tiffs_and_are_copied_for_others(tmp_path):
     assert not (tmp_path / "results" / "none.pgw").exists()
 
 
-def test_image_without_georeference_gives_none(tmp_path):
-    source = write_tif(tmp_path / "in.tif", noise(30, 40))
-    with Raster(source) as raster:
-        assert raster.place == {} and raster.square_metres is None
-    with rasterio.open(written(tmp_path, source, np.zeros((30, 40), np.uint8))) as file:
-        assert file.crs is None and file.transform.is_identity
-
-
 @pytest.mark.parametrize(
     ("crs", "transform", "expected"),
     [
@@ -524,15 +409,3 @@ def test_image_without_georeference_gives_none(tmp_path):
 def test_the_area_of_a_pixel(tmp_path, crs, transform, expected):
     with Raster(write_tif(tmp_path / "a.tif", noise(8, 9), crs=f"EPSG:{crs}", transform=transform)) as raster:
         assert raster.square_metres == (None if expected is None else pytest.approx(expected, rel=1e-9))
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (300, 520), (256, 512)])
-def test_a_written_tiff_reads_back(tmp_path, shape):
-    ids = np.random.default_rng(0).choice([0, 1, 2, 255], shape).astype(np.uint8)
-    with label_tiff(tmp_path / "a.tif", shape, TINY_COLOURS, UTM) as write:
-        for strip in (ids[:100], ids[100:101], ids[101:]):
-            write(strip)
-    with Image.open(tmp_path / "a.tif") as image:  # by another library
-        assert image.mode == "P" and image.getpalette()[:9] == TINY_COLOURS.ravel().tolist()
-        np.testing.assert_array_equal(np.array(image), ids)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.tif"]

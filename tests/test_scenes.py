@@ -32,28 +32,23 @@ def logits_of(images: torch.Tensor, size: int, classes: int = 4) -> torch.Tensor
     return torch.einsum("bchw,kchw->bkhw", images.float() / 255 - 0.5, maps)
 
 
+def starts(length: int, size: int, stride: int) -> list[int]:
+    """Every stride, and the last window moved inward to the border."""
+    return sorted({min(start, length - size) for start in range(0, length, stride)})
+
+
 def straightforward(image: np.ndarray, size: int, stride: int) -> np.ndarray:
     """Weighted mean logits (K,H,W) float64, kept for the whole scene and made one window at a time."""
     height, width = image.shape[:2]
     padded = np.pad(image, ((0, max(0, size - height)), (0, max(0, size - width)), (0, 0)), mode="reflect")
     ramp = np.sin(np.pi * (np.arange(size) + 0.5) / size) ** 2
-    total = np.zeros((4, *padded.shape[:2]))
-    weights = np.zeros(padded.shape[:2])
-    y = 0
-    while True:
-        y, x = min(y, len(padded) - size), 0
-        while True:
-            x = min(x, padded.shape[1] - size)
+    total, weights = np.zeros((4, *padded.shape[:2])), np.zeros(padded.shape[:2])
+    for y in starts(len(padded), size, stride):
+        for x in starts(padded.shape[1], size, stride):
             window = torch.from_numpy(padded[y : y + size, x : x + size].copy()).permute(2, 0, 1)
-            weight = np.outer(ramp, ramp)
-            total[:, y : y + size, x : x + size] += weight * logits_of(window[None], size)[0].double().numpy()
-            weights[y : y + size, x : x + size] += weight
-            if x + size == padded.shape[1]:
-                break
-            x += stride
-        if y + size == len(padded):
-            break
-        y += stride
+            logits = logits_of(window[None], size)[0].double().numpy()
+            total[:, y : y + size, x : x + size] += np.outer(ramp, ramp) * logits
+            weights[y : y + size, x : x + size] += np.outer(ramp, ramp)
     return (total / weights)[:, :height, :width]
 
 
@@ -112,6 +107,10 @@ def test_memory_does_not_grow_with_the_height(tmp_path):
 
 
 # what is written ---------------------------------------------------------------------------------------------------
+
+
+def refused(words):
+    return pytest.raises(UserError, match=words)
 
 
 @pytest.fixture
@@ -176,7 +175,7 @@ def test_a_geotiff_keeps_its_place(root, capsys):
     for k, name in enumerate(("ground", "roof", "tree")):
         pixels = int((ids == k).sum())
         assert f"{name} {pixels / (90 * 150 - 20 * 30):.1%}, {pixels / 4:,.0f} m2" in printed
-    assert f"made: {folder / 'scene.tif'}, " in printed and f"look at: {folder / 'overview' / 'scene.png'}" in printed
+    assert str(folder / "scene.tif") in printed and str(folder / "overview" / "scene.png") in printed
 
 
 def test_a_png_keeps_its_world_file_and_may_be_small(root, capsys):
@@ -225,37 +224,31 @@ def test_results_of_other_scenes_are_never_touched(root, capsys):
     assert f"exists already: {folder / 'a.tif'}" in capsys.readouterr().out
     assert before.items() <= state(folder).items() and (folder / "b.tif").exists()
     before = state(folder)
-    with pytest.raises(UserError, match=r"(?s)1 of 2 scenes.*a\.tif .*overlap: 0.25 there, 0.5 now"):
+    with refused(r"(?s)1 of 2 scenes.*a\.tif .*overlap: 0.25 there, 0.5 now"):
         segment(root, first, third, overlap=0.5)  # the first is refused alone
     assert before.items() <= state(folder).items() and (folder / "c.tif").exists()
     before = state(folder)
     segment(root, first, overlap=0.5, overwrite=True)
     after = state(folder)
-    assert {name for name in before if before[name] != after[name]} == {
-        "a.tif",
-        "made_from/a.json",
-        "overview/a.png",
-    } and before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"a.tif", "made_from/a.json", "overview/a.png"} and before.keys() == after.keys()
     assert record(experiment(root) / "segmentation")["finished"]  # the patches are another step's
 
 
 def test_a_result_of_another_file_or_training_is_refused(root):
     path = scene_of(root, "a.tif")
     segment(root, path)
-    for change, sentence in (
-        ({"scene": scene_of(root / "other", "a.tif")}, r"made from .*root.a\.tif\)"),
-        ({"scales": (1.5,)}, r"scales: \[1.0\] there, \[1.5\] now"),
-    ):
-        constants = {"scene": path} | change
-        with pytest.raises(UserError, match=sentence):
-            segment(root, constants.pop("scene"), **constants)
+    with refused(r"made from .*root.a\.tif"):
+        segment(root, scene_of(root / "other", "a.tif"))
+    with refused(r"scales: \[1.0\] there, \[1.5\] now"):
+        segment(root, path, scales=(1.5,))
     scene_of(root, "a.tif", (91, 150))
-    with pytest.raises(UserError, match=r"a\.tif before"):
+    with refused(r"a\.tif before"):
         segment(root, path)
     segment(root, path, overwrite=True)
     run = experiment(root) / "segmenter" / "run.json"
     run.write_text(json.dumps(json.loads(run.read_text()) | {"started": "another day"}))
-    with pytest.raises(UserError, match="another run"):
+    with refused("another run"):
         segment(root, path)
 
 
@@ -279,18 +272,18 @@ def test_a_damaged_record_is_refused_alone(root):
     folder = segment(root, first)
     for content in (b"", b"{}", b"[[[[", b"\xff", b'{"image": 3, "bytes": "many"}'):
         (folder / "made_from" / "a.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.json .*--overwrite"):
+        with refused(r"a\.json .*--overwrite"):
             segment(root, first, second)
         assert (folder / "b.tif").exists()
     segment(root, first, overwrite=True)
 
 
 def test_a_scene_that_is_replaced_by_another_format_leaves_one_result(root):
-    png = scene_of(root, "a.png")
-    png.with_suffix(".pgw").write_text("0.5\n0\n0\n-0.5\n500000\n5400000\n")
-    folder = segment(root, png)
+    image = scene_of(root, "a.png")
+    image.with_suffix(".pgw").write_text("0.5\n0\n0\n-0.5\n500000\n5400000\n")
+    folder = segment(root, image)
     assert (folder / "a.pgw").exists()
-    with pytest.raises(UserError, match=r"made from .*a\.png"):
+    with refused(r"made from .*a\.png"):
         segment(root, scene_of(root, "a.tif"))
     assert (folder / "a.png").exists()
     segment(root, root / "a.tif", overwrite=True)
@@ -304,75 +297,50 @@ def test_the_segmenter_of_another_experiment(root):
     np.testing.assert_array_equal(ids_of(folder / "a.tif"), ids_of(own / "a.tif"))
     assert not (folder.parent / "segmenter").exists()
     segment(root, path, segmenter="prc")  # the same segmenter, named
-    with pytest.raises(UserError, match=r"run step 5, .* --experiment none"):
+    with refused("run step 5, .* --experiment none"):
         segment(root, path, segmenter="none")
 
 
 # files that are no scene -------------------------------------------------------------------------------------------
 
 
-ALPHA = {"photometric": "rgb", "alpha": "yes"}
-
-
-def rgba(alpha) -> np.ndarray:
-    return np.dstack([noise(70, 80), np.broadcast_to(np.asarray(alpha, np.uint8), (70, 80))])
-
-
-@pytest.mark.parametrize(
-    ("name", "image", "sentence"),
-    [
-        ("a.tif", noise(70, 80).astype(np.uint16), r"a\.tif .*16 bits"),
-        ("a.tif", noise(70, 80)[..., 0], r"a\.tif .*--grey repeat"),
-        ("a.tif", rgba(noise(70, 80)[..., 0]), r"a\.tif .*alpha"),
-        ("a.jpg", None, r"a\.jpg is missing"),
-        ("a.img", b"", r"a\.img .*gdal_translate"),
-        ("a.tif", b"text", r"a\.tif cannot be read"),
-        (f"{'a' * 201}.tif", b"text", "aaa.* 200 bytes"),
-    ],
-    ids=["16 bits", "grey", "alpha", "missing", "format", "text", "long name"],
-)
-def test_other_files_are_refused_by_name(root, name, image, sentence):
-    path = root / name
-    if isinstance(image, bytes):
-        path.write_bytes(image)
-    elif image is not None:
-        write_tif(path, image, **(ALPHA if image.shape[2:] == (4,) else {}))
-    with pytest.raises(UserError, match=sentence):
-        segment(root, path)
-    assert not list((experiment(root) / "scenes").glob("*.tif"))
-
-
 def test_alpha_and_grey_where_they_can_be_read(root):
-    for name, image, profile, constants in (
-        ("opaque", rgba(255), ALPHA, {}),
-        ("holes", rgba(np.where(np.arange(80) < 9, 0, 255)), ALPHA, {}),
-        ("grey", noise(70, 80)[..., 0], {}, {"grey": "repeat"}),
-    ):
-        ids = ids_of(segment(root, write_tif(root / f"{name}.tif", image, **profile), **constants) / f"{name}.tif")
-        assert ((ids == 255).sum() == 70 * 9) if name == "holes" else (ids < 3).all()
+    alpha = np.full((70, 80), 255, np.uint8)
+    alpha[:, :9] = 0
+    image = np.dstack([noise(70, 80), alpha])
+    folder = segment(root, write_tif(root / "holes.tif", image, photometric="rgb", alpha="yes"))
+    np.testing.assert_array_equal(ids_of(folder / "holes.tif") == 255, alpha == 0)
+    path = write_tif(root / "grey.tif", noise(70, 80)[..., 0])
+    with refused(r"grey\.tif .*--grey repeat"):
+        segment(root, path)
+    assert (ids_of(segment(root, path, grey="repeat") / "grey.tif") < 3).all()
 
 
 def test_other_slips(root):
     path = scene_of(root)
-    for change, sentence in (
+    (root / "a.img").touch()
+    for change, words in (
         ({"scene": (root,)}, "is a folder"),
         ({"scene": (path, scene_of(root / "more"))}, "two scenes are called scene"),
         ({"scene": ()}, "scene is"),
+        ({"scene": (root / "a.jpg",)}, r"a\.jpg is missing"),
+        ({"scene": (root / "a.img",)}, r"a\.img .*gdal_translate"),
+        ({"scene": (root / f"{'a' * 201}.tif",)}, "200 bytes"),
         ({"overlap": 0.9}, "overlap is 0.9"),
         ({"nodata": 256}, "nodata is 256"),
         ({"experiment": "nothing"}, "run step 5"),
-        ({"segmenter": "../prc"}, r'experiment is "\.\./prc"'),
+        ({"segmenter": "../prc"}, r"\.\./prc"),
     ):
         constants = {"scene": (path,)} | change
-        with pytest.raises(UserError, match=sentence):
+        with refused(words):
             segment(root, *constants.pop("scene"), **constants)
     run = experiment(root) / "segmenter" / "run.json"
     content = json.loads(run.read_text())
     content["constants"]["dataset"] = "isaid"
     run.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="--dataset isaid"):
+    with refused("--dataset isaid"):
         segment(root, path)
-    assert not (experiment(root) / "scenes").exists()
+    assert not list((experiment(root) / "scenes").glob("*.tif"))
 
 
 def test_as_a_program(root, run_script):
@@ -381,6 +349,6 @@ def test_as_a_program(root, run_script):
     broken.write_bytes(good.read_bytes()[:-900])
     command = ("segment_scene.py", "--dataset", "tiny", "--root", root, "--scales", 1, "--scene")
     result = run_script(*command, good, broken, fails=True)
-    assert result.stderr.startswith("error: 1 of 2 scenes could not be segmented") and result.stderr.count("\n") == 2
+    assert result.stderr.startswith("error: 1 of 2 scenes") and result.stderr.count("\n") == 2
     assert "broken.tif cannot be read as an image" in result.stderr
     assert (experiment(root) / "scenes" / "good.tif").exists()

@@ -1,5 +1,7 @@
-"""GeoTIFFs for the tests, and noise to put into them."""
+"""GeoTIFFs and PNGs for the tests, and noise to put into them."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -29,3 +31,17 @@ def write_tif(
         if mask is not None:
             file.write_mask(mask)
     return path
+
+
+def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
+    """A PNG file by the standard, so that a test may choose what no library writes. `kind` 0: grey, 2: RGB."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+GIANT_PNG = png(100_000, 100_000, 8, 2, b"\0")  # a hundred bytes that promise 100,000 x 100,000 pixels
