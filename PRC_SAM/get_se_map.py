@@ -44,8 +44,6 @@ from tools.steps import SPLITS
 from tools.workers import in_background
 
 if TYPE_CHECKING:  # the stand-in's workers need no torch
-    from segment_anything.modeling import Sam
-
     from PRC_SAM.generator import MaskGenerator
 
 
@@ -121,32 +119,11 @@ def main(args: Constants) -> None:
 def load_generator(args: Constants, step: Step) -> "MaskGenerator":
     """SAM on the device of `step`, from a checkpoint that is fetched if asked for."""
     from PRC_SAM.checkpoints import find_checkpoint, load_sam
+    from PRC_SAM.generator import MaskGenerator
 
     with step.accelerator.main_process_first():  # the first process fetches the checkpoint, the others find it
         file = find_checkpoint(args.model, args.checkpoint, args.root, args.download)
-    return mask_generator(args, load_sam(args.model, file).to(step.device), step.precision)
-
-
-def mask_generator(args: Constants, sam: "Sam", precision: str) -> "MaskGenerator":
-    """SAM's automatic mask generator with the settings of this run."""
-    from PRC_SAM.generator import MaskGenerator
-
-    return MaskGenerator(
-        sam,
-        precision,
-        args.images_at_once,
-        points_per_side=args.points_per_side,
-        points_per_batch=args.points_per_batch,
-        pred_iou_thresh=args.pred_iou_thresh,
-        stability_score_thresh=args.stability_score_thresh,
-        stability_score_offset=args.stability_score_offset,
-        box_nms_thresh=args.box_nms_thresh,
-        crop_n_layers=args.crop_n_layers,
-        crop_nms_thresh=args.crop_nms_thresh,
-        crop_overlap_ratio=args.crop_overlap_ratio,
-        crop_n_points_downscale_factor=args.crop_n_points_downscale_factor,
-        min_mask_region_area=args.min_mask_region_area,
-    )
+    return MaskGenerator(load_sam(args.model, file).to(step.device), step.precision, args)
 
 
 def sam_masks(step: Step, ids: Sequence[str], generate: "MaskGenerator") -> None:

@@ -45,6 +45,7 @@ from models.backbone import Backbone
 from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
 from PRC_SAM import get_se_map
+from PRC_SAM.generator import MaskGenerator
 from PRC_SAM.sam_forward import encode_images, relative_positions
 from tools.augment import normalise
 from tools.command import check
@@ -171,10 +172,10 @@ def generator(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     set_precision("fp32", device)
     with torch.inference_mode():
         constants = get_se_map.Constants(images_at_once=1, **open_filters)
-        probe = get_se_map.mask_generator(constants, sam, "fp32")
+        probe = MaskGenerator(sam, "fp32", constants)
         _, (crop,) = probe.prepare(images[0])
         embedding = next(probe._encode([crop.pixels]))
-        scores = probe.decoder.transform(embedding, probe._tokens(crop)[:128])[0]
+        scores = probe.decoder.transform(embedding, probe.tokens(crop.layer, crop.size)[:128])[0]
         settings = open_filters | {"pred_iou_thresh": max(float(scores.quantile(0.67)), 1e-6)}
     stock = SamAutomaticMaskGenerator(sam, **settings)
     few = images[: sizes.stock_images]
@@ -185,7 +186,7 @@ def generator(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         set_precision(precision, device)
         for batch in sizes.generator_batches if precision == "bf16" else sizes.generator_batches[:1]:
             constants = get_se_map.Constants(images_at_once=batch, **settings)
-            ours = get_se_map.mask_generator(constants, sam, precision)
+            ours = MaskGenerator(sam, precision, constants)
             found = timed(partial(ours, images), device, sizes, len(images))
             setting = f"{sizes.image} px, {batch} at once, {precision}"
             yield Row(f"SAM {sizes.sam}, masks (step 9)", setting, "image", plain, found, fits(found))

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PRC_SAM import get_se_map
 from PRC_SAM.checkpoints import load_sam
+from PRC_SAM.generator import MaskGenerator
 from tests.small_sam import build_sam
 from tools.checkpoints import read_tensors
 from tools.command import run
@@ -74,7 +75,7 @@ def main(args: Constants) -> None:
     print(f"{device} {torch.get_num_threads()} threads, {precision}, {args.size} px, {settings}")
     stock = SamAutomaticMaskGenerator(sam, **settings)
     constants = get_se_map.Constants(images_at_once=args.images_at_once, **settings)
-    ours = get_se_map.mask_generator(constants, sam, precision)
+    ours = MaskGenerator(sam, precision, constants)
     stock.generate(images[0]), ours(images[:1])  # kernels chosen, caches filled
     theirs, stock_seconds, stock_memory = measured(lambda: [stock.generate(image) for image in compared], 1, device)
     batches = [images[at : at + args.images_at_once] for at in range(0, len(images), args.images_at_once)]

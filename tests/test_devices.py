@@ -25,8 +25,8 @@ from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
 from models.ir_loss import image_reconstruction_loss
 from models.prc import PixelRelationshipConstraint
-from PRC_SAM.get_se_map import Constants, mask_generator
-from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
+from PRC_SAM.generator import MaskGenerator, pack_bits
+from PRC_SAM.get_se_map import Constants
 from tests.small_sam import build_sam
 from tools import augment, devices
 from tools.command import UserError, explain
@@ -305,20 +305,17 @@ def test_multi_scale_inference(fake_gpu, precision):
 @PRECISIONS
 def test_sam(fake_gpu, precision):
     sam = moved(build_sam())
-    generator = mask_generator(Constants(points_per_side=4, images_at_once=2), sam, precision)
+    generator = MaskGenerator(sam, precision, Constants(points_per_side=4, images_at_once=2))
     size, (crop,) = generator.prepare(np.zeros((96, 70, 3), np.uint8))
     seen = []
     sam.image_encoder.neck[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.inference_mode():
         embeddings = list(generator._encode([crop.pixels] * 3))
-        tokens = generator._tokens(crop)
+        tokens = generator.tokens(crop.layer, size)
         scores, mask_tokens, pixels = generator.decoder.transform(embeddings[0], tokens)
         logits = generator.decoder.masks(mask_tokens, pixels)
-        rows, columns = generator._resampling_of(crop.pixels.shape[1:], size)
+        rows, columns = generator.resampling(crop.pixels.shape[1:], size)
         full = (rows @ logits @ columns.T).flatten(0, 1)
-        stability = generator._stability(full)
-        masks = full > sam.mask_threshold
-    check([*seen, *embeddings, tokens, scores, mask_tokens, pixels, logits, full, stability])
+    check([*seen, *embeddings, tokens, scores, mask_tokens, pixels, logits, full])
     assert len(embeddings) == 3 and embeddings[0].shape == (32, 8, 8) and full.shape == (48, 96, 70)
-    check([pack_bits(masks)], torch.uint8)
-    check([count_pixels(masks), outer_boxes(masks)], torch.int64)
+    check([pack_bits(full > sam.mask_threshold)], torch.uint8)

@@ -16,11 +16,10 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from segment_anything import SamAutomaticMaskGenerator
 
-from PRC_SAM.checkpoints import _fetch, find_checkpoint, load_sam
-from PRC_SAM.generator import MaskGenerator
-from PRC_SAM.get_se_map import Constants, mask_generator
-from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
-from PRC_SAM.sam_forward import PointDecoder, encode_images
+from PRC_SAM.checkpoints import fetch, find_checkpoint, load_sam
+from PRC_SAM.generator import MaskGenerator, pack_bits
+from PRC_SAM.get_se_map import Constants
+from PRC_SAM.sam_forward import PointDecoder, encode_images, relative_positions
 from tests.conftest import ROOT
 from tests.small_sam import build_sam, picture, small_sam
 from tools.command import UserError
@@ -31,14 +30,15 @@ UNFILTERED = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_th
 
 
 def small_generator(precision="fp32", **settings):
-    return mask_generator(Constants(**settings), small_sam(), precision)
+    return MaskGenerator(small_sam(), precision, Constants(**settings))
 
 
 def test_encoder_equals_sams():
     sam, images = small_sam(), torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = sam.image_encoder(images)
-        torch.testing.assert_close(encode_images(sam.image_encoder, images), expected, rtol=1e-4, atol=1e-4)
+        ours = encode_images(sam.image_encoder, images, relative_positions(sam.image_encoder))
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_decoder_equals_sams():
@@ -59,19 +59,15 @@ def test_resampling_equals_the_two_steps(size):
     generator = small_generator(points_per_side=2)
     _, (crop,) = generator.prepare(picture(*size))
     low = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(3))
-    rows, columns = generator._resampling_of(crop.pixels.shape[1:], size)
+    rows, columns = generator.resampling(crop.pixels.shape[1:], size)
     expected = small_sam().postprocess_masks(low[None], crop.pixels.shape[1:], size)[0]
     torch.testing.assert_close(rows @ low @ columns.T, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 9, 13), (2, 64, 64), (1, 1, 3), (0, 5, 5), (2, 300, 100)])
-def test_bits_boxes_and_counts_of_tensors(shape):
+def test_bits_of_tensors(shape):
     masks = torch.rand(shape, generator=torch.Generator().manual_seed(4)) < 0.02
-    expected = pack_masks(masks.numpy())
-    np.testing.assert_array_equal(pack_bits(masks).numpy(), expected.bits)
-    np.testing.assert_array_equal(outer_boxes(masks).numpy(), expected.boxes)
-    np.testing.assert_array_equal(count_pixels(masks).numpy(), expected.areas)
-    assert (count_pixels(torch.ones(shape, dtype=torch.bool)) == shape[1] * shape[2]).all()
+    np.testing.assert_array_equal(pack_bits(masks).numpy(), pack_masks(masks.numpy()).bits)
 
 
 def overlaps(theirs, ours):
@@ -224,12 +220,12 @@ def test_checkpoints(tmp_path, monkeypatch):
 def test_download_is_checked_before_it_is_kept(tmp_path):
     (tmp_path / "there.pth").write_bytes(b"weights")
     url, sha256 = (tmp_path / "there.pth").as_uri(), hashlib.sha256(b"weights").hexdigest()
-    _fetch(url, tmp_path / "weights" / "here.pth", sha256)
+    fetch(url, tmp_path / "weights" / "here.pth", sha256)
     assert (tmp_path / "weights" / "here.pth").read_bytes() == b"weights"
-    with pytest.raises(UserError, match="SHA-256"):
-        _fetch(url, tmp_path / "weights" / "other.pth", "0" * 64)
+    with pytest.raises(UserError, match="invalid hash"):
+        fetch(url, tmp_path / "weights" / "other.pth", "0" * 64)
     with pytest.raises(UserError, match="could not be fetched"):
-        _fetch(url + "x", tmp_path / "weights" / "other.pth", sha256)
+        fetch(url + "x", tmp_path / "weights" / "other.pth", sha256)
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["here.pth"]
 
 
