@@ -158,10 +158,11 @@ def test_signs_of_a_gpu(monkeypatch, visible, listed, sign):
 )
 def test_auto_is_bf16_where_the_cpu_computes_in_it(monkeypatch, capabilities, training, sam):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert devices.choose_precision("auto", CPU) == training
-    assert devices.choose_precision("auto", CPU, bf16_on_cpu=False) == sam
-    assert devices.choose_precision("bf16", CPU) == "bf16" and devices.choose_precision("fp32", CPU) == "fp32"
-    assert devices.choose_precision("auto", torch.device("mps")) == "fp32"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # restored at the end
+    assert devices.set_precision("auto", CPU) == training
+    assert devices.set_precision("auto", CPU, bf16_on_cpu=False) == sam
+    assert devices.set_precision("bf16", CPU) == "bf16" and devices.set_precision("fp32", CPU) == "fp32"
+    assert devices.set_precision("auto", torch.device("mps")) == "fp32"
 
 
 def test_fp32_is_not_rounded_to_tf32():
