@@ -12,8 +12,8 @@ Steps 4 and 7 need the masks. This step reads no label. After an interruption th
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -129,11 +129,8 @@ def load_generator(args: Constants, step: Step) -> "MaskGenerator":
 def sam_masks(step: Step, ids: Sequence[str], generate: "MaskGenerator") -> None:
     """SAM's masks of these patches; threads read the next images and write the last masks meanwhile."""
 
-    def read(id: str) -> tuple | UserError:
-        try:
-            image = step.image(id)
-        except UserError as error:
-            return error
+    def read(id: str) -> tuple:
+        image = step.image(id)
         return id, image, generate.prepare(image)
 
     def write_or_fail(id: str, masks: Masks, image: np.ndarray) -> None:
@@ -148,15 +145,15 @@ def sam_masks(step: Step, ids: Sequence[str], generate: "MaskGenerator") -> None
         ThreadPoolExecutor(threads) as readers,
         in_background(threads) as submit,
     ):
-        patches = read_ahead(readers, read, ids, 2 * batch)
+        reads = deque(readers.submit(read, id) for id in ids[: 2 * batch])
         for start in range(0, len(ids), batch):
+            reads.extend(readers.submit(read, id) for id in ids[start + 2 * batch : start + 3 * batch])
             readable = []
             for _ in ids[start : start + batch]:
-                patch = next(patches)
-                if isinstance(patch, UserError):
-                    step.fail(patch)
-                else:
-                    readable.append(patch)
+                try:
+                    readable.append(reads.popleft().result())
+                except UserError as error:
+                    step.fail(error)
             all_masks = generate([prepared for _, _, prepared in readable])
             for (id, image, _), masks in zip(readable, all_masks, strict=True):
                 submit(write_or_fail, id, masks, image)
@@ -173,19 +170,6 @@ def felzenszwalb_regions(id: str, images: Path, folder: Path, args: Constants) -
     except ValueError as error:
         raise UserError(f"{images / id}.png: {error}") from None
     write(folder, id, masks, image, args.coloured_maps)
-
-
-def read_ahead(
-    pool: ThreadPoolExecutor, read: Callable[[str], tuple | UserError], ids: Sequence[str], ahead: int
-) -> Iterator[tuple | UserError]:
-    """Yield read(id) in order, while the next `ahead` ids are being read."""
-    waiting: deque[Future] = deque()
-    for id in ids:
-        waiting.append(pool.submit(read, id))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    for future in waiting:
-        yield future.result()
 
 
 def write(folder: Path, id: str, masks: Masks, image: np.ndarray, coloured: bool) -> None:

@@ -159,9 +159,11 @@ def encoder(sizes: Sizes, device: torch.device) -> Iterator[Row]:
                     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                         return encode_images(sam.image_encoder, images[:batch], positions)
 
-                found = timed(ours, device, sizes, batch)
+                measurement = timed(ours, device, sizes, batch)
                 setting = f"{batch} at once, {precision}"
-                yield Row(f"SAM {sizes.sam}, image encoder", setting, "image", stock, found, fits(stock, found))
+                yield Row(
+                    f"SAM {sizes.sam}, image encoder", setting, "image", stock, measurement, fits(stock, measurement)
+                )
 
 
 def generator(sizes: Sizes, device: torch.device) -> Iterator[Row]:
@@ -178,18 +180,18 @@ def generator(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         scores = probe.decoder.transform(embedding, probe.tokens(crop.layer, crop.size)[:128])[0]
         settings = open_filters | {"pred_iou_thresh": max(float(scores.quantile(0.67)), 1e-6)}
     stock = SamAutomaticMaskGenerator(sam, **settings)
-    few = images[: sizes.stock_images]
-    stock.generate(few[0])
-    _, seconds, memory = measured(lambda: [stock.generate(image) for image in few], 1, device)
-    plain = seconds / len(few), memory
+    compared = images[: sizes.stock_images]
+    stock.generate(compared[0])
+    _, seconds, memory = measured(lambda: [stock.generate(image) for image in compared], 1, device)
+    plain = seconds / len(compared), memory
     for precision in ("bf16", "fp32"):
         set_precision(precision, device)
         for batch in sizes.generator_batches if precision == "bf16" else sizes.generator_batches[:1]:
             constants = get_se_map.Constants(images_at_once=batch, **settings)
             ours = MaskGenerator(sam, precision, constants)
-            found = timed(partial(ours, images), device, sizes, len(images))
+            measurement = timed(partial(ours, images), device, sizes, len(images))
             setting = f"{sizes.image} px, {batch} at once, {precision}"
-            yield Row(f"SAM {sizes.sam}, masks (step 9)", setting, "image", plain, found, fits(found))
+            yield Row(f"SAM {sizes.sam}, masks (step 9)", setting, "image", plain, measurement, fits(measurement))
 
 
 def measured_training(
@@ -269,28 +271,28 @@ def inference(sizes: Sizes, device: torch.device, name: str, size: int) -> Itera
     model = for_inference(model, device)
     for precision in ("bf16", "fp32"):
         set_precision(precision, device)
-        found = timed(partial(ours, precision == "bf16"), device, sizes, len(images))
+        measurement = timed(partial(ours, precision == "bf16"), device, sizes, len(images))
         step = "step 2, CAMs" if name == "CAMs" else "step 6, segmentation"
-        yield Row(step, f"{size} px, 8 at once, {precision}", "image", first, found, fits(first, found))
+        yield Row(step, f"{size} px, 8 at once, {precision}", "image", first, measurement, fits(first, measurement))
 
 
 def parts(sizes: Sizes, device: torch.device) -> dict[str, partial]:
     """Name -> what yields rows, the most important first."""
-    found = {
+    work_of = {
         "SAM encoder": partial(encoder, sizes, device),
         "SAM masks": partial(generator, sizes, device),
     }
     for size in sizes.patches:
         for name in ("classification", "segmentation"):
-            found[f"{name} {size} px"] = partial(training, sizes, device, name, size, False)
-    found["micro-batches"] = partial(micro_batches, sizes, device)
+            work_of[f"{name} {size} px"] = partial(training, sizes, device, name, size, False)
+    work_of["micro-batches"] = partial(micro_batches, sizes, device)
     for size in sizes.patches:
         for name in ("CAMs", "segmentation"):
-            found[f"inference, {name} {size} px"] = partial(inference, sizes, device, name, size)
+            work_of[f"inference, {name} {size} px"] = partial(inference, sizes, device, name, size)
     for size in sizes.patches:
         for name in ("classification", "segmentation"):
-            found[f"compiled {name} {size} px"] = partial(training, sizes, device, name, size, True)
-    return found
+            work_of[f"compiled {name} {size} px"] = partial(training, sizes, device, name, size, True)
+    return work_of
 
 
 def serve(work: Callable[[], Iterator[Row]], connection: Connection) -> None:
