@@ -176,7 +176,7 @@ def fill(table: Table, runner: Runner) -> None:
 def show_limits(table: Table, runner: Runner, experiments: dict[str, str]) -> None:
     """What one part could give if another were perfect: IOS by the truth's regions, CAMs on the truth's background."""
     for stage in ("pseudo_labels", "segmentation") if runner.args.segment else ("pseudo_labels",):
-        rules = [Refinement("ios", getattr(runner.dataset.method, f"tau_{stage}"))]
+        rules = [Refinement("ios", getattr(runner.dataset.method, f"tau_{stage}"), None)]
         values = runner.refined(experiments[METHOD], stage, rules)[PERFECT]
         table.add(f"{METHOD}, IOS by {PERFECT}", STAGES[f"refined_{stage}"], values[0])
     background = runner.dataset.background
@@ -191,7 +191,7 @@ def compare_rules(table: Table, runner: Runner, row: Row, experiment: str, score
     """IOS with each tau, or each refinement rule, on both stages: with the masks of step 9 and the truth's regions."""
     for stage in ("pseudo_labels", "segmentation") if row.segment else ("pseudo_labels",):
         if runner.args.table == "tau":
-            rules = {f"tau {tau:g}": Refinement("ios", tau) for tau in runner.args.taus}
+            rules = {f"tau {tau:g}": Refinement("ios", tau, None) for tau in runner.args.taus}
         else:
             tau = getattr(runner.dataset.method, f"tau_{stage}")
             rules = {rule: Refinement(rule, tau, runner.dataset.background) for rule in get_args(Rule)}

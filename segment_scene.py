@@ -45,8 +45,8 @@ from tools.rasters import (
     copy_world_file,
     label_tiff,
 )
-from tools.runs import commit, package_versions
-from tools.scene_windows import Windows, label_strips
+from tools.runs import commit, differences, package_versions
+from tools.scene_windows import label_strips
 from tools.step import Step
 
 OVERVIEW = 1024  # pixels of the longer side of a picture in the overview
@@ -106,14 +106,13 @@ def main(args: Constants) -> None:
             (logits,) = halving.predict(work, scales, fill=False)
         return logits
 
-    size = dataset.patch_size
-    stride = max(1, round(size * (1 - args.overlap)))
-    windows = Windows(size, stride, args.images_at_once, step.device)
+    size, speed = dataset.patch_size, may_change(args)
     kinds = ("rgb", "holes", "grey") if args.grey == "repeat" else ("rgb", "holes")
-    settings = {"segmenter": step.reads["segmenter"].parent.name, "precision": step.precision, "window": size}
+    constants = {name: value for name, value in flat(args).items() if name not in speed}
+    constants |= {"segmenter": step.reads["segmenter"].parent.name, "precision": step.precision, "window": size}
     made_with: dict[str, Any] = {
         "trained": step.run_of["segmenter"].started,
-        "constants": affecting(args) | settings,
+        "constants": json.loads(json.dumps(constants)),  # lists in place of tuples, as in a record that is read
         "commit": commit(),
         "packages": package_versions(),
     }
@@ -133,7 +132,15 @@ def main(args: Constants) -> None:
                 continue
             with Raster(scene, kinds, args.nodata) as raster:
                 remove_result(files)
-                strips = label_strips(predict, raster, dataset.num_classes, windows)
+                strips = label_strips(
+                    predict,
+                    raster,
+                    dataset.num_classes,
+                    size=size,
+                    stride=max(1, round(size * (1 - args.overlap))),
+                    at_once=args.images_at_once,
+                    device=step.device,
+                )
                 record.pixels = write_result(files, raster, strips, dataset)
                 record.square_metres = raster.square_metres
             write_json(files.record, record.model_dump())
@@ -171,31 +178,22 @@ def check_scenes(scenes: Sequence[Path]) -> None:
         )
 
 
-def affecting(args: Constants) -> dict[str, Any]:
-    """The constants that affect a result, as JSON gives them back: lists instead of tuples."""
-    speed = may_change(args)
-    constants = {name: value for name, value in flat(args).items() if name not in speed}
-    return json.loads(json.dumps(constants))
-
-
 def is_finished(files: ResultFiles, record: SceneRecord) -> bool:
     """Whether the result of a scene exists. Raises `UserError` if it was made otherwise."""
     if not files.record.exists():
         return False
     before = read_json(files.record, SceneRecord, "replace the result with --overwrite")
-    old, new = before.constants, record.constants
-    differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    differences = [f"{name}: {old.get(name)} there, {new.get(name)} now" for name in differing]
+    sentences = list(differences(before.constants, record.constants).values())
     if before.trained != record.trained:
-        differences.append("made by another run of the segmenter")
+        sentences.append("made by another run of the segmenter")
     if before.image != record.image:
-        differences.append(f"made from {before.image}")
+        sentences.append(f"made from {before.image}")
     elif (before.bytes, before.modified) != (record.bytes, record.modified):
-        differences.append(f"made from {before.image} before it was changed")
+        sentences.append(f"made from {before.image} before it was changed")
     check(
-        not differences,
-        f"{files.labels} was made otherwise ({'; '.join(differences)}): replace it with --overwrite, or write to "
-        f"another experiment with --experiment NAME --segmenter {new['segmenter']}",
+        not sentences,
+        f"{files.labels} was made otherwise ({'; '.join(sentences)}): replace it with --overwrite, or write to "
+        f"another experiment with --experiment NAME --segmenter {record.constants['segmenter']}",
     )
     return files.labels.exists()
 

@@ -1,16 +1,16 @@
 """SAM's models from checkpoint files: the three official files, or other weights of the same three sizes."""
 
 import hashlib
-import urllib.request
+import socket
+import sys
 from pathlib import Path
 
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
-from tqdm import tqdm
+from torch.hub import download_url_to_file
 
 from tools.checkpoints import read_tensors
 from tools.command import UserError, check
-from tools.files import write_whole
 
 URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 OFFICIAL = {  # model -> file, SHA-256
@@ -20,7 +20,6 @@ OFFICIAL = {  # model -> file, SHA-256
 }
 HASHES = dict(OFFICIAL.values())
 STAND_IN = "use --generator felzenszwalb, a stand-in that needs no checkpoint"
-OTHER_FILE = "choose the --model that the file was made for, or another file"
 
 
 def find_checkpoint(model: str, checkpoint: str, root: Path, download: bool = False) -> Path:
@@ -35,7 +34,7 @@ def find_checkpoint(model: str, checkpoint: str, root: Path, download: bool = Fa
             download,
             f"{path} is missing: get it from {URL}{name} (SHA-256 {sha256}), or add --download, or {STAND_IN}",
         )
-        _fetch(URL + name, path, sha256)
+        fetch(URL + name, path, sha256)
     elif path.name in HASHES:
         with open(path, "rb") as file:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
@@ -47,26 +46,15 @@ def find_checkpoint(model: str, checkpoint: str, root: Path, download: bool = Fa
     return path
 
 
-def _fetch(url: str, path: Path, sha256: str) -> None:
+def fetch(url: str, path: Path, sha256: str) -> None:
     """Download a file; it appears at `path` only when it is complete and has this SHA-256."""
-    digest = hashlib.sha256()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(60)  # else a connection that stalls is waited for without end
     try:
-        with write_whole(path) as temporary:
-            with urllib.request.urlopen(url, timeout=60) as answer, open(temporary, "wb") as file:
-                length = int(answer.headers.get("Content-Length") or 0)
-                with tqdm(total=length, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-                    while block := answer.read(1 << 20):
-                        file.write(block)
-                        digest.update(block)
-                        bar.update(len(block))
-            check(
-                digest.hexdigest() == sha256,
-                f"the file from {url} has the SHA-256 {digest.hexdigest()}, not {sha256}: "
-                f"try again, or download it by other means to {path}",
-            )
-    except OSError as error:
+        download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
+    except (OSError, RuntimeError) as error:  # RuntimeError: another SHA-256
         raise UserError(
-            f"{url} could not be fetched ({error}): download it by other means to {path}, or {STAND_IN}"
+            f"{url} could not be fetched ({error}): try again, download it by other means to {path}, or {STAND_IN}"
         ) from None
 
 
@@ -81,5 +69,8 @@ def load_sam(model: str, path: Path) -> Sam:
         sam.load_state_dict(state)
     except (TypeError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path} does not hold a {model} model ({reason}): {OTHER_FILE}") from None
+        raise UserError(
+            f"{path} does not hold a {model} model ({reason}): choose the --model that the file was made for, or "
+            "another file"
+        ) from None
     return sam

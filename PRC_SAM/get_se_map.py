@@ -12,8 +12,8 @@ Steps 4 and 7 need the masks. This step reads no label. After an interruption th
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -44,8 +44,6 @@ from tools.steps import SPLITS
 from tools.workers import in_background
 
 if TYPE_CHECKING:  # the stand-in's workers need no torch
-    from segment_anything.modeling import Sam
-
     from PRC_SAM.generator import MaskGenerator
 
 
@@ -121,42 +119,18 @@ def main(args: Constants) -> None:
 def load_generator(args: Constants, step: Step) -> "MaskGenerator":
     """SAM on the device of `step`, from a checkpoint that is fetched if asked for."""
     from PRC_SAM.checkpoints import find_checkpoint, load_sam
+    from PRC_SAM.generator import MaskGenerator
 
     with step.accelerator.main_process_first():  # the first process fetches the checkpoint, the others find it
         file = find_checkpoint(args.model, args.checkpoint, args.root, args.download)
-    return mask_generator(args, load_sam(args.model, file).to(step.device), step.precision)
-
-
-def mask_generator(args: Constants, sam: "Sam", precision: str) -> "MaskGenerator":
-    """SAM's automatic mask generator with the settings of this run."""
-    from PRC_SAM.generator import MaskGenerator
-
-    return MaskGenerator(
-        sam,
-        precision,
-        args.images_at_once,
-        points_per_side=args.points_per_side,
-        points_per_batch=args.points_per_batch,
-        pred_iou_thresh=args.pred_iou_thresh,
-        stability_score_thresh=args.stability_score_thresh,
-        stability_score_offset=args.stability_score_offset,
-        box_nms_thresh=args.box_nms_thresh,
-        crop_n_layers=args.crop_n_layers,
-        crop_nms_thresh=args.crop_nms_thresh,
-        crop_overlap_ratio=args.crop_overlap_ratio,
-        crop_n_points_downscale_factor=args.crop_n_points_downscale_factor,
-        min_mask_region_area=args.min_mask_region_area,
-    )
+    return MaskGenerator(load_sam(args.model, file).to(step.device), step.precision, args)
 
 
 def sam_masks(step: Step, ids: Sequence[str], generate: "MaskGenerator") -> None:
     """SAM's masks of these patches; threads read the next images and write the last masks meanwhile."""
 
-    def read(id: str) -> tuple | UserError:
-        try:
-            image = step.image(id)
-        except UserError as error:
-            return error
+    def read(id: str) -> tuple:
+        image = step.image(id)
         return id, image, generate.prepare(image)
 
     def write_or_fail(id: str, masks: Masks, image: np.ndarray) -> None:
@@ -171,15 +145,15 @@ def sam_masks(step: Step, ids: Sequence[str], generate: "MaskGenerator") -> None
         ThreadPoolExecutor(threads) as readers,
         in_background(threads) as submit,
     ):
-        patches = read_ahead(readers, read, ids, 2 * batch)
+        reads = deque(readers.submit(read, id) for id in ids[: 2 * batch])
         for start in range(0, len(ids), batch):
+            reads.extend(readers.submit(read, id) for id in ids[start + 2 * batch : start + 3 * batch])
             readable = []
             for _ in ids[start : start + batch]:
-                patch = next(patches)
-                if isinstance(patch, UserError):
-                    step.fail(patch)
-                else:
-                    readable.append(patch)
+                try:
+                    readable.append(reads.popleft().result())
+                except UserError as error:
+                    step.fail(error)
             all_masks = generate([prepared for _, _, prepared in readable])
             for (id, image, _), masks in zip(readable, all_masks, strict=True):
                 submit(write_or_fail, id, masks, image)
@@ -196,19 +170,6 @@ def felzenszwalb_regions(id: str, images: Path, folder: Path, args: Constants) -
     except ValueError as error:
         raise UserError(f"{images / id}.png: {error}") from None
     write(folder, id, masks, image, args.coloured_maps)
-
-
-def read_ahead(
-    pool: ThreadPoolExecutor, read: Callable[[str], tuple | UserError], ids: Sequence[str], ahead: int
-) -> Iterator[tuple | UserError]:
-    """Yield read(id) in order, while the next `ahead` ids are being read."""
-    waiting: deque[Future] = deque()
-    for id in ids:
-        waiting.append(pool.submit(read, id))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    for future in waiting:
-        yield future.result()
 
 
 def write(folder: Path, id: str, masks: Masks, image: np.ndarray, coloured: bool) -> None:

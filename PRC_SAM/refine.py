@@ -30,9 +30,9 @@ Rule = Literal["ios", "sepl", "vote", "mean_cam"]
 class Refinement:
     """A rule and its settings; calling it refines one label map."""
 
-    rule: Rule = "ios"
-    tau: float = 0.9  # of ios
-    background: int | None = None  # the class that is no foreground for sepl
+    rule: Rule
+    tau: float  # of ios
+    background: int | None  # the class that is no foreground for sepl
 
     def __call__(
         self,

@@ -16,7 +16,7 @@ SMOOTHING = 1.2  # sigma in pixels of the blur before the segmentation, against 
 DUPLICATE = 0.8  # of two regions of different scales with at least this IoU, only the one of higher score is kept
 
 
-def felzenszwalb_masks(image: np.ndarray, scales: tuple[float, ...] = (100, 400, 1600), min_area: int = 64) -> Masks:
+def felzenszwalb_masks(image: np.ndarray, scales: tuple[float, ...], min_area: int) -> Masks:
     """(H,W,3) uint8 -> connected regions of at least `min_area` pixels as `Masks`.
 
     predicted_iou is outside / (outside + inside), where outside is the mean colour difference of neighbouring pixels

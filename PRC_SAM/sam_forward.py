@@ -29,36 +29,24 @@ class Positions(NamedTuple):
     one_hot: Tensor  # (h*w,h+w): each pixel's row and column
 
 
-def relative_positions(encoder: ImageEncoderViT, dtype: torch.dtype = torch.float32) -> list[Positions | None]:
+def relative_positions(encoder: ImageEncoderViT, dtype: torch.dtype = torch.float32) -> list[Positions]:
     """The positions of every block. They depend on the weights alone; computing them for each image delays a GPU."""
     side = encoder.img_size // encoder.patch_embed.proj.kernel_size[0]
-    one_hot = {}
-    for length in {block.window_size or side for block in encoder.blocks}:
-        place = torch.arange(length**2, device=encoder.patch_embed.proj.weight.device)
+    positions = []
+    for block in encoder.blocks:
+        length = block.window_size or side
+        place = torch.arange(length**2, device=block.attn.rel_pos_h.device)
         pair = F.one_hot(place // length, length), F.one_hot(place % length, length)
-        one_hot[length] = torch.cat(pair, dim=-1).to(dtype)
-    return [
-        Positions(
-            get_rel_pos(length, length, block.attn.rel_pos_h).to(dtype),
-            get_rel_pos(length, length, block.attn.rel_pos_w).to(dtype),
-            one_hot[length],
-        )
-        if block.attn.use_rel_pos
-        else None
-        for block in encoder.blocks
-        for length in [block.window_size or side]
-    ]
+        tables = block.attn.rel_pos_h, block.attn.rel_pos_w
+        rows, columns = (get_rel_pos(length, length, table).to(dtype) for table in tables)
+        positions.append(Positions(rows, columns, torch.cat(pair, dim=-1).to(dtype)))
+    return positions
 
 
-def encode_images(encoder: ImageEncoderViT, images: Tensor, positions: list[Positions | None] | None = None) -> Tensor:
-    """(B,3,S,S) normalised and padded images -> (B,C,h,w) float32 embeddings, h = w = S / 16.
-
-    positions: of `relative_positions`, for a caller who encodes more than one batch.
-    """
-    x = encoder.patch_embed(images)
-    if encoder.pos_embed is not None:
-        x = x + encoder.pos_embed
-    for block, place in zip(encoder.blocks, positions or relative_positions(encoder), strict=True):
+def encode_images(encoder: ImageEncoderViT, images: Tensor, positions: list[Positions]) -> Tensor:
+    """(B,3,S,S) normalised and padded images, `relative_positions` -> (B,C,h,w) float32 embeddings, h = w = S / 16."""
+    x = encoder.patch_embed(images) + encoder.pos_embed
+    for block, place in zip(encoder.blocks, positions, strict=True):
         y, size = block.norm1(x), x.shape[1:3]
         if block.window_size > 0:
             y, padded = window_partition(y, block.window_size)
@@ -71,23 +59,21 @@ def encode_images(encoder: ImageEncoderViT, images: Tensor, positions: list[Posi
         return encoder.neck(x.float().permute(0, 3, 1, 2))
 
 
-def _attention(attention: PixelAttention, x: Tensor, positions: Positions | None) -> Tensor:
+def _attention(attention: PixelAttention, x: Tensor, positions: Positions) -> Tensor:
     """Self-attention over the pixels of x (B,h,w,C), with SAM's decomposed relative positions."""
     batch, height, width, _ = x.shape
     q, k, v = attention.qkv(x).view(batch, height * width, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     channels = v.shape[-1]
-    scaled = q * attention.scale
-    if positions:
-        # bias(q, k) = r_h[row of k] + r_w[column of k]: a dot product of (r_h, r_w) with two one-hot vectors
-        pixels = q.reshape(-1, height, width, channels)
-        rows = torch.einsum("bhwc,hkc->bhwk", pixels, positions.rows.to(q.dtype))
-        columns = torch.einsum("bhwc,wkc->bhwk", pixels, positions.columns.to(q.dtype))
-        bias = torch.cat([rows, columns], dim=-1).view(*q.shape[:3], height + width)
-        scaled = torch.cat([scaled, bias], dim=-1)
-        k = torch.cat([k, positions.one_hot.to(q.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
-        pad = -scaled.shape[-1] % 8  # what the fused kernels want: equal widths, in steps of 8
-        scaled, k, v = (F.pad(t, (0, scaled.shape[-1] + pad - t.shape[-1])) for t in (scaled, k, v))
-    y = F.scaled_dot_product_attention(scaled, k, v, scale=1.0)[..., :channels]
+    # bias(q, k) = r_h[row of k] + r_w[column of k]: a dot product of (r_h, r_w) with two one-hot vectors
+    pixels = q.reshape(-1, height, width, channels)
+    rows = torch.einsum("bhwc,hkc->bhwk", pixels, positions.rows.to(q.dtype))
+    columns = torch.einsum("bhwc,wkc->bhwk", pixels, positions.columns.to(q.dtype))
+    bias = torch.cat([rows, columns], dim=-1).view(*q.shape[:3], height + width)
+    q = torch.cat([q * attention.scale, bias], dim=-1)
+    k = torch.cat([k, positions.one_hot.to(q.dtype).expand(*k.shape[:2], -1, -1)], dim=-1)
+    pad = -q.shape[-1] % 8  # what the fused kernels want: equal widths, in steps of 8
+    q, k, v = (F.pad(t, (0, q.shape[-1] + pad - t.shape[-1])) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :channels]
     return attention.proj(y.transpose(1, 2).reshape(batch, height, width, -1))
 
 

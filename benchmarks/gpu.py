@@ -45,6 +45,7 @@ from models.backbone import Backbone
 from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
 from PRC_SAM import get_se_map
+from PRC_SAM.generator import MaskGenerator
 from PRC_SAM.sam_forward import encode_images, relative_positions
 from tools.augment import normalise
 from tools.command import check
@@ -158,9 +159,11 @@ def encoder(sizes: Sizes, device: torch.device) -> Iterator[Row]:
                     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                         return encode_images(sam.image_encoder, images[:batch], positions)
 
-                found = timed(ours, device, sizes, batch)
+                measurement = timed(ours, device, sizes, batch)
                 setting = f"{batch} at once, {precision}"
-                yield Row(f"SAM {sizes.sam}, image encoder", setting, "image", stock, found, fits(stock, found))
+                yield Row(
+                    f"SAM {sizes.sam}, image encoder", setting, "image", stock, measurement, fits(stock, measurement)
+                )
 
 
 def generator(sizes: Sizes, device: torch.device) -> Iterator[Row]:
@@ -171,24 +174,24 @@ def generator(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     set_precision("fp32", device)
     with torch.inference_mode():
         constants = get_se_map.Constants(images_at_once=1, **open_filters)
-        probe = get_se_map.mask_generator(constants, sam, "fp32")
+        probe = MaskGenerator(sam, "fp32", constants)
         _, (crop,) = probe.prepare(images[0])
         embedding = next(probe._encode([crop.pixels]))
-        scores = probe.decoder.transform(embedding, probe._tokens(crop)[:128])[0]
+        scores = probe.decoder.transform(embedding, probe.tokens(crop.layer, crop.size)[:128])[0]
         settings = open_filters | {"pred_iou_thresh": max(float(scores.quantile(0.67)), 1e-6)}
     stock = SamAutomaticMaskGenerator(sam, **settings)
-    few = images[: sizes.stock_images]
-    stock.generate(few[0])
-    _, seconds, memory = measured(lambda: [stock.generate(image) for image in few], 1, device)
-    plain = seconds / len(few), memory
+    compared = images[: sizes.stock_images]
+    stock.generate(compared[0])
+    _, seconds, memory = measured(lambda: [stock.generate(image) for image in compared], 1, device)
+    plain = seconds / len(compared), memory
     for precision in ("bf16", "fp32"):
         set_precision(precision, device)
         for batch in sizes.generator_batches if precision == "bf16" else sizes.generator_batches[:1]:
             constants = get_se_map.Constants(images_at_once=batch, **settings)
-            ours = get_se_map.mask_generator(constants, sam, precision)
-            found = timed(partial(ours, images), device, sizes, len(images))
+            ours = MaskGenerator(sam, precision, constants)
+            measurement = timed(partial(ours, images), device, sizes, len(images))
             setting = f"{sizes.image} px, {batch} at once, {precision}"
-            yield Row(f"SAM {sizes.sam}, masks (step 9)", setting, "image", plain, found, fits(found))
+            yield Row(f"SAM {sizes.sam}, masks (step 9)", setting, "image", plain, measurement, fits(measurement))
 
 
 def measured_training(
@@ -268,28 +271,28 @@ def inference(sizes: Sizes, device: torch.device, name: str, size: int) -> Itera
     model = for_inference(model, device)
     for precision in ("bf16", "fp32"):
         set_precision(precision, device)
-        found = timed(partial(ours, precision == "bf16"), device, sizes, len(images))
+        measurement = timed(partial(ours, precision == "bf16"), device, sizes, len(images))
         step = "step 2, CAMs" if name == "CAMs" else "step 6, segmentation"
-        yield Row(step, f"{size} px, 8 at once, {precision}", "image", first, found, fits(first, found))
+        yield Row(step, f"{size} px, 8 at once, {precision}", "image", first, measurement, fits(first, measurement))
 
 
 def parts(sizes: Sizes, device: torch.device) -> dict[str, partial]:
     """Name -> what yields rows, the most important first."""
-    found = {
+    work_of = {
         "SAM encoder": partial(encoder, sizes, device),
         "SAM masks": partial(generator, sizes, device),
     }
     for size in sizes.patches:
         for name in ("classification", "segmentation"):
-            found[f"{name} {size} px"] = partial(training, sizes, device, name, size, False)
-    found["micro-batches"] = partial(micro_batches, sizes, device)
+            work_of[f"{name} {size} px"] = partial(training, sizes, device, name, size, False)
+    work_of["micro-batches"] = partial(micro_batches, sizes, device)
     for size in sizes.patches:
         for name in ("CAMs", "segmentation"):
-            found[f"inference, {name} {size} px"] = partial(inference, sizes, device, name, size)
+            work_of[f"inference, {name} {size} px"] = partial(inference, sizes, device, name, size)
     for size in sizes.patches:
         for name in ("classification", "segmentation"):
-            found[f"compiled {name} {size} px"] = partial(training, sizes, device, name, size, True)
-    return found
+            work_of[f"compiled {name} {size} px"] = partial(training, sizes, device, name, size, True)
+    return work_of
 
 
 def serve(work: Callable[[], Iterator[Row]], connection: Connection) -> None:

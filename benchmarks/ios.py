@@ -56,7 +56,7 @@ def main(args: Constants) -> None:
     maps = {c: cv2.resize(rng.random((32, 32), np.float32), (size, size)) for c in classes}
     seconds = {}
     for rule in get_args(Rule):
-        work = partial(Refinement(rule, args.tau), label, masks, classes, maps)
+        work = partial(Refinement(rule, args.tau, None), label, masks, classes, maps)
         _, seconds[rule], _ = measured(work, args.repeats)
         ratio = seconds[rule] / seconds["ios"]
         print(
@@ -132,7 +132,7 @@ def ellipses(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
 def regions(args: Constants) -> Masks:
     image = np.array(Image.open(args.image).convert("RGB"))[: args.size, : args.size]
     check(image.shape[:2] == (args.size,) * 2, f"{args.image} is smaller than {args.size} pixels")
-    masks = felzenszwalb_masks(np.ascontiguousarray(image))
+    masks = felzenszwalb_masks(np.ascontiguousarray(image), (100, 400, 1600), 64)
     return masks.chosen(np.argsort(-masks.areas)[: args.masks])
 
 

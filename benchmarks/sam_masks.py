@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PRC_SAM import get_se_map
 from PRC_SAM.checkpoints import load_sam
+from PRC_SAM.generator import MaskGenerator
 from tests.small_sam import build_sam
 from tools.checkpoints import read_tensors
 from tools.command import run
@@ -74,22 +75,22 @@ def main(args: Constants) -> None:
     print(f"{device} {torch.get_num_threads()} threads, {precision}, {args.size} px, {settings}")
     stock = SamAutomaticMaskGenerator(sam, **settings)
     constants = get_se_map.Constants(images_at_once=args.images_at_once, **settings)
-    ours = get_se_map.mask_generator(constants, sam, precision)
+    ours = MaskGenerator(sam, precision, constants)
     stock.generate(images[0]), ours(images[:1])  # kernels chosen, caches filled
-    theirs, stock_seconds, stock_memory = measured(lambda: [stock.generate(image) for image in compared], 1, device)
+    records, stock_seconds, stock_memory = measured(lambda: [stock.generate(image) for image in compared], 1, device)
     batches = [images[at : at + args.images_at_once] for at in range(0, len(images), args.images_at_once)]
-    found, seconds, memory = measured(lambda: [masks for batch in batches for masks in ours(batch)], 1, device)
+    all_masks, seconds, memory = measured(lambda: [masks for batch in batches for masks in ours(batch)], 1, device)
     stock_seconds, seconds = stock_seconds / len(compared), seconds / len(images)
     print(f"stock {stock_seconds:7.3f} s an image, {stock_memory:.0f} MB more")
     print(f"ours  {seconds:7.3f} s an image, {memory:.0f} MB more, {ours.points_at_once.size} points at once")
     print(f"ratio {stock_seconds / seconds:7.1f}")
-    agreement(theirs, found)
+    agreement(records, all_masks)
 
 
-def agreement(theirs: list, ours: list) -> None:
+def agreement(records: list, ours: list) -> None:
     """Best IoU of each stock mask with one of ours, and the counts."""
     best, equal = [], 0
-    for stock, masks in zip(theirs, ours[: len(theirs)], strict=True):
+    for stock, masks in zip(records, ours[: len(records)], strict=True):
         equal += len(stock) == len(masks)
         if stock:
             a = np.array([record["segmentation"] for record in stock]).reshape(len(stock), -1).astype(np.float32)
@@ -99,8 +100,8 @@ def agreement(theirs: list, ours: list) -> None:
             best.append(iou.max(1, initial=0))
     ious = np.concatenate([*best, np.zeros(0)])
     print(
-        f"masks: stock {sum(map(len, theirs))}, ours {sum(map(len, ours[: len(theirs)]))}; "
-        f"equal counts in {equal} of {len(theirs)} images"
+        f"masks: stock {sum(map(len, records))}, ours {sum(map(len, ours[: len(records)]))}; "
+        f"equal counts in {equal} of {len(records)} images"
         + ("" if len(ious) else "; no masks, so this says nothing of their agreement: train longer, --steps 900")
     )
     if len(ious):
@@ -174,10 +175,10 @@ def train_small_sam(steps: int, images: int = 4, points: int = 8) -> Sam:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, steps)
     bar = trange(steps, desc="training a small Sam", disable=None)
     for _ in bar:
-        some = [scenes[index] for index in rng.integers(0, len(scenes), images)]
-        pixels = torch.stack([sam.preprocess(torch.from_numpy(picture).permute(2, 0, 1)) for picture, _ in some])
+        batch = [scenes[index] for index in rng.integers(0, len(scenes), images)]
+        pixels = torch.stack([sam.preprocess(torch.from_numpy(picture).permute(2, 0, 1)) for picture, _ in batch])
         losses = []
-        for embedding, (_, numbers) in zip(sam.image_encoder(pixels), some, strict=True):
+        for embedding, (_, numbers) in zip(sam.image_encoder(pixels), batch, strict=True):
             where = np.argwhere(numbers)[rng.integers(0, np.count_nonzero(numbers), points)]
             truth = torch.from_numpy(np.stack([numbers == numbers[y, x] for y, x in where])).float()
             truth = F.interpolate(truth[:, None], scale_factor=0.25, mode="area").expand(-1, 3, -1, -1)

@@ -33,7 +33,7 @@ from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
 from models.ir_loss import image_reconstruction_loss
 from tools.augment import TrainingPatches
-from tools.devices import make_accelerator, precision_of, start_line
+from tools.devices import make_accelerator, start_line
 from tools.labels import IGNORE, save_label
 from tools.training import Training, parameter_groups
 
@@ -195,7 +195,8 @@ def main(args: Constants) -> None:
     on_gpu = torch.cuda.is_available()
     sizes = args.sizes or ((128, 256, 512) if on_gpu else (128,))
     accelerator = make_accelerator(args.precision)
-    print(f"{start_line(accelerator, precision_of(accelerator))} of ours; {args.backbone}")
+    precision = "bf16" if accelerator.mixed_precision == "bf16" else "fp32"
+    print(f"{start_line(accelerator, precision)} of ours; {args.backbone}")
     rates = {}
     # a new process for each figure, so that the memory of one way does not count for the other
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

@@ -1,14 +1,18 @@
 """The paper's constants and the shipped descriptions, written out a second time: a changed figure must show here."""
 
+import ast
 import importlib
+import inspect
 import os
 import subprocess
 import sys
+from dataclasses import MISSING, fields, is_dataclass
 
 import pytest
 
 from PRC_SAM.checkpoints import OFFICIAL, URL
 from tests.conftest import ROOT
+from tools.constants import Machine, may_change
 from tools.dataset import load_dataset
 
 SCALES = (0.5, 1.0, 1.5, 2.0)
@@ -79,6 +83,50 @@ DEFAULTS = {  # script -> the constants that decide about its results
 def test_constants_of_the_paper(script):
     args = importlib.import_module(script).Constants()
     assert {name: getattr(args, name) for name in DEFAULTS[script]} == DEFAULTS[script]
+
+
+EVERYWHERE = {field.name for field in fields(Machine)}  # the constants that every step has
+
+
+def constants_of(script):
+    """Names of the other constants of a script."""
+    return {field.name for field in fields(importlib.import_module(script).Constants)} - EVERYWHERE
+
+
+@pytest.mark.parametrize("script", [*DEFAULTS, "datasetsprocess.process", "segment_scene"])
+def test_the_constants_of_a_script_stand_at_its_top(script):
+    """Each with its default as a plain value, not as a name or a call that hides the value in another file."""
+    text = (ROOT / f"{script.replace('.', '/')}.py").read_text(encoding="utf-8")
+    (block,) = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == "Constants"]
+    defaults = {node.target.id: node.value for node in block.body if isinstance(node, ast.AnnAssign)}
+    assert constants_of(script) <= defaults.keys()
+    for name, default in defaults.items():
+        parts = ast.walk(default) if default and name not in EVERYWHERE else ()
+        assert not any(isinstance(part, ast.Name | ast.Call) for part in parts), name
+
+
+def parameters_with_default(module):
+    """(function or class, name) of each parameter and field in a module that has a default."""
+    members = [member for member in vars(module).values() if getattr(member, "__module__", "") == module.__name__]
+    for member in members:
+        if is_dataclass(member):
+            yield from ((member.__name__, field.name) for field in fields(member) if field.default is not MISSING)
+        for function in (member, *(vars(member).values() if isinstance(member, type) else ())):
+            if inspect.isfunction(function):
+                parameters = inspect.signature(function).parameters.values()
+                yield from ((function.__qualname__, p.name) for p in parameters if p.default is not p.empty)
+
+
+@pytest.mark.parametrize("folder", ["models", "PRC_SAM"])
+def test_a_constant_has_no_second_default(folder):
+    """It would silently replace a constant that a script forgets to hand on."""
+    tuned = set()
+    for script in DEFAULTS:
+        tuned |= constants_of(script) - may_change(importlib.import_module(script).Constants())
+    for path in sorted((ROOT / folder).glob("[!_]*.py")):
+        if path.stem != "get_se_map":
+            module = importlib.import_module(f"{folder}.{path.stem}")
+            assert not [place for place in parameters_with_default(module) if place[1] in tuned], path.name
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot restrict a process to some cores")

@@ -25,8 +25,8 @@ from models.classifier import Classifier
 from models.deeplab import DeepLabV3Plus
 from models.ir_loss import image_reconstruction_loss
 from models.prc import PixelRelationshipConstraint
-from PRC_SAM.get_se_map import Constants, mask_generator
-from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
+from PRC_SAM.generator import MaskGenerator, pack_bits
+from PRC_SAM.get_se_map import Constants
 from tests.small_sam import build_sam
 from tools import augment, devices
 from tools.command import UserError
@@ -118,15 +118,17 @@ def test_signs_of_a_gpu(monkeypatch, visible, listed, sign):
     assert devices.signs_of_a_gpu() == sign
 
 
-@pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16"])
-def test_auto_is_bf16_where_the_cpu_computes_in_it(monkeypatch, capability):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
-    assert devices.choose_precision("auto", CPU) == "bf16"
-    assert devices.choose_precision("auto", CPU, bf16_on_cpu=False) == "fp32"
-    assert devices.choose_precision("fp32", CPU) == "fp32"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert devices.choose_precision("auto", CPU) == "fp32" and devices.choose_precision("bf16", CPU) == "bf16"
-    assert devices.choose_precision("auto", torch.device("mps")) == "fp32"
+@pytest.mark.parametrize(
+    ("capabilities", "training", "sam"),
+    [({}, "fp32", "fp32"), ({"avx512_bf16": True}, "bf16", "fp32"), ({"amx_bf16": True}, "bf16", "fp32")],
+)
+def test_auto_is_bf16_where_the_cpu_computes_in_it(monkeypatch, capabilities, training, sam):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # restored at the end
+    assert devices.set_precision("auto", CPU) == training
+    assert devices.set_precision("auto", CPU, bf16_on_cpu=False) == sam
+    assert devices.set_precision("bf16", CPU) == "bf16" and devices.set_precision("fp32", CPU) == "fp32"
+    assert devices.set_precision("auto", torch.device("mps")) == "fp32"
 
 
 def test_fp32_is_not_rounded_to_tf32(monkeypatch):
@@ -244,20 +246,17 @@ def test_multi_scale_inference(fake_gpu, precision):
 @PRECISIONS
 def test_sam(fake_gpu, precision):
     sam = moved(build_sam())
-    generator = mask_generator(Constants(points_per_side=4, images_at_once=2), sam, precision)
+    generator = MaskGenerator(sam, precision, Constants(points_per_side=4, images_at_once=2))
     size, (crop,) = generator.prepare(np.zeros((96, 70, 3), np.uint8))
     seen = []
     sam.image_encoder.neck[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.inference_mode():
         embeddings = list(generator._encode([crop.pixels] * 3))
-        tokens = generator._tokens(crop)
+        tokens = generator.tokens(crop.layer, size)
         scores, mask_tokens, pixels = generator.decoder.transform(embeddings[0], tokens)
         logits = generator.decoder.masks(mask_tokens, pixels)
-        rows, columns = generator._resampling_of(crop.pixels.shape[1:], size)
+        rows, columns = generator.resampling(crop.pixels.shape[1:], size)
         full = (rows @ logits @ columns.T).flatten(0, 1)
-        stability = generator._stability(full)
-        masks = full > sam.mask_threshold
-    check([*seen, *embeddings, tokens, scores, mask_tokens, pixels, logits, full, stability])
+    check([*seen, *embeddings, tokens, scores, mask_tokens, pixels, logits, full])
     assert len(embeddings) == 3 and embeddings[0].shape == (32, 8, 8) and full.shape == (48, 96, 70)
-    check([pack_bits(masks)], torch.uint8)
-    check([count_pixels(masks), outer_boxes(masks)], torch.int64)
+    check([pack_bits(full > sam.mask_threshold)], torch.uint8)

@@ -390,3 +390,10 @@ def test_an_edited_default_is_checked():
 
     with refused("gamma is 'much', .* number: change the constant at the top of the script, or --gamma"):
         Edited()
+
+
+def test_a_mistyped_experiment_lists_the_others(tmp_path):
+    for name in ("prc", "supervised"):
+        (tmp_path / "experiments" / "tiny" / name).mkdir(parents=True)
+    with refused("experiments of this data set are prc, supervised"):
+        require(tmp_path / "experiments" / "tiny" / "pcr" / "cams", Constants())

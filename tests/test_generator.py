@@ -15,11 +15,10 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from segment_anything import SamAutomaticMaskGenerator
 
-from PRC_SAM.checkpoints import _fetch, find_checkpoint, load_sam
-from PRC_SAM.generator import MaskGenerator
-from PRC_SAM.get_se_map import Constants, mask_generator
-from PRC_SAM.mask_tensors import count_pixels, outer_boxes, pack_bits
-from PRC_SAM.sam_forward import PointDecoder, encode_images
+from PRC_SAM.checkpoints import fetch, find_checkpoint, load_sam
+from PRC_SAM.generator import MaskGenerator, pack_bits
+from PRC_SAM.get_se_map import Constants
+from PRC_SAM.sam_forward import PointDecoder, encode_images, relative_positions
 from tests.conftest import ROOT
 from tests.small_sam import build_sam, picture, small_sam
 from tests.steps import record
@@ -31,14 +30,15 @@ UNFILTERED = {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_th
 
 
 def small_generator(precision="fp32", **settings):
-    return mask_generator(Constants(**settings), small_sam(), precision)
+    return MaskGenerator(small_sam(), precision, Constants(**settings))
 
 
 def test_encoder_equals_sams():
     sam, images = small_sam(), torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = sam.image_encoder(images)
-        torch.testing.assert_close(encode_images(sam.image_encoder, images), expected, rtol=1e-4, atol=1e-4)
+        ours = encode_images(sam.image_encoder, images, relative_positions(sam.image_encoder))
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_decoder_equals_sams():
@@ -54,14 +54,20 @@ def test_decoder_equals_sams():
         torch.testing.assert_close(decoder.masks(tokens, pixels), logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [(128, 128), (96, 128), (70, 50), (200, 260)])
+def test_resampling_equals_the_two_steps(size):
+    generator = small_generator(points_per_side=2)
+    _, (crop,) = generator.prepare(picture(*size))
+    low = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(3))
+    rows, columns = generator.resampling(crop.pixels.shape[1:], size)
+    expected = small_sam().postprocess_masks(low[None], crop.pixels.shape[1:], size)[0]
+    torch.testing.assert_close(rows @ low @ columns.T, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(3, 9, 13), (2, 64, 64), (1, 1, 3), (0, 5, 5), (2, 300, 100)])
-def test_bits_boxes_and_counts_of_tensors(shape):
+def test_bits_of_tensors(shape):
     masks = torch.rand(shape, generator=torch.Generator().manual_seed(4)) < 0.02
-    expected = pack_masks(masks.numpy())
-    np.testing.assert_array_equal(pack_bits(masks).numpy(), expected.bits)
-    np.testing.assert_array_equal(outer_boxes(masks).numpy(), expected.boxes)
-    np.testing.assert_array_equal(count_pixels(masks).numpy(), expected.areas)
-    assert (count_pixels(torch.ones(shape, dtype=torch.bool)) == shape[1] * shape[2]).all()
+    np.testing.assert_array_equal(pack_bits(masks).numpy(), pack_masks(masks.numpy()).bits)
 
 
 def overlaps(theirs, ours):
@@ -217,11 +223,11 @@ def test_download_is_checked_before_it_is_kept(tmp_path):
     (tmp_path / "there.pth").write_bytes(b"weights")
     url, sha256 = (tmp_path / "there.pth").as_uri(), hashlib.sha256(b"weights").hexdigest()
     target = tmp_path / "weights" / "here.pth"
-    _fetch(url, target, sha256)
+    fetch(url, target, sha256)
     assert target.read_bytes() == b"weights"
-    for address, checksum, word in ((url, "0" * 64, "SHA-256"), (url + "x", sha256, "fetched")):
+    for address, checksum, word in ((url, "0" * 64, "invalid hash"), (url + "x", sha256, "fetched")):
         with pytest.raises(UserError, match=word):
-            _fetch(address, target.with_name("other.pth"), checksum)
+            fetch(address, target.with_name("other.pth"), checksum)
     assert [path.name for path in target.parent.iterdir()] == ["here.pth"]
 
 

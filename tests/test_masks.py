@@ -161,7 +161,7 @@ def test_masks_of_another_image_are_refused_by_size(tmp_path):
 
 def test_sixty_masks_of_a_real_tile_are_small(shared_data, tmp_path):
     image = min((shared_data / "isaid_tiles" / "train" / "images").glob("*.jpg"))
-    masks = felzenszwalb_masks(np.array(Image.open(image).convert("RGB")))
+    masks = felzenszwalb_masks(np.array(Image.open(image).convert("RGB")), (100, 400, 1600), 64)
     save_masks(tmp_path / "a.npz", masks.chosen(np.arange(60)))
     assert (tmp_path / "a.npz").stat().st_size <= 30_000
 
@@ -170,7 +170,7 @@ def test_stand_in_finds_plain_regions_at_several_scales():
     image = np.full((96, 96, 3), 60, np.uint8)
     image[10:50, 10:50] = (200, 60, 60)
     image[20:40, 20:40] = (210, 80, 60)  # a detail that coarse scales swallow
-    masks = felzenszwalb_masks(image, scales=(20, 4000))
+    masks = felzenszwalb_masks(image, (20, 4000), 64)
     dense = masks.unpack().astype(int)
     assert (np.diff(masks.predicted_iou) <= 0).all() and ((masks.predicted_iou >= 0) & (masks.predicted_iou <= 1)).all()
     for rows, least in ((slice(10, 50), 0.75), (slice(20, 40), 0.6)):  # the blur takes a rim off
@@ -183,4 +183,4 @@ def test_stand_in_finds_plain_regions_at_several_scales():
 
 
 def test_stand_in_of_a_plain_image_is_empty():
-    assert len(felzenszwalb_masks(np.full((32, 32, 3), 9, np.uint8))) == 0
+    assert len(felzenszwalb_masks(np.full((32, 32, 3), 9, np.uint8), (100,), 64)) == 0

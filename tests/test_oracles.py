@@ -14,7 +14,7 @@ from tools.labels import load_label
 from tools.map_files import load_maps
 from tools.masks import load_masks
 
-RULES = [Refinement("ios", 0.9), Refinement("ios", 0.1), Refinement("sepl", background=0), Refinement("vote")]
+RULES = [Refinement("ios", 0.9, 0), Refinement("ios", 0.1, 0), Refinement("sepl", 0.9, 0), Refinement("vote", 0.9, 0)]
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def counted(truth, prediction):
 def test_every_rule_with_both_kinds_of_masks(experiment, split, source, from_image):
     dataset, folder = experiment
     maps = folder / ("cams" if split == "train" else source)
-    rules = [*RULES, Refinement("mean_cam")]
+    rules = [*RULES, Refinement("mean_cam", 0.9, 0)]
     matrices = refined(dataset, folder / source, rules, from_image)
     expected = np.zeros((2, 5, 4, 5), np.int64)
     for id in "abcde":

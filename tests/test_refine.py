@@ -60,7 +60,7 @@ def test_rules_equal_the_loop(rule, seed, size, steps, background):
     before = label.copy()
     with_map = rng.permutation(5)[: rng.integers(0, 6)]
     maps = {c: (rng.integers(0, steps + 1, size) / steps).astype(np.float32) for c in with_map.tolist()}
-    refined = Refinement(rule, background=background)(label, pack_masks(masks), classes, maps)
+    refined = Refinement(rule, 0.9, background)(label, pack_masks(masks), classes, maps)
     np.testing.assert_array_equal(refined, reference(rule, label, masks, classes, maps, background))
     np.testing.assert_array_equal(label, before)
 
@@ -73,7 +73,7 @@ def test_means_are_exact():
     label, masks = np.full((512, 512), 3, np.uint8), np.ones((1, 512, 512), bool)
     masks[0, 0, :70] = False
     for first, second, winner in ((plain, larger, 1), (larger, plain, 0), (larger, larger, 0)):
-        refined = Refinement("mean_cam")(label, pack_masks(masks), [0, 1], {0: first, 1: second})
+        refined = Refinement("mean_cam", 0.9, None)(label, pack_masks(masks), [0, 1], {0: first, 1: second})
         assert (refined[masks[0]] == winner).all() and (refined[~masks[0]] == 3).all()
 
 
@@ -81,7 +81,7 @@ def test_means_are_exact():
 def test_masks_of_another_size_are_refused(rule):
     masks = pack_masks(np.ones((1, 4, 5), bool))
     with pytest.raises(UserError, match="4 x 5"):
-        Refinement(rule)(np.zeros((4, 4), np.uint8), masks, [0])
+        Refinement(rule, 0.9, None)(np.zeros((4, 4), np.uint8), masks, [0])
 
 
 STEPS = {  # module -> split, what it reads, what it writes, folder of maps

@@ -19,7 +19,7 @@ from tests.steps import experiment, record
 from tests.tiffs import UTM, noise, write_tif
 from tools.command import UserError
 from tools.rasters import Raster, label_tiff
-from tools.scene_windows import Windows, label_strips
+from tools.scene_windows import label_strips
 
 CPU = torch.device("cpu")
 
@@ -59,8 +59,8 @@ def test_stitched_equals_full_accumulation(tmp_path_factory, height, width, size
     image = noise(height, width)
     path = write_tif(tmp_path_factory.mktemp("scene") / "a.tif", image, blockysize=5)
     with Raster(path) as raster:
-        windows = Windows(size, stride, at_once, CPU)
-        labels = np.concatenate(list(label_strips(lambda images: logits_of(images, size), raster, 4, windows)))
+        windows = {"size": size, "stride": stride, "at_once": at_once, "device": CPU}
+        labels = np.concatenate(list(label_strips(lambda images: logits_of(images, size), raster, 4, **windows)))
     expected = straightforward(image, size, stride)
     assert labels.shape == (height, width) and labels.dtype == np.uint8
     second, first = np.sort(expected, axis=0)[-2:]
@@ -82,7 +82,8 @@ def test_nodata_becomes_255_and_costs_nothing(tmp_path):
         return torch.zeros(len(images), 3, 32, 32)
 
     with Raster(path, ("rgb", "holes")) as raster:
-        labels = np.concatenate(list(label_strips(predict, raster, 3, Windows(32, 32, 4, CPU))))
+        strips = label_strips(predict, raster, 3, size=32, stride=32, at_once=4, device=CPU)
+        labels = np.concatenate(list(strips))
     hole = (image == 0).all(-1)
     assert (labels[hole] == 255).all() and (labels[~hole] == 0).all() and labels[51, 51] == 0
     assert len(seen) == 4  # of six windows: the left ones hold nothing
@@ -94,9 +95,8 @@ def test_memory_does_not_grow_with_the_height(tmp_path):
     for height in (512, 4096):
         path = write_tif(tmp_path / f"{height}.tif", np.zeros((height, 256, 3), np.uint8), blockysize=64)
         with Raster(path) as raster:
-            strips = label_strips(
-                lambda images: torch.zeros(len(images), 3, 64, 64), raster, 3, Windows(64, 48, 4, CPU)
-            )
+            windows = {"size": 64, "stride": 48, "at_once": 4, "device": CPU}
+            strips = label_strips(lambda images: torch.zeros(len(images), 3, 64, 64), raster, 3, **windows)
             tracemalloc.start()
             with label_tiff(tmp_path / "out.tif", raster.shape, TINY_COLOURS, {}) as write:
                 for strip in strips:

@@ -169,6 +169,24 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
         check_recipe(Recipe(compile=True), 11)
 
 
+def test_nothing_is_read_from_the_device_within_an_epoch(training, monkeypatch):
+    """Each number read stalls a GPU: losses are read once an epoch, however many steps it has."""
+    reads = []
+    for name in ("item", "__float__", "tolist", "__bool__"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, plain=plain, name=name: (reads.append(name), plain(self))[1]
+        )
+
+    def count(ids):
+        reads.clear()
+        training(f"run{ids}", Recipe(epochs=1, batch_size=2), ids=ids)
+        return len([name for name in reads if name == "__float__"]), reads.count("item") + reads.count("__bool__")
+
+    few, many = count(4), count(10)
+    assert few == many and few[0] == 2  # the loss and its half
+
+
 def test_nan_ends_the_training_and_the_checkpoint_is_kept(training):
     steps = []
 

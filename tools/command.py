@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
@@ -74,39 +74,31 @@ def run(
         sys.stdout.flush()
     except UserError as error:
         # DataLoader wraps an error of a worker process in its traceback; only our sentence is for the user
-        _end(str(error).rpartition("UserError: ")[2].strip(), first)
-    except KeyboardInterrupt:
-        _end_stopped(again if first else "")
+        _end("error: " + str(error).rpartition("UserError: ")[2].strip() if first else "")
     except BrokenPipeError as error:
         if error.filename:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would complain about the closed pipe at its end
-        _end_workers()
-        sys.exit(1)
-    except (OSError, MemoryError, RuntimeError) as error:
-        if _stopped_by:  # DataLoader reports its terminated workers as an error
-            _end_stopped(again if first else "")
+        _end()
+    except (KeyboardInterrupt, OSError, MemoryError, RuntimeError) as error:
+        if _stopped_by or isinstance(error, KeyboardInterrupt):  # DataLoader reports its terminated workers as an error
+            code = 128 + (_stopped_by or [signal.SIGINT])[0]
+            _end(f"\nstopped; {again} with the rest" if first else "", code)
         reason = explain(error)
         if not reason or os.environ.get("PRC_TRACEBACK"):
             raise
-        _end(f"{reason}; what is finished is kept, and then {again}", first=True)
+        _end(f"error: {reason}; what is finished is kept, and then {again}")
 
 
-def _end(sentence: str, first: bool) -> None:
-    if first:
-        print(f"error: {sentence}", file=sys.stderr)
-    _end_workers()
-    sys.exit(1)
+def _end(message: str = "", code: int = 1) -> NoReturn:
+    if message:
+        print(message, file=sys.stderr)
+    for process in multiprocessing.active_children():  # else DataLoader waits seconds for its worker processes
+        process.terminate()
+    sys.exit(code)
 
 
-def _end_stopped(again: str) -> None:
-    if again:
-        print(f"\nstopped; {again} with the rest", file=sys.stderr)
-    _end_workers()
-    sys.exit(128 + (_stopped_by or [signal.SIGINT])[0])
-
-
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """The cause and the remedy of an error of the system; empty for an error of the program."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'the disk'}: {error.strerror}: fix this"
@@ -137,12 +129,6 @@ def _signals_as_exceptions() -> Iterator[None]:
         for number, handler in before.items():
             if signal.getsignal(number) is stop_once:
                 signal.signal(number, handler)
-
-
-def _end_workers() -> None:
-    """Without this, DataLoader waits seconds for its worker processes."""
-    for process in multiprocessing.active_children():
-        process.terminate()
 
 
 def check(condition: bool, sentence: str) -> None:

@@ -39,11 +39,6 @@ def make_accelerator(precision: str = "auto", device: str = "auto", bf16_on_cpu:
     )
 
 
-def precision_of(accelerator: Accelerator) -> str:
-    """What "auto" has become, for run.json: a run may be resumed on another device in the same precision only."""
-    return "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-
-
 def process_state(device: str = "auto") -> PartialState:
     """Accelerate's `PartialState`: the number of this process among all processes, and its device.
 
@@ -85,29 +80,19 @@ def process_state(device: str = "auto") -> PartialState:
     return state
 
 
-def choose_precision(precision: str, device: torch.device, bf16_on_cpu: bool = True) -> str:
-    """ "auto" -> "bf16" on a GPU or CPU that computes in it, else "fp32"; other values are returned as they are.
+def set_precision(precision: str, device: torch.device, bf16_on_cpu: bool = True) -> str:
+    """Set torch up for a precision and return it; "auto" is bf16 on a GPU or CPU that computes in it, else fp32.
 
     CPUs with AMX or avx512_bf16 instructions train at least 1.6 times as fast in bf16. SAM is the exception
-    (`bf16_on_cpu=False`): even with AMX its masks take 1.4 times as long in bf16 as in fp32.
+    (`bf16_on_cpu=False`): even with AMX its masks take 1.4 times as long in bf16 as in fp32. fp32 means that no GPU
+    rounds to TF32, which torch's default allows in convolutions.
     """
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu" and bf16_on_cpu:
-        capabilities = torch.cpu.get_capabilities()
-        return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
-    return "fp32"
-
-
-def set_precision(precision: str, device: torch.device, bf16_on_cpu: bool = True) -> str:
-    """`choose_precision`, and torch set up for its answer: fp32 means that no GPU rounds to TF32.
-
-    torch's default allows TF32, with 10 bits of mantissa instead of 23, in convolutions but not in matrix products;
-    bf16 has 7 bits and leaves that default.
-    """
-    precision = choose_precision(precision, device, bf16_on_cpu)
+    if precision == "auto":
+        capabilities = torch.cpu.get_capabilities() if device.type == "cpu" and bf16_on_cpu else {}
+        bf16 = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+        if device.type == "cuda":
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if bf16 else "fp32"
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
     torch.set_float32_matmul_precision("highest")
     return precision

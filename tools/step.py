@@ -64,7 +64,7 @@ class Step(StepFolder):
     name: a folder of the table in tools/steps.py. reads: the folders that are read, in place of
     the table's; a constant of such a name (`cams = "other"`) names the experiment to read it from.
     With `image_labels` the image-level labels of the split are read. split: for a step without an
-    experiment. precision and bf16_on_cpu: see `tools.devices.choose_precision`; an empty precision
+    experiment. precision and bf16_on_cpu: see `tools.devices.set_precision`; an empty precision
     is for a step without floating-point work on the device.
 
     Attributes: `args`, `dataset`, `split`; `experiment`, the folder of the experiment; `reads`,
@@ -120,7 +120,7 @@ class Step(StepFolder):
 
     def _find_device(self, precision: str, bf16_on_cpu: bool, split: str) -> None:
         """Device, precision and processes, printed before anything is downloaded or computed."""
-        from tools.devices import make_accelerator, precision_of, process_state, start_line  # here: torch takes seconds
+        from tools.devices import make_accelerator, process_state, start_line  # here: torch takes seconds
 
         self.precision = ""
         self.accelerator: Any = (
@@ -128,7 +128,8 @@ class Step(StepFolder):
         )
         self.state = self.accelerator
         if precision:  # a folder is continued in the same precision only, on whatever device
-            self.precision = self._settings["precision"] = precision_of(self.accelerator)
+            bf16 = self.accelerator.mixed_precision == "bf16"
+            self.precision = self._settings["precision"] = "bf16" if bf16 else "fp32"
         self.device = self.accelerator.device
         if self.is_main:
             title = "scenes" if self.info is SCENES else f"step {self.info.number}"

@@ -19,42 +19,28 @@ from tools.command import UserError, check
 MOST_TEMPORARY = 74  # characters of TMPDIR: processes talk through sockets below it, whose paths hold 107
 
 
-def check_temporary_folder() -> None:
-    """Raise `UserError` where worker processes would wait for each other without end."""
+def in_workers(work: Callable[[Any], Any], items: Sequence[Any], workers: int, chunk: int = 1) -> Iterator[Any]:
+    """Yield work(item) in the order of the items, computed in `workers` processes; 0 works in this process.
+
+    Where there are workers, `work` must be picklable (a function of a module, or a `functools.partial` of one); each
+    gets `chunk` items at a time. The processes have one thread each, and none outlives this process. An exception, also
+    in the caller's loop, kills them: files are written whole or not at all, so only the files under way are lost.
+    Raises `UserError` when the system has ended a worker, and where the workers would wait for each other without end.
+    """
+    if workers < 1 or len(items) < 2:
+        yield from map(work, items)
+        return
     folder = tempfile.gettempdir()
     check(
         sys.platform == "win32" or len(os.fsencode(folder)) <= MOST_TEMPORARY,
         f"the folder for temporary files, {folder}, has a path of more than {MOST_TEMPORARY} characters, too long for "
         "the sockets of worker processes: set TMPDIR to a shorter one, such as /tmp, or use --workers 0",
     )
-
-
-def in_workers(work: Callable[[Any], Any], items: Sequence[Any], workers: int, chunk: int = 1) -> Iterator[Any]:
-    """Yield work(item) in the order of the items, computed in `workers` processes; 0 works in this process.
-
-    Where there are workers, `work` must be picklable (a function of a module, or a `functools.partial` of one); each
-    gets `chunk` items at a time.
-    """
-    if workers < 1 or len(items) < 2:
-        yield from map(work, items)
-        return
-    with worker_pool(min(workers, len(items))) as pool:
-        yield from pool.map(work, items, chunksize=chunk)
-
-
-@contextmanager
-def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes of one thread each, none of which outlives this process.
-
-    An exception in the block kills the workers: files are written whole or not at all, so only the files under way are
-    lost. Raises `UserError` when the system has ended a worker.
-    """
-    check_temporary_folder()
     before = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # forking a process that has used torch's threads can hang
-    with _Pool(workers, context, initializer=_begin) as pool:
+    with _Pool(min(workers, len(items)), context, initializer=_begin) as pool:
         try:
-            yield pool
+            yield from pool.map(work, items, chunksize=chunk)
         except BaseException as error:
             for process in set(multiprocessing.active_children()) - before:
                 process.kill()
