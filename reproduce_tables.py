@@ -35,7 +35,6 @@ from tools.constants import (
     Seed,
     Share,
     checked_constants,
-    flat,
     may_change,
 )
 from tools.dataset import Dataset, load_dataset
@@ -226,9 +225,9 @@ def caption(args: Constants, dataset: Dataset, runner: Runner, masks: Run) -> st
 
 def describe(constants: Any) -> str:
     """The backbone, its weights and the epochs always, other constants where they differ from the defaults."""
-    defaults = flat(type(constants)())
+    defaults = vars(type(constants)())
     parts = []
-    for name, value in flat(constants).items():
+    for name, value in vars(constants).items():
         always = name in ("backbone", "weights", "epochs")
         if name not in SHARED | may_change(constants) and (always or value != defaults[name]):
             parts.append(f"{name} {Path(value).name if name == 'weights' else value}")

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from inference_segmentation import load_segmenter, summed_logits
 from tools.command import UserError, and_more, check, run
-from tools.constants import ROOT, Device, MayChange, PositiveCount, Scales, checked_constants, flat, may_change
+from tools.constants import ROOT, Device, MayChange, PositiveCount, Scales, checked_constants, may_change
 from tools.dataset import Dataset
 from tools.files import read_json, remove_leftovers, write_json
 from tools.inference import at_scales, stack_scales
@@ -108,7 +108,7 @@ def main(args: Constants) -> None:
 
     size, speed = dataset.patch_size, may_change(args)
     kinds = ("rgb", "holes", "grey") if args.grey == "repeat" else ("rgb", "holes")
-    constants = {name: value for name, value in flat(args).items() if name not in speed}
+    constants = {name: value for name, value in vars(args).items() if name not in speed}
     constants |= {"segmenter": step.reads["segmenter"].parent.name, "precision": step.precision, "window": size}
     made_with: dict[str, Any] = {
         "trained": step.run_of["segmenter"].started,

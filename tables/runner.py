@@ -21,7 +21,6 @@ from report.page import renew
 from report.summary import constant_map
 from tables.oracles import refined
 from tools.command import check
-from tools.constants import flat
 from tools.dataset import Dataset
 from tools.devices import process_state
 from tools.scores import ConfusionMatrix
@@ -90,7 +89,7 @@ class Runner:
 
     def experiment(self, changes: Changes) -> str:
         """The name of the experiment in which these constants of steps 1 and 3 differ from the given ones."""
-        defaults = flat(self.args.pseudo) | flat(self.args.classification)
+        defaults = vars(self.args.pseudo) | vars(self.args.classification)
         defaults["gamma"], _ = self.dataset.method_value("gamma", defaults["gamma"])
         parts = [self.prefix]
         for name, value in changes.items():

@@ -20,17 +20,11 @@ from tools.steps import STEPS, next_step, step_of
 
 
 @checked_constants
-class Inner:
-    sigma: PositiveCount = 3  # a nested block
-
-
-@checked_constants
 class Constants(Place):
     dataset: str = "tiny"
     experiment: str = "prc"
     gamma: Affinity = 0.7
     scales: Scales = (0.5, 1.0)
-    inner: Inner = Inner()
     images_at_once: MayChange[PositiveCount] = 8
     workers: MayChange[int] = 0
     root: MayChange[Path] = Path("somewhere")
@@ -157,7 +151,7 @@ def test_a_run_and_its_record(tmp_path):
         (path / "contact_sheet.txt").write_text("a picture, not a result")
     run = read_run(path)
     assert run.finished and run.files == 2 and run.seconds >= 0 and not (path / LOCK).exists()
-    expected = {"gamma": 0.7, "scales": [0.5, 1.0], "sigma": 3, "root": "somewhere", "rules": {"share": 0.1}}
+    expected = {"gamma": 0.7, "scales": [0.5, 1.0], "root": "somewhere", "rules": {"share": 0.1}}
     assert run.constants.items() >= expected.items()
     assert run.reads == reads and run.notes == notes
     assert {"torch", "numpy", "python"} <= run.packages.keys() and run.commit and run.command
@@ -203,17 +197,16 @@ def test_a_killed_run_continues(tmp_path):
 def test_other_settings_are_refused_with_the_difference(tmp_path):
     path, before, settings = tmp_path / "cams", {"classifier": "monday"}, {"rules": 3, "precision": "bf16"}
     make(path, ["a"], reads=before, settings=settings)
-    for gamma, sigma, reads, other, sentence in (
-        (0.6, 3, before, settings, r"gamma: 0\.7 there, 0\.6 now.*--overwrite.*--experiment"),
-        (0.7, 4, before, settings, "sigma: 3 there, 4 now"),
-        (0.7, 3, {"classifier": "tuesday"}, settings, "another run of classifier"),
-        (0.7, 3, {}, settings, "another run of classifier"),
-        (0.7, 3, before, {"precision": "bf16"}, "rules: 3 there, None now"),
-        (0.7, 3, before, settings | {"more": 1}, "more: None there, 1 now"),
-        (0.7, 3, before, settings | {"precision": "fp32"}, "--precision bf16 continues it"),
+    for gamma, reads, other, sentence in (
+        (0.6, before, settings, r"gamma: 0\.7 there, 0\.6 now.*--overwrite.*--experiment"),
+        (0.7, {"classifier": "tuesday"}, settings, "another run of classifier"),
+        (0.7, {}, settings, "another run of classifier"),
+        (0.7, before, {"precision": "bf16"}, "rules: 3 there, None now"),
+        (0.7, before, settings | {"more": 1}, "more: None there, 1 now"),
+        (0.7, before, settings | {"precision": "fp32"}, "--precision bf16 continues it"),
     ):
         with refused(sentence):
-            make(path, given=Constants(gamma=gamma, inner=Inner(sigma=sigma)), reads=reads, settings=other)
+            make(path, given=Constants(gamma=gamma), reads=reads, settings=other)
     assert (path / "a.txt").exists()
     make(path, given=Constants(gamma=0.6, overwrite=True), reads=before)
     assert names(path) == ["run.json"] and record(path)["constants"]["gamma"] == 0.6

@@ -1,6 +1,5 @@
 """The constants at the top of each script: typed, checked when the script starts, and shown by --help."""
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
@@ -79,21 +78,7 @@ class Machine(Place):
     device: MayChange[Device] = "auto"  # auto | cpu | cuda | cuda:1 | mps
 
 
-def flat(values: Any) -> dict[str, Any]:
-    """name -> value of a constants block; the constants of a nested block stand beside the others."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(values):
-        value = getattr(values, field.name)
-        found |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
-    return found
-
-
-def may_change(values: Any) -> set[str]:
-    """Names of the constants marked `MayChange`, those of nested blocks included."""
-    found = set()
-    for name, hint in get_type_hints(type(values), include_extras=True).items():
-        if _MAY_CHANGE in getattr(hint, "__metadata__", ()):
-            found.add(name)
-        elif dataclasses.is_dataclass(getattr(values, name, None)):
-            found |= may_change(getattr(values, name))
-    return found
+def may_change(args: Any) -> set[str]:
+    """Names of the constants marked `MayChange`."""
+    hints = get_type_hints(type(args), include_extras=True)
+    return {name for name, hint in hints.items() if _MAY_CHANGE in getattr(hint, "__metadata__", ())}

@@ -14,7 +14,7 @@ from typing import Any, Self
 import psutil
 
 from tools.command import UserError, and_more, check
-from tools.constants import Place, flat, may_change
+from tools.constants import Place, may_change
 from tools.files import remove_leftovers, write_json, write_whole
 from tools.progress import Progress
 from tools.runs import Run, commit, differences, package_versions, read_run
@@ -85,7 +85,7 @@ class StepFolder:
 
     def _new_run(self, settings: dict[str, Any], facts: dict[str, Any]) -> Run:
         now = time.time_ns()
-        constants = json.loads(json.dumps(flat(self.args) | settings, default=str))
+        constants = json.loads(json.dumps(vars(self.args) | settings, default=str))
         return Run(
             script=Path(sys.argv[0]).name,
             command=" ".join([Path(sys.executable).name, *sys.argv]),
@@ -137,7 +137,9 @@ class StepFolder:
             if self.run.reads.get(name) != started:
                 sentences.append(f"made from another run of {name}")
         remedies = ["--overwrite replaces it"]
-        if list(differing) == ["precision"]:  # "auto" depends on the device, but every device can compute in both
+        if (
+            list(differing) == ["precision"] and "precision" in before.constants
+        ):  # "auto" depends on the device, but every device can compute in both
             remedies.insert(0, f"--precision {before.constants['precision']} continues it")
         if "experiment" in self.run.constants:
             remedies.append("or choose another --experiment")
