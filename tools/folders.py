@@ -137,10 +137,9 @@ class StepFolder:
             if self.run.reads.get(name) != started:
                 sentences.append(f"made from another run of {name}")
         remedies = ["--overwrite replaces it"]
-        if (
-            list(differing) == ["precision"] and "precision" in before.constants
-        ):  # "auto" depends on the device, but every device can compute in both
-            remedies.insert(0, f"--precision {before.constants['precision']} continues it")
+        precision = before.constants.get("precision")
+        if precision and list(differing) == ["precision"]:  # "auto" depends on the device; each can compute in both
+            remedies.insert(0, f"--precision {precision} continues it")
         if "experiment" in self.run.constants:
             remedies.append("or choose another --experiment")
         check(
