@@ -102,7 +102,7 @@ def count_image(
             check(
                 prediction.shape == truth.shape,
                 f"{folder / id} is {prediction.shape[1]} x {prediction.shape[0]} pixels, but {file} is "
-                f"{truth.shape[1]} x {truth.shape[0]}: make it again from the present images",
+                f"{truth.shape[1]} x {truth.shape[0]}: run its step again with --overwrite",
             )
         except UserError as error:
             failures.append(str(error))

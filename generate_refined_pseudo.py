@@ -29,8 +29,8 @@ class Constants(Machine):  # and root, overwrite, workers, samples, device
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
     rule: Rule = "ios"  # ios (the paper's) | sepl | vote | mean_cam, see PRC_SAM/refine.py
-    tau: Share | None = None  # ios: minimum overlap, area(P and S) / min(area P, area S); None: the data set's
-    cams: str = ""  # mean_cam: the experiment whose CAMs are used; empty: this one
+    tau: Share | None = None  # ios: minimum of |P and S| / min(|P|, |S|), class region P, mask S; None: the data set's
+    cams: str = ""  # mean_cam: the experiment whose CAMs `Step` reads; empty: this one
 
 
 def refine_patch(
@@ -54,8 +54,8 @@ def refine_patch(
 
 
 def main(args: Constants) -> None:
-    cams = ("cams",) if args.rule == "mean_cam" else ()
-    step = Step("refined_pseudo_labels", args, reads=("pseudo_labels", "sam_masks", *cams), image_labels=True)
+    maps = ("cams",) if args.rule == "mean_cam" else ()
+    step = Step("refined_pseudo_labels", args, reads=("pseudo_labels", "sam_masks", *maps), image_labels=True)
     tau = step.method_value("tau", "tau_pseudo_labels")
     with step.output(".png"):
         work = partial(
@@ -65,7 +65,7 @@ def main(args: Constants) -> None:
             dataset=step.dataset,
             refinement=Refinement(args.rule, tau, step.dataset.background),
         )
-        # a patch travels with its image-level label: inside `work` all of them would travel with every patch
+        # each item carries its own image-level label: `work` goes to the workers with every item
         patches = [(id, step.image_labels[id]) for id in step.pending(step.ids, ".png")]
         step.each(work, patches, step.info.title)
         step.draw_labels({"pseudo-label": step.reads["pseudo_labels"], "refined": step.path})

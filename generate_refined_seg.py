@@ -29,10 +29,10 @@ from tools.steps import STEPS
 class Constants(Machine):  # and root, overwrite, workers, samples, device
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
-    protocol: Literal["clean", "released"] = "clean"  # writes the predicted classes | released: those in the truth
+    protocol: Literal["clean", "released"] = "clean"  # writes classes of the prediction | released: of the truth
     split: Literal["train", "test"] = "test"  # test | train (to measure only)
     rule: Rule = "ios"  # ios (the paper's) | sepl | vote | mean_cam, see PRC_SAM/refine.py
-    tau: Share | None = None  # ios: minimum overlap, area(P and S) / min(area P, area S); None: the data set's
+    tau: Share | None = None  # ios: minimum of |P and S| / min(|P|, |S|), class region P, mask S; None: the data set's
 
 
 def refine_patch(
@@ -77,7 +77,7 @@ def main(args: Constants) -> None:
             dataset=step.dataset,
             refinement=Refinement(args.rule, tau, step.dataset.background),
         )
-        # a patch travels with its image-level label: inside `work` all of them would travel with every patch
+        # each item carries its own image-level label: `work` goes to the workers with every item
         patches = [(id, image_labels.get(id)) for id in step.pending(step.ids, ".png")]
         step.each(work, patches, step.info.title)
         step.draw_labels({"segmentation": step.reads["segmentation"], "refined": step.path})

@@ -34,25 +34,25 @@ class Constants(Machine):  # and root, overwrite, workers, samples, device
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train, for the pseudo-labels | test, to measure only: cams_test
     scales: Scales = (0.5, 1.0, 1.5, 2.0)  # each with its mirror image
-    classifier: str = ""  # the experiment whose classifier is used; empty: this one
+    classifier: str = ""  # the experiment whose classifier `Step` reads; empty: this one
     iterations: Count | None = None  # PRC: how often the affinity is applied; None: as in training
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # as in step 1; PRC runs in fp32 always
     images_at_once: MayChange[PositiveCount] = 8  # patches of one batch; lower it when the GPU's memory is short
 
 
 @torch.no_grad()
-def class_maps(classifier: nn.Module, scales: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def class_maps(classifier: nn.Module, scaled_images: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Images at each scale (B,3,h,w) uint8 -> logits (B,K), then for each scale positive class maps (B,K,h/16,w/16).
 
     The maps of an image and those of its mirror image, mirrored back, are added; the logits are the
     mean over scales and mirror images. All are float32.
     """
     logits, maps = [], []
-    for images in scales:
+    for images in scaled_images:
         scale_logits, scale_maps = classifier(with_mirrors(images, device))
         plain, mirrored = scale_maps.relu().float().chunk(2)
         maps.append(plain + mirrored.flip(-1))
-        logits += scale_logits.float().chunk(2)
+        logits.extend(scale_logits.float().chunk(2))
     return [torch.stack(logits).mean(0), *maps]
 
 
@@ -72,12 +72,12 @@ def main(args: Constants) -> None:
             dataset.images(step.split), pending, args.scales, args.images_at_once, args.workers, step.fail
         )
         with step.progress(len(pending), "CAMs") as bar, step.accelerator.autocast(), in_background() as submit:
-            for ids, size, scales in batches:
-                outputs = halving.predict(partial(class_maps, model, device=step.device), scales)
+            for ids, size, scaled_images in batches:
+                outputs = halving.predict(partial(class_maps, model, device=step.device), scaled_images)
                 logits, *maps = (output.cpu().numpy() for output in outputs)
                 for index, id in enumerate(ids):
                     classes = np.flatnonzero(step.image_labels[id])
-                    present = [scale[index, classes] for scale in maps]
+                    present = [of_scale[index, classes] for of_scale in maps]
                     submit(save_maps, step.path / f"{id}.npz", "cams", classes, present, size, logits[index])
                 bar.update(len(ids))
         step.draw_maps(lambda id, image: load_maps(step.path / f"{id}.npz", dataset.num_classes, image.shape[:2]))

@@ -46,14 +46,14 @@ class Constants(Machine):  # and root, overwrite, workers, samples, device
 
 @torch.no_grad()
 def summed_logits(
-    segmenter: nn.Module, scales: Sequence[Tensor], size: Sequence[int], device: torch.device
+    segmenter: nn.Module, scaled_images: Sequence[Tensor], size: Sequence[int], device: torch.device
 ) -> list[Tensor]:
-    """Images at each scale (B,3,h,w) uint8 -> logits (B,K,H,W) float32, H,W = size, in a list.
+    """Images at each scale (B,3,h,w) uint8 -> logits (B,K,H,W) float32, H,W = size, as the only one of a list.
 
     They are enlarged to the size and summed over all scales and mirror images (method section 6).
     """
     total = torch.zeros((), device=device)
-    for images in scales:
+    for images in scaled_images:
         plain, mirrored = segmenter(with_mirrors(images, device)).float().chunk(2)
         both = plain + mirrored.flip(-1)
         total = total + F.interpolate(both, tuple(size), mode="bilinear", align_corners=False)
@@ -105,9 +105,9 @@ def main(args: Constants) -> None:
             dataset.images(step.split), pending, args.scales, args.images_at_once, args.workers, step.fail
         )
         with step.progress(len(pending), "segmentation") as bar, step.accelerator.autocast(), in_background() as submit:
-            for ids, size, scales in batches:
+            for ids, size, scaled_images in batches:
                 predict = partial(summed_logits, model, size=size, device=step.device)
-                (logits,) = halving.predict(predict, scales)
+                (logits,) = halving.predict(predict, scaled_images)
                 labels = logits.argmax(1).to(torch.uint8).cpu().numpy()
                 if args.keep_probabilities:
                     probabilities = small_probabilities(logits, 2 * len(args.scales)).cpu().numpy()

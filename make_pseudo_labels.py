@@ -28,7 +28,7 @@ class Constants(Machine):  # and root, overwrite, workers, samples, device
     dataset: str = "vaihingen"  # vaihingen | potsdam | isaid | demo | the name of your own dataset.toml
     experiment: str = "prc"  # results go to experiments/<dataset>/<experiment>/
     split: Literal["train", "test"] = "train"  # train | test (to measure only)
-    cams: str = ""  # the experiment whose CAMs are used; empty: this one
+    cams: str = ""  # the experiment whose CAMs `Step` reads; empty: this one
     background: Literal["cam", "threshold"] = "cam"  # threshold: an extension, see thresholded_background
     crf_iterations: Count = 10  # mean-field iterations; 0: no CRF, the highest map wins
     gaussian_sigma: Positive = 1.0  # of the kernel on position; pixels, above 0
@@ -58,7 +58,7 @@ def make_label(id: str, *, cams: Path, output: Path, dataset: Dataset, args: Con
     classes, maps = load_maps(cams / f"{id}.npz", dataset.num_classes, image.shape[:2])
     if args.background == "threshold" and dataset.background is not None:
         maps = thresholded_background(classes, maps, dataset.background)
-    if args.crf_iterations > 0 and len(classes) > 1:
+    if args.crf_iterations > 0 and len(classes) > 1:  # of one class alone every pixel has that class
         try:
             maps = dense_crf(
                 maps,

@@ -106,9 +106,9 @@ def main(args: Constants) -> None:
             (logits,) = halving.predict(work, scales, fill=False)
         return logits
 
-    size, speed = dataset.patch_size, may_change(args)
+    size, harmless = dataset.patch_size, may_change(args)
     kinds = ("rgb", "holes", "grey") if args.grey == "repeat" else ("rgb", "holes")
-    constants = {name: value for name, value in vars(args).items() if name not in speed}
+    constants = {name: value for name, value in vars(args).items() if name not in harmless}
     constants |= {"segmenter": step.reads["segmenter"].parent.name, "precision": step.precision, "window": size}
     made_with: dict[str, Any] = {
         "trained": step.run_of["segmenter"].started,

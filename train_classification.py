@@ -56,7 +56,7 @@ class Constants(Machine):  # and root, overwrite, workers, samples, device
     batch_size: PositiveCount = 8  # over all processes together
     micro_batch: Count = 0  # patches computed at once; 0: the whole batch. Changes BatchNorm's statistics
     lr: Positive = 0.1  # of pretrained weights; their biases x2, new weights x10, new biases x20
-    momentum: Momentum = 1e-4  # what the released optimiser receives (0.9 was intended)
+    momentum: Momentum = 1e-4  # the released code passes its weight decay here; 0.9 was intended
     weight_decay: NonNegative = 1e-4  # on weights only
     seed: Seed = 0  # of new weights, augmentation and order
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU compute in it, else fp32
@@ -96,13 +96,13 @@ def main(args: Constants) -> None:
         step.notes["protocol_of_the_steps"] = "released"
 
     def maps_of(id: str, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The maps of the patch's classes at one scale, for the contact sheet."""
+        """The maps of the patch's classes at scale 1 with its mirror image, for the contact sheet."""
         _, maps = class_maps(model, [to_tensor(image)[None]], step.device)
         classes = np.flatnonzero(image_labels[id])
         return classes, relative(fuse_scales([maps[0, classes].cpu().numpy()], image.shape[:2]))
 
     training = Training(step, model, patches, pretrained)
-    with step.output(".pt"), training:
+    with step.output(".pt"), training:  # a stopped training continues after its last finished epoch
         for _ in training.epochs():
             for images, labels in training.batches():
                 # the logits are means of the maps before PRC, so only the reconstruction trains PRC
@@ -110,7 +110,7 @@ def main(args: Constants) -> None:
                 classification = F.multilabel_soft_margin_loss(logits.float(), labels)
                 reconstruction = image_reconstruction_loss(maps, images, labels, args.tiles)
                 loss = classification + args.ir_weight * reconstruction
-                training.descend(loss, classification=classification, reconstruction=reconstruction)
+                training.backward(loss, classification=classification, reconstruction=reconstruction)
                 scores.add(logits, labels)
             training.log(average_precision=scores.average_precision())
             if args.protocol == "released":

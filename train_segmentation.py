@@ -58,7 +58,7 @@ class Constants(Machine):  # and root, overwrite, workers, samples, device
     batch_size: PositiveCount = 16  # over all processes together
     micro_batch: MayChange[Count] = 0  # patches computed at once; 0: the whole batch. Results stay equal
     lr: Positive = 0.007  # of pretrained weights; their biases x2, new weights x10, new biases x20
-    momentum: Momentum = 4e-5  # what the released optimiser receives (0.9 was intended)
+    momentum: Momentum = 4e-5  # the released code passes its weight decay here; 0.9 was intended
     weight_decay: NonNegative = 4e-5  # on weights only
     seed: Seed = 0  # of new weights, augmentation and order
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 where GPU or CPU compute in it, else fp32
@@ -105,17 +105,17 @@ def main(args: Constants) -> None:
         step.notes["protocol_of_the_steps"] = "released"
 
     def predict(image: np.ndarray) -> np.ndarray:
-        """The label map of a patch at one scale, for the contact sheet."""
+        """The label map of a patch at scale 1 with its mirror image, for the contact sheet."""
         (logits,) = summed_logits(model, [to_tensor(image)[None]], image.shape[:2], step.device)
         return logits[0].argmax(0).byte().cpu().numpy()
 
-    with step.output(".pt"), training:
+    with step.output(".pt"), training:  # a stopped training continues after its last finished epoch
         for _ in training.epochs():
             for images, labels in training.batches():
                 logits = training.model(images)
                 summed = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
                 labelled = (labels != IGNORE).sum().clamp_min(1)  # so that a batch without any gives 0, not NaN
-                training.descend(summed / labelled)
+                training.backward(summed / labelled)
             if args.protocol == "released":
                 training.keep_best(train_miou=segmentation_miou(model, step))
 

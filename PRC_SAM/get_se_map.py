@@ -1,4 +1,4 @@
-"""Step 9: regions of every patch, from SAM's automatic mask generator (method, section 9).
+"""Step 9: regions of every patch, from SAM's automatic mask generator (method section 9).
 
 Reads  datasets/<dataset>/<split>/images/<id>.png and a SAM checkpoint
 Writes datasets/<dataset>/<split>/sam_masks/<id>.npz (described in tools/masks.py), contact_sheet.png, run.json
@@ -7,7 +7,7 @@ Writes datasets/<dataset>/<split>/sam_masks/<id>.npz (described in tools/masks.p
   python PRC_SAM/get_se_map.py --dataset demo --generator felzenszwalb     # a stand-in that needs no checkpoint
   accelerate launch PRC_SAM/get_se_map.py --dataset potsdam                # all GPUs share the images
 
-Steps 4 and 7 need the masks. This step reads no label. After an interruption the same command continues.
+Run it before step 4: steps 4 and 7 need the masks. It reads no label. After an interruption the same command continues.
 """
 
 import sys
@@ -75,7 +75,7 @@ class Constants(Machine):  # and root, overwrite, workers, samples, device
     min_mask_region_area: Count = 0  # pixels: smaller islands and holes are removed from the masks; 0: none
 
     # felzenszwalb; workers: worker processes
-    scales: Scales = (100, 400, 1600)  # scales of the segmentation, fine to coarse, above 0
+    scales: Scales = (100, 400, 1600)  # values of Felzenszwalb's `scale`, fine to coarse, above 0
     min_area: PositiveCount = 64  # pixels of the smallest region, at least 1
 
     def __post_init__(self) -> None:
@@ -97,14 +97,14 @@ def main(args: Constants) -> None:
 
     failures = []
     for step, ids in zip(steps, patches, strict=True):
-        if generate:
+        if generate is not None:
             step.hardware["tf32_in_decoder"] = generate.decoder_in_tf32
         else:
             step.notes["stand_in"] = "felzenszwalb regions in place of SAM masks"
         try:
             with step.output(".npz", last=step is steps[-1]):
                 pending = step.pending(ids, ".npz")
-                if generate:
+                if generate is not None:
                     sam_masks(step, pending, generate)
                 else:
                     images = step.dataset.images(step.split)

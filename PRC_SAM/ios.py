@@ -2,7 +2,7 @@
 
 For every class c, ascending, with P = {label == c} of the original map, and for every SAM mask S: let I = |P and S|,
 r_P = I / |P| and r_S = I / |S|. Where I > 0 and max(r_P, r_S) >= tau, the smaller of the two regions takes class c:
-P where r_P >= r_S, else S. Later writes win.
+P where r_P >= r_S (which takes back what a lower class has written in P), else S. Later writes win: the higher class.
 
 All writes of one class have the same value and P never changes, so the order of the masks cannot change the result.
 """

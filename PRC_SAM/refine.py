@@ -4,7 +4,7 @@ ios       the paper's rule, PRC_SAM/ios.py
 sepl      a mask takes a foreground class when more than half of the mask lies in the region of that class. There is no
           threshold to tune. After Chen et al., "Segment Anything Model (SAM) Enhanced Pseudo Labels for Weakly
           Supervised Semantic Segmentation", 2023, read as follows: masks are added to the map and pixels outside them
-          keep their class, and the paper's second criterion (a mask that holds most of a class's region) is left out.
+          keep their class, and their second criterion (a mask that holds most of a class's region) is left out.
           Foreground is every class but the data set's background class, and every class where there is none
 vote      a mask takes the class that is most frequent in the mask
 mean_cam  a mask takes the class whose map (the CAM, or the segmenter's probability) has the highest mean in the mask

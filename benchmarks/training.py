@@ -124,7 +124,7 @@ def time_ours(training: str, size: int, args: Constants) -> tuple[float, list[fl
             def epoch() -> None:
                 for images, targets in course.batches():
                     parts = losses_of(training, course.model, images, targets)
-                    course.descend(**parts)
+                    course.backward(**parts)
                     losses.append(parts["loss"].detach())
 
             for _ in course.epochs():

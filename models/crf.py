@@ -54,14 +54,15 @@ def dense_crf(
         bilateral = lattice_filter(image, bilateral_sigma_xy, bilateral_sigma_rgb)
         messages.append(_message(bilateral_weight, bilateral, log_p))
     q = _softmax(log_p)
+    # Potts: the penalty for the other classes is, up to a constant of each pixel, a reward for the own class
     for _ in range(iterations):
         q = _softmax(sum((message(q) for message in messages), start=log_p))
     return q.T.contiguous().numpy().reshape(probabilities.shape)
 
 
-def _message(weight: float, kernel: Filter, like: torch.Tensor) -> Filter:
+def _message(weight: float, kernel: Filter, log_p: torch.Tensor) -> Filter:
     """The weighted kernel with symmetric normalisation: its matrix is scaled on both sides by 1 / sqrt(row sums)."""
-    norm = (kernel(torch.ones_like(like[:, :1])) + 1e-20).rsqrt()
+    norm = (kernel(torch.ones_like(log_p[:, :1])) + 1e-20).rsqrt()
     weighted = weight * norm
     return lambda q: kernel(q * norm).mul_(weighted)
 
@@ -72,7 +73,7 @@ def _softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def gaussian_filter(shape: tuple[int, int], sigma: float) -> Filter:
-    """exp(-(dx^2 + dy^2) / 2 sigma^2), separable and cut at 6 sigma (1.5e-8, below float32). Zeros outside."""
+    """exp(-(dx^2 + dy^2) / 2 sigma^2), separable and cut at 6 sigma (1.5e-8). Outside the image: 0."""
     taps = np.exp(-np.square(np.arange(int(np.ceil(6 * sigma)) + 1) / sigma) / 2)
 
     def run(values: torch.Tensor) -> torch.Tensor:
@@ -94,7 +95,7 @@ def lattice_filter(image: np.ndarray, sigma_xy: float, sigma_rgb: float) -> Filt
     """The bilateral kernel on the permutohedral lattice: splat, blur along d + 1 directions, slice.
 
     Only vertices touched by a pixel exist. The blurs therefore do not commute, and one fixed order of them is not a
-    symmetric kernel. The mean of an order and its reverse is symmetric, and much closer to the Gaussian at little cost.
+    symmetric kernel. The sum of an order and its reverse is symmetric, and much closer to the Gaussian at little cost.
     Constant factors are left out, because the normalisation removes them.
     """
     height, width = image.shape[:2]

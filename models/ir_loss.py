@@ -16,9 +16,10 @@ def image_reconstruction_loss(cam: Tensor, image: Tensor, image_labels: Tensor, 
     cam (B,K,h,w) class maps after PRC, of any range; image (B,3,H,W) normalised RGB; image_labels
     (B,K) 0/1. tiles: 1, 4, 9, ... equal parts (1 x 1, 2 x 2, ...), each with class colours of its
     own, because a class may look different in different places. Where h or w is not divisible,
-    parts differ by one row or column; every value has the same weight. There is no background
-    channel: a pixel in the map of no present class is reconstructed as black, so the loss rewards
-    complete maps. Computed in float32 or better. Raises `ValueError` as `check_tiles`.
+    parts differ by one row or column; every value has the same weight. The colours of the reduced
+    image are scaled to length 1 first. There is no background channel: a pixel in the map of no
+    present class is reconstructed as 0, so the loss rewards complete maps. Computed in float32 or
+    better. Raises `ValueError` as `check_tiles`.
     """
     side = check_tiles(tiles, cam.shape[-2:])
     maps = relative_maps(cam, image_labels)

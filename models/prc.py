@@ -10,8 +10,8 @@ class PixelRelationshipConstraint(nn.Module):
 
     The affinity A (N,N), N = h*w, is the cosine similarity of the projected features [image ;
     features], clamped to [0.01, 0.999]. Values below `gamma` become 0, then each column is divided
-    by its sum. Gradients flow through A. The affinity is computed in float32 in any precision
-    around it, because its threshold must not depend on the rounding of bf16.
+    by its sum. Gradients flow through A. The affinity is computed in float32 even under
+    bf16 autocast, because the cut at gamma must not depend on rounding.
 
     feature_channels: D, channels of the backbone's last stage. gamma: 0 to 0.999; above 0.999 even
     the diagonal would become 0. iterations: how often A is applied; 0 switches PRC off. Raises
@@ -45,7 +45,7 @@ class PixelRelationshipConstraint(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             similarity = (g @ g.transpose(1, 2)).clamp(0.01, 0.999)
             similarity = similarity * (similarity >= self.gamma)
-            # A pixel whose features are all 0 has an empty column: its maps become 0, not NaN.
+            # Features that are all 0 give similarity 0.01, which gamma cuts: an empty column, and maps of 0, not NaN
             return similarity / similarity.sum(1, keepdim=True).clamp_min(1e-12)
 
     def forward(self, cam: Tensor, features: Tensor, image: Tensor) -> Tensor:

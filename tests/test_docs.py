@@ -66,7 +66,7 @@ def test_the_files_of_the_project_that_a_page_names_exist(page):
         ("train_classification.py", "            training.log(average_precision="),
         ("models/backbone.py", "        else:\n            stem ="),
         ("tests/test_models.py", "CHANNELS = {"),
-        ("train_segmentation.py", "                training.descend(summed / labelled)\n"),
+        ("train_segmentation.py", "                training.backward(summed / labelled)\n"),
         ("PRC_SAM/refine.py", "def _small_on_top(label: np.ndarray, masks: Masks, classes: Sequence[int], evidence"),
         ("PRC_SAM/refine.py", "def _overlaps(label: np.ndarray, masks: Masks, classes: Sequence[int])"),
         ("make_pseudo_labels.py", '    save_label(output / f"{id}.png", classes[maps.argmax(0)]'),

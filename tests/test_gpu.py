@@ -75,7 +75,7 @@ def train(case, folder, batches, micro_batch, between=lambda number: None):
         for _ in course.epochs():
             for number, batch in enumerate(course.batches()):
                 between(number)
-                course.descend(**loss(course.model, *batch))
+                course.backward(**loss(course.model, *batch))
             between(-1)
     return read_log(folder / "log.jsonl")[0]["loss"]
 

@@ -134,11 +134,11 @@ def test_damaged_files_are_one_sentence(good, tmp_path):
         ("size", np.array([32.5, 32]), "an image of"),
         ("scale0", np.zeros((3, 2, 2), np.float16), "fit together"),
         ("scale0", np.zeros(2, np.float16), "fit together"),
-        ("scale0", np.full((2, 2, 2), np.nan, np.float16), "outside 0 to 1"),
-        ("scale0", np.full((2, 2, 2), -1, np.float16), "outside 0 to 1"),
+        ("scale0", np.full((2, 2, 2), np.nan, np.float16), "negative or infinite"),
+        ("scale0", np.full((2, 2, 2), -1, np.float16), "negative or infinite"),
         ("peaks", np.ones(3, np.float32), "fit together"),
-        ("peaks", np.array([np.inf, 1], np.float32), "outside 0 to 1"),
-        ("peaks", np.array([-1, 1], np.float32), "outside 0 to 1"),
+        ("peaks", np.array([np.inf, 1], np.float32), "negative or infinite"),
+        ("peaks", np.array([-1, 1], np.float32), "negative or infinite"),
     ],
 )
 def test_content_that_cannot_be_maps_of_the_image_is_named(good, name, value, words):

@@ -104,7 +104,7 @@ def test_five_optimiser_steps_equal_those_of_the_release(step, recipe, tmp_path)
     with Training(step_of_args, model, Fixed(x[:, :, None, None], y), [backbone]) as training:
         next(training.epochs())
         for images, targets in training.batches():
-            training.descend(nn.functional.mse_loss(training.model(images), targets))
+            training.backward(nn.functional.mse_loss(training.model(images), targets))
     batches = [[index for _, index in batch] for batch in EpochBatches(10, 2, 0)]
     reference_steps(expected, (x.numpy(), y.numpy()), batches, 10, recipe)
     assert len(batches) == 5

@@ -67,7 +67,7 @@ def descend(course, loss):
     """The epochs that are left, as the steps loop over them."""
     for epoch in course.epochs():
         for batch in course.batches():
-            course.descend(**loss(course.model, *batch))
+            course.backward(**loss(course.model, *batch))
         yield epoch
 
 

@@ -16,13 +16,13 @@ from tools.command import UserError
 from tools.labels import load_image
 
 Model = TypeVar("Model", bound=nn.Module)
-Scales = Sequence[Tensor]  # for each scale images (B,3,h,w) uint8
+ScaledImages = Sequence[Tensor]  # for each scale images (B,3,h,w) uint8
 
 
 def for_inference(model: Model, device: torch.device) -> Model:
     """`model` in evaluation mode, BatchNorm folded into the convolutions, on `device`, weights channels_last."""
     fold_batchnorm(model.eval())
-    model.requires_grad_(True)  # autocast keeps its bf16 copies of such weights only
+    model.requires_grad_(True)  # autocast caches its bf16 copies only of weights that require gradients
     return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -79,7 +79,7 @@ def image_batches(
     workers: int,
     fail: Callable[[str], None],
 ) -> Iterator[tuple[list[str], tuple[int, ...], list[Tensor]]]:
-    """Yield ids, size (H,W) and `Scales` of up to `images_at_once` neighbours of equal size.
+    """Yield ids, size (H,W) and `ScaledImages` of up to `images_at_once` neighbours of equal size.
 
     The worker processes read and resize the images. `fail` is called with the error of a bad file.
     """

@@ -5,8 +5,8 @@ A file <id>.npz holds
   classes (k,)      uint8: the ids of the classes that have a map, ascending
   size (2,)         int32: height and width of the image
   peaks (k,)        float32: the maximum of each class over all scales
-  scale0, scale1... float16 (k,h,w): the maps of each scale at feature size, as shares of their class's maximum, so that
-                    no value overflows
+  scale0, scale1... float16 (k,h,w): the maps of each scale as shares of their class's maximum, so that no value
+                    overflows; CAMs at feature size (1/16), probabilities at 1/4 of the image
   logits (K,)       float32: of all classes, the mean over scales and mirror images; empty where there are none
 """
 
@@ -75,8 +75,8 @@ def load_maps(path: Path, num_classes: int, size: Sequence[int]) -> tuple[np.nda
         shares = [file[name] for name in sorted(file.files) if name.startswith("scale")]
         shapes = {peaks.shape, *(share.shape[:-2] for share in shares)}
         check(len(shares) > 0 and shapes == {classes.shape}, "its arrays do not fit together")
-        in_range = all(np.isfinite(values).all() and (values >= 0).all() for values in (peaks, *shares))
-        check(in_range, "its maps hold values outside 0 to 1")
+        not_negative = all(np.isfinite(values).all() and (values >= 0).all() for values in (peaks, *shares))
+        check(not_negative, "its maps hold negative or infinite values")
         maps = fuse_scales([share.astype(np.float32) * peaks[:, None, None] for share in shares], size)
         if holds == "cams":
             maps = relative(maps)

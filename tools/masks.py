@@ -1,6 +1,6 @@
 """Mask files: the regions of one patch as <id>.npz, packed to one bit a pixel.
 
-For M masks of a patch of H x W pixels a file holds, in falling predicted IoU (the order that IOS expects; M may be 0):
+For M masks of a patch of H x W pixels a file holds, in falling predicted IoU (no rule needs this order; M may be 0):
   size (2,) int32              H, W
   bits (M, ceil(H*W/8)) uint8  each mask in row order, the first pixel in the highest bit (numpy.packbits)
   areas (M,) int32             pixels

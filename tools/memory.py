@@ -21,7 +21,7 @@ class Halving:
     """How many images, or points, the device computes at once: `size`, halved each time the memory is full, and kept.
 
     what: for the line that reports a halving; option: the constant that would begin with fewer. Floating-point sums
-    depend on the size of a batch, so that the results of halves equal those of a whole batch within rounding.
+    depend on the size of a batch: the results of halves equal those of a whole batch only within rounding.
     """
 
     def __init__(self, size: int, what: str = "images", option: str = "images_at_once"):

@@ -68,7 +68,7 @@ class Step(StepFolder):
     is for a step without floating-point work on the device.
 
     Attributes: `args`, `dataset`, `split`; `experiment`, the folder of the experiment; `reads`,
-    name -> folder that is read; `run_of`, name -> its `Run`; `image_labels`, id -> (K,) bool;
+    name -> folder that is read; `run_of`, name -> its `Run`; `image_labels`, id -> (K,) bool, if asked for;
     `notes`, facts that later tables must show; `hardware`, further facts on the device;
     `accelerator`, `device`, `precision`; `path`, the output folder.
     """
@@ -101,7 +101,8 @@ class Step(StepFolder):
         self.hardware: dict[str, Any] = {}
         for source in self.info.reads if reads is None else reads:
             self.reads[source] = self._folder_of(source)
-            self.run_of[source] = require(self.reads[source], args, experiment=self.reads[source].parent.name)
+            folder = self.reads[source]
+            self.run_of[source] = require(folder, args, experiment=folder.parent.name, split=self._other_split(folder))
             self.notes |= self.run_of[source].notes
         self._read_from = {source: run.started for source, run in self.run_of.items()}
         if image_labels:
@@ -118,11 +119,16 @@ class Step(StepFolder):
         experiment = experiment_folder(self.args.root, self.dataset.name, other) if other else self.experiment
         return experiment / (STEPS[name].folder_of(self.split) if name in STEPS else name)
 
+    def _other_split(self, folder: Path) -> str:
+        """The split of a folder whose step makes the other one by default; else nothing."""
+        return "" if folder.name in STEPS else self.split
+
     def _find_device(self, precision: str, bf16_on_cpu: bool, split: str) -> None:
         """Device, precision and processes, printed before anything is downloaded or computed."""
         from tools.devices import make_accelerator, process_state, start_line  # here: torch takes seconds
 
         self.precision = ""
+        # without a precision `accelerator` is only the state of the processes, without autocast
         self.accelerator: Any = (
             make_accelerator(precision, self.args.device, bf16_on_cpu) if precision else process_state(self.args.device)
         )
@@ -170,7 +176,8 @@ class Step(StepFolder):
             print(f"made: {self.path}, {self.run.files} files, {time.monotonic() - begin:.0f} s")
             print(f"look at: {self.path / 'contact_sheet.png'}")
             if last and (following := next_step(self.info)):
-                print(f"next: {following.command(self.args)}")
+                split = self._other_split(self.path) if following.split else ""
+                print(f"next: {following.command(self.args, split=split)}")
 
     def image(self, id: str) -> np.ndarray:
         """The patch (H,W,3) uint8."""
@@ -206,8 +213,8 @@ class Step(StepFolder):
     def draw_labels(self, columns: dict[str, Path | Callable[[np.ndarray], np.ndarray]]) -> None:
         """The contact sheet of a step that makes label maps: the image, then the label map of each column.
 
-        A column is a folder of <id>.png, or a function of the image. It never shows the truth, so no step opens a pixel
-        label. Unreadable files leave an empty cell.
+        A column is a folder of <id>.png, or a function of the image. It shows the truth only where
+        a step learns from it. Unreadable files leave an empty cell.
         """
 
         def row(id: str) -> list[np.ndarray | None]:

@@ -68,7 +68,7 @@ def check_recipe(args: Any, patches: int) -> None:
 
 
 def advise(args: Any, patches: int) -> None:
-    """Print other constants, to be pasted, where few patches meet the paper's rates, the script's defaults."""
+    """Where patches are few and the paper's rates unchanged, print other constants, to be pasted."""
     paper = type(args)()
     if patches >= FEW_PATCHES or (args.lr, args.momentum) != (paper.lr, paper.momentum):
         return
@@ -102,7 +102,7 @@ def load_backbone(name: str, weights: str) -> Backbone:
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, index) in an order given by seed and epoch alone; each process takes its part of every batch.
+    """Batches of (epoch, index) in an order given by seed and epoch alone; each of n processes takes every n-th.
 
     The last incomplete batch is dropped.
     """
@@ -158,7 +158,7 @@ class Training:
         with step.output(".pt"), training:
             for _ in training.epochs():
                 for images, targets in training.batches():
-                    training.descend(the loss of training.model(images) against targets)
+                    training.backward(the loss of training.model(images) against targets)
 
     step: a `Step`, of which the constants, the accelerator and the output folder are used. The
     `pretrained` modules learn at the base rate, the other children of `model` at ten times that
@@ -178,8 +178,8 @@ class Training:
         self.sampler = EpochBatches(
             len(patches), args.batch_size, args.seed, self.accelerator.process_index, self.accelerator.num_processes
         )
-        # Workers get the epoch through the sampler's (epoch, index), so they may live through all epochs. DataLoader
-        # draws seeds of its workers, which nothing uses, from a generator of its own: dropout would draw others.
+        # Workers get the epoch through the sampler's (epoch, index), so one set of workers serves all epochs.
+        # DataLoader gets a generator of its own: its seeds of workers would shift the random numbers of dropout.
         self.loader = DataLoader(
             patches,
             batch_sampler=self.sampler,
@@ -197,7 +197,7 @@ class Training:
             fused=True,  # one pass over the weights instead of one for each operation
         )
         self.base_rates = [group["lr"] for group in self.optimiser.param_groups]
-        self.raw = self.model = model
+        self.unwrapped = self.model = model  # `_prepare` wraps self.model where several processes train
         self.epoch, self.best = 0, -math.inf  # epochs that are finished; the highest score of `keep_best`
 
     def __enter__(self) -> Self:
@@ -214,7 +214,9 @@ class Training:
         self.bar = Progress(steps, "training", "batch", initial=min(done, steps), shown=self.is_main)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if not error:
+            self.accelerator.wait_for_everyone()  # model.pt, which the main process writes, is there for all of them
         self.bar.close()
         if self.writer:
             self.writer.close()
@@ -262,7 +264,7 @@ class Training:
         parts = list(zip(images.split(size), targets.split(size), strict=True))
         # A loss is a mean over labelled pixels, or over the values of image-level labels, which are never 255
         counts = [(part != IGNORE).sum() for _, part in parts]
-        # Gradients are averaged over processes, whose counts differ
+        # Gradients are averaged over processes: with the mean count they become those of the mean over all values
         total = self.accelerator.reduce(torch.stack(counts).sum().float(), "mean").clamp_min(1)
         for number, (part, count) in enumerate(zip(parts, counts, strict=True), start=1):
             self._weight = count / total
@@ -270,8 +272,11 @@ class Training:
             with nullcontext() if number == len(parts) else self.accelerator.no_sync(self.model):
                 yield part
 
-    def descend(self, loss: Tensor, **losses: Tensor) -> None:
-        """Add the gradients of a loss, a mean over the batch that `batches` gave; `losses` are further ones to log."""
+    def backward(self, loss: Tensor, **losses: Tensor) -> None:
+        """The backward pass of a loss, a mean over what `batches` gave; `losses` are further ones to log.
+
+        `batches` makes the optimiser's step when its loop goes on.
+        """
         self.accelerator.backward(loss * self._weight)
         for name, value in {"loss": loss, **losses}.items():  # summed on the device: reading them would stall a GPU
             self._sums[name] = self._sums.get(name, 0.0) + value.detach() * self._weight
@@ -304,12 +309,12 @@ class Training:
         with open(self.log_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self._write_scalars(row)
-        if self._score is None or self._score > self.best:
-            save_checkpoint(self.folder / "model.pt", self.raw, epoch=self.epoch)
+        if self._score is None or self._score > self.best:  # None: `keep_best` is not used, the last epoch is kept
+            save_checkpoint(self.folder / "model.pt", self.unwrapped, epoch=self.epoch)
         self.best = max(self.best, self.best if self._score is None else self._score)
         save_checkpoint(
             self.checkpoint_file,
-            self.raw,
+            self.unwrapped,
             optimiser=self.optimiser.state_dict(),
             epoch=self.epoch,
             best=self.best,
@@ -328,7 +333,7 @@ class Training:
         """Load checkpoint.pt, if there is one; raises `UserError` for a broken one."""
         if not self.checkpoint_file.exists():
             return
-        checkpoint = load_checkpoint(self.checkpoint_file, self.raw)
+        checkpoint = load_checkpoint(self.checkpoint_file, self.unwrapped)
         try:
             optimiser = checkpoint["optimiser"]
             parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
@@ -346,13 +351,13 @@ class Training:
     def _prepare(self) -> None:
         """Move model and optimiser to the device and, where there are several, into all processes."""
         device = self.accelerator.device
-        model = self.raw.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = self.unwrapped.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.accelerator.num_processes > 1 and device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if self.args.compile:
             model.compile()  # in place, so that the names in checkpoints stay
         self.model, self.optimiser = self.accelerator.prepare(model, self.optimiser)
-        self.raw = self.accelerator.unwrap_model(self.model)
+        self.unwrapped = self.accelerator.unwrap_model(self.model)
 
 
 class ClassScores:
