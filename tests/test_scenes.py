@@ -319,6 +319,7 @@ def test_alpha_and_grey_where_they_can_be_read(root):
 def test_other_slips(root):
     path = scene_of(root)
     (root / "a.img").touch()
+    (root / f"{'a' * 201}.tif").touch()
     for change, words in (
         ({"scene": (root,)}, "is a folder"),
         ({"scene": (path, scene_of(root / "more"))}, "two scenes are called scene"),
