@@ -40,7 +40,7 @@ def test_backbones_have_output_stride_16_without_dilation(name):
     assert (backbone.low_channels, backbone.high_channels) == CHANNELS[name][::2]
     convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
     assert {module.dilation for module in convolutions} == {(1, 1)}
-    last = list(backbone.high.children())[-1] if name.startswith("resnet") else backbone.high[7:]
+    last = list(backbone.high.children())[-1] if name.startswith("res") else backbone.high[-3:]
     assert {module.stride for module in last.modules() if isinstance(module, nn.Conv2d)} == {(1, 1)}
 
 
