@@ -71,13 +71,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], skip: Collect
 
 def package_versions() -> dict[str, str]:
     """Package -> version, or "missing"; python among them."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "missing"
-    return found
+            versions[package] = "missing"
+    return versions
 
 
 def commit() -> str:

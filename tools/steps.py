@@ -15,10 +15,10 @@ def command_line(script: str, args: Any, **others: str | None) -> str:
 
     `others` replaces some of these constants or adds further ones; None leaves one out.
     """
-    given = {name: getattr(args, name, None) for name in ("dataset", "experiment", "root")} | others
-    if given["root"] == ROOT:
-        given["root"] = None
-    return " ".join(["python", script, *(f"--{name} {shlex.quote(str(v))}" for name, v in given.items() if v)])
+    options = {name: getattr(args, name, None) for name in ("dataset", "experiment", "root")} | others
+    if options["root"] == ROOT:
+        options["root"] = None
+    return " ".join(["python", script, *(f"--{name} {shlex.quote(str(v))}" for name, v in options.items() if v)])
 
 
 @dataclass(frozen=True)
