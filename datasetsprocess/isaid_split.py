@@ -55,8 +55,8 @@ def patches(scene: Scene) -> Iterator[Patch]:
     background, numbers, tries, largest = patch_rule(scene.dataset)
     assert scene.ids is not None
     (height, width), size = scene.ids.shape, scene.dataset.patch_size
-    if min(height, width) < size:
-        scene.notes["scenes smaller than a patch, skipped"] += 1
+    if min(height, width) <= size:  # as in the release, which also takes no patch at the last row and column
+        scene.notes["scenes not larger than a patch, skipped"] += 1
         return
     random = scene.random()
     wanted = int(random.choice(numbers))
@@ -64,7 +64,7 @@ def patches(scene: Scene) -> Iterator[Patch]:
     for _ in range(tries):
         if len(corners) == wanted:
             break
-        y, x = (int(random.integers(0, length - size, endpoint=True)) for length in (height, width))
+        y, x = (int(random.integers(0, length - size)) for length in (height, width))
         if np.mean(scene.ids[y : y + size, x : x + size] == background) < largest[scene.split]:
             corners.append((y, x))
     if len(corners) < wanted:

@@ -1,7 +1,9 @@
 """The released protocol's choice of the epoch, a second time in NumPy: maps, classes, sizes, dropped images, mean."""
 
+import math
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 from tools.dataset import load_dataset
 from tools.image_labels import write_image_labels
-from tools.labels import save_label
+from tools.labels import resize_label, save_label
 from tools.selection import cam_miou, segmentation_miou
 
 MEAN, STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
@@ -96,13 +98,33 @@ def test_step_1(made):
         image, truth = read(step.dataset, id)
         maps = np.maximum(colours(image, 4), 0)
         maps = np.maximum(maps - 1e-5, 0) / (maps.max((1, 2), keepdims=True) + 1e-5)
-        classes = np.flatnonzero(labels[id])
-        small = np.asarray(Image.fromarray(truth).resize((6, 5), Image.Resampling.NEAREST))
-        pairs.append((small, classes[maps[classes].argmax(0)]))
+        maps[~labels[id]] = 0
+        # of each cell of 4 x 4 pixels the upper left one, as by OpenCV's INTER_NEAREST
+        pairs.append((truth[::4, ::4], maps.argmax(0)))
     expected = mean_iou(pairs)
     assert cam_miou(Pixels(4).train(), step) == pytest.approx(expected, abs=1e-9)
     assert 0.1 < expected < 0.6
     assert {int(k) for _, prediction in pairs for k in np.unique(prediction)} == {0, 1, 2}
+
+
+def test_cells_of_any_size_take_their_upper_left_pixel():
+    """floor(i x scale), written out; OpenCV agrees."""
+    truth = np.arange(7 * 10, dtype=np.uint8).reshape(7, 10)
+    expected = [[truth[math.floor(i * 7 / 3), math.floor(j * 10 / 4)] for j in range(4)] for i in range(3)]
+    assert resize_label(truth, (3, 4)).tolist() == expected
+    assert cv2.resize(truth, (4, 3), interpolation=cv2.INTER_NEAREST).tolist() == expected
+
+
+def test_a_cell_without_a_map_becomes_class_0(made):
+    """Also where the image-level label is without class 0: here every map of every cell is negative."""
+    step, _ = made
+
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return None, -torch.ones(len(x), 4, 5, 6)
+
+    pairs = [(read(step.dataset, id)[1][::4, ::4], np.zeros((5, 6), int)) for id in "abcdef"]
+    assert cam_miou(Nothing(), step) == pytest.approx(mean_iou(pairs), abs=1e-9) and mean_iou(pairs) > 0
 
 
 def test_step_5(made):

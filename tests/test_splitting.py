@@ -216,19 +216,21 @@ def test_isaid_counts_patches_and_skips_scenes(tmp_path, small):
     assert counts == {6, 7, 8}
     empty, _ = open_scene(dataset, np.zeros((40, 50)), "train", tmp_path)
     assert not list(isaid_split.patches(empty)) and sum(empty.notes.values()) == 1
-    exact, image = open_scene(dataset, np.full((16, 16), 9), "test", tmp_path)
-    assert all((pixels == image).all() for _, pixels, _ in isaid_split.patches(exact))
-    narrow, _ = open_scene(dataset, np.full((15, 99), 9), "train", tmp_path)
-    assert not list(isaid_split.patches(narrow)) and narrow.notes["scenes smaller than a patch, skipped"] == 1
+    for size in ((15, 99), (16, 99), (99, 16)):  # also where a side is exactly as long as the patch, as in the release
+        narrow, _ = open_scene(dataset, np.full(size, 9), "train", tmp_path)
+        assert not list(isaid_split.patches(narrow)) and narrow.notes["scenes not larger than a patch, skipped"] == 1
+    larger, image = open_scene(dataset, np.full((17, 17), 9), "test", tmp_path)  # the last row and column are not taken
+    assert all((pixels == image[:16, :16]).all() for _, pixels, _ in isaid_split.patches(larger))
 
 
 @pytest.mark.parametrize(("split", "most"), [("train", 192), ("test", 64)])
 def test_isaid_s_largest_share_of_background_is_too_much(tmp_path, small, split, most):
-    """A scene of one patch of 256 pixels; the shares are numbers that floating point holds exactly."""
+    """A scene with one place for a patch of 256 pixels; the shares are numbers that floating point holds exactly."""
     rules = 'background = "background"\npatches_per_scene = [1]\ntries = 3\n'
     dataset = small("isaid", 16, f"[rules]\n{rules}max_background = {{train = 0.75, test = 0.25}}\n")
     for background, count in ((most - 1, 1), (most, 0), (most + 1, 0)):
-        ids = np.where(np.arange(256) < background, 0, 9).reshape(16, 16)
+        ids = np.full((17, 17), 9)
+        ids[:16, :16] = np.where(np.arange(256) < background, 0, 9).reshape(16, 16)
         scene, _ = open_scene(dataset, ids, split, tmp_path)
         assert len(list(isaid_split.patches(scene))) == count, background
 
@@ -244,7 +246,7 @@ def test_isaid_stops_after_the_tries(tmp_path, small):
         random, good = scene.random(), 0
         wanted = random.choice([6, 7, 8])
         for _ in range(100):
-            y, x = random.integers(0, 8, endpoint=True), random.integers(0, 8, endpoint=True)
+            y, x = random.integers(0, 8), random.integers(0, 8)  # the last row and column are never taken
             good += int((ids[y : y + 16, x : x + 16] == 0).mean() < 0.98)
         assert len(list(isaid_split.patches(scene))) == min(good, wanted)
         used_up += good < wanted
@@ -476,7 +478,7 @@ def test_isaid_messages(tmp_path, capsys):
     small_isaid(raw, "val", "P0002", "P0003", size=15)
     with refused("no patch was cut"):
         cut(tmp_path, "isaid", overwrite=True)
-    assert "smaller than a patch, skipped: 2" in capsys.readouterr().out
+    assert "not larger than a patch, skipped: 2" in capsys.readouterr().out
 
 
 def test_grey_scenes_of_isaid(tmp_path):

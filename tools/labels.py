@@ -1,6 +1,6 @@
 """Label maps and patches as PNG files, and the exact way from colours to class ids."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,6 +60,15 @@ def save_label(path: Path, ids: np.ndarray, colours: np.ndarray) -> None:
     image.putpalette(palette(colours).tobytes())
     with write_whole(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def resize_label(label: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """(H,W) -> (h,w) = size by the nearest pixel of index floor(i * H / h), as OpenCV's INTER_NEAREST in the release.
+
+    The map becomes smaller: of each cell its upper left pixel stays.
+    """
+    rows, columns = (np.arange(cells) * length // cells for cells, length in zip(size, label.shape, strict=True))
+    return label[rows[:, None], columns]
 
 
 def load_label(path: Path, num_classes: int) -> np.ndarray:

@@ -8,32 +8,31 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from models.ir_loss import relative_maps
-from tools.augment import normalise, resize
+from tools.augment import normalise
 from tools.command import stop
 from tools.inference import image_batches
-from tools.labels import load_label
+from tools.labels import load_label, resize_label
 from tools.scores import ConfusionMatrix
 from tools.step import Step
 
 
 @torch.no_grad()
 def cam_miou(model: nn.Module, step: Step) -> float:
-    """mIoU of a `Classifier`'s maps at their own size, with the truth reduced to this size by Pillow's nearest.
+    """mIoU of a `Classifier`'s maps at their own size, with the truth reduced to this size.
 
-    The prediction is the highest of the maps as the image reconstruction loss reads them, among the classes of the
-    image-level label.
+    The prediction is the highest of the maps as the image reconstruction loss reads them. A cell where every map is 0
+    becomes class 0, also where the image-level label is without class 0.
     """
     matrix = ConfusionMatrix(step.dataset.num_classes)
     for ids, images, truths in _full_batches(step):
         image_labels = torch.from_numpy(np.stack([step.image_labels[id] for id in ids])).to(step.device)
         _, maps = model.eval()(normalise(images.to(step.device)))
-        maps = relative_maps(maps, image_labels).masked_fill(~image_labels[:, :, None, None], -1)
-        for prediction, truth in zip(maps.argmax(1).byte().cpu().numpy(), truths, strict=True):
-            matrix.update(resize(truth, prediction.shape, Image.Resampling.NEAREST), prediction)
+        predictions = relative_maps(maps, image_labels).argmax(1).byte().cpu().numpy()
+        for prediction, truth in zip(predictions, truths, strict=True):
+            matrix.update(resize_label(truth, prediction.shape), prediction)
     return _mean_with_absent_classes(matrix)
 
 
