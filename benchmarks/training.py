@@ -98,16 +98,17 @@ def recipe_of(training: str, args: Constants) -> Any:
 
 
 class Repeated(Dataset):
-    """The patches of one batch, as often as there are steps."""
+    """The patches of one batch, as often as there are steps; every batch holds all of them, in their order."""
 
     def __init__(self, images: Tensor, targets: Tensor, steps: int):
-        self.images, self.targets, self.steps = images, targets, steps
+        self.images, self.targets, self.steps, self.reads = images, targets, steps, 0
 
     def __len__(self) -> int:
         return len(self.images) * self.steps
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        index = key[1] % len(self.images)
+        index = self.reads % len(self.images)
+        self.reads += 1
         return self.images[index], self.targets[index]
 
 
