@@ -214,9 +214,7 @@ class Training:
         self.bar = Progress(steps, "training", "batch", initial=min(done, steps), shown=self.is_main)
         return self
 
-    def __exit__(self, error: object, *_: object) -> None:
-        if not error:
-            self.accelerator.wait_for_everyone()  # model.pt, which the main process writes, is there for all of them
+    def __exit__(self, *_: object) -> None:
         self.bar.close()
         if self.writer:
             self.writer.close()
@@ -231,6 +229,7 @@ class Training:
             self.bar.set_description(f"training, epoch {self.epoch} of {self.args.epochs}", refresh=False)
             yield self.epoch
             self._end_epoch()
+        self.accelerator.wait_for_everyone()  # model.pt, which the main process writes, is there for all of them
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (B,3,S,S) and targets of each batch on the device.
